@@ -1,0 +1,83 @@
+// detail/require.hpp — errors state the rule and the numbers, and come before the first write.
+#pragma once
+
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "../version.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// Called instead of a throw when the program is compiled without exceptions. It must not return.
+using ErrorHandler = void (*)(const char* message);
+
+namespace detail {
+
+[[noreturn]] inline void print_and_abort(const char* message) {
+  std::fprintf(stderr, "qkv: %s\n", message);
+  std::abort();
+}
+
+inline ErrorHandler& error_handler() {
+  static ErrorHandler handler = [](const char* message) { print_and_abort(message); };
+  return handler;
+}
+
+template <class Error>
+[[noreturn]] void raise(const std::string& message) {
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+  throw Error(message);
+#else
+  error_handler()(message.c_str());
+  print_and_abort("the error handler returned");
+#endif
+}
+
+inline void append(std::string& text, std::string_view part) { text += part; }
+
+template <class Number>
+requires std::is_arithmetic_v<Number>
+void append(std::string& text, Number number) { text += std::to_string(number); }
+
+/// Raises Error with the concatenated parts unless `ok`.
+template <class Error = std::invalid_argument, class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::string message;
+  (append(message, parts), ...);
+  raise<Error>(message);
+}
+
+/// Prints as "[rows, cols]" in error messages; costs nothing where there is no error.
+struct Shape {
+  std::ptrdiff_t rows, cols;
+};
+inline void append(std::string& text, Shape shape) {
+  text += "[" + std::to_string(shape.rows) + ", " + std::to_string(shape.cols) + "]";
+}
+
+/// a*b for sizes; raises where a factor is negative or the product does not fit.
+inline std::ptrdiff_t checked_product(std::ptrdiff_t a, std::ptrdiff_t b) {
+  require(a >= 0 && b >= 0, "a size must be >= 0; given ", a, " and ", b);
+  require<std::length_error>(b == 0 || a <= std::numeric_limits<std::ptrdiff_t>::max() / b, "the size ", a, " * ", b,
+                             " does not fit a signed ", sizeof(std::ptrdiff_t) * 8, "-bit integer");
+  return a * b;
+}
+
+}  // namespace detail
+
+/// Installs the handler used under -fno-exceptions and returns the previous one. The default prints and aborts.
+inline ErrorHandler set_error_handler(ErrorHandler handler) {
+  ErrorHandler previous = detail::error_handler();
+  detail::error_handler() = handler;
+  return previous;
+}
+
+}  // namespace qkv::inline QKV_ABI

@@ -1,0 +1,77 @@
+// key_rows.hpp — the only thing a kernel knows of a cache: runs of rows, and where each run begins in the sequence.
+//
+//     run 0: rows at positions 0 … 3         (pinned first tokens)      logical rows 0 … 3
+//     run 1: rows at positions 96 … 127      (a page, a ring's tail)    logical rows 4 … 35
+//     run 2: rows at positions 128 … 140                                logical rows 36 … 48
+//
+// Inside a run, row i of key/value head h begins at  keys + h·key_head_stride + i·key_row_stride  (elements), and its
+// position is  position + i. Plain matrices, contiguous, ring and paged caches all look like this; nobody copies.
+// Rows are given in ascending position. Scales (int8 only) follow the same pattern with their own strides.
+//
+// Before: options.hpp   Next: kernel/reference.hpp
+#pragma once
+
+#include <span>
+
+#include "heads.hpp"
+#include "storage.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// Contiguous positions in equally strided rows.
+template <StorageType S>
+struct KeyRun {
+  Index rows = 0;
+  Index position = 0;  // of the first row
+  const S* keys = nullptr;
+  const S* values = nullptr;
+  const float* key_scales = nullptr;  // int8 only
+  const float* value_scales = nullptr;
+};
+
+/// All rows of one sequence: runs one after another.
+template <StorageType S>
+struct KeyRows {
+  std::span<const KeyRun<S>> runs;
+  Index rows = 0;  // sum over the runs
+  Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
+  Index key_row_stride = 0, key_head_stride = 0;      // elements
+  Index value_row_stride = 0, value_head_stride = 0;  // elements
+  Index scale_row_stride = 0, scale_head_stride = 0;  // floats
+
+  const S* key(const KeyRun<S>& run, Index kv_head, Index row) const {
+    return run.keys + kv_head * key_head_stride + row * key_row_stride;
+  }
+  const S* value(const KeyRun<S>& run, Index kv_head, Index row) const {
+    return run.values + kv_head * value_head_stride + row * value_row_stride;
+  }
+  float key_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
+    return has_row_scale<S> ? run.key_scales[kv_head * scale_head_stride + row * scale_row_stride] : 1.0F;
+  }
+  float value_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
+    return has_row_scale<S> ? run.value_scales[kv_head * scale_head_stride + row * scale_row_stride] : 1.0F;
+  }
+};
+
+/// The one run of a plain k [n_keys, kv_heads·head_dim] and v [n_keys, kv_heads·v_head_dim], positions 0 … n_keys-1.
+template <StorageType S>
+KeyRun<S> key_run(const ConstView<S>& k, const ConstView<S>& v) {
+  return {.rows = k.rows(), .position = 0, .keys = k.data(), .values = v.data()};
+}
+
+/// The rows of plain matrices; `run` must outlive the result.
+template <StorageType S>
+KeyRows<S> key_rows(const KeyRun<S>& run, const ConstView<S>& k, const ConstView<S>& v, Index kv_heads) {
+  const Index head_dim = k.cols() / kv_heads, v_head_dim = v.cols() / kv_heads;
+  return {.runs = {&run, 1},
+          .rows = k.rows(),
+          .kv_heads = kv_heads,
+          .head_dim = head_dim,
+          .v_head_dim = v_head_dim,
+          .key_row_stride = k.outerStride(),
+          .key_head_stride = head_dim,
+          .value_row_stride = v.outerStride(),
+          .value_head_stride = v_head_dim};
+}
+
+}  // namespace qkv::inline QKV_ABI

@@ -1,0 +1,102 @@
+// matrix.hpp — what a matrix is in this library: tokens are rows, features are columns, row-major.
+//
+// Heads are column blocks, exactly what x·W gives, so two dimensions suffice:
+//
+//     q    [n_queries, heads·head_dim]            k  [n_keys, kv_heads·head_dim]
+//     out  [n_queries, heads·v_head_dim]          v  [n_keys, kv_heads·v_head_dim]
+//
+// Vocabulary, used everywhere and nothing else:
+//
+//     n_queries, n_keys   tokens that ask, tokens that are asked          position   where a token stands in its sequence
+//     model_dim           features of a token between layers              heads      query heads
+//     kv_heads            key/value heads (GQA: fewer than heads)         head_dim   features of one query or key head
+//     v_head_dim          features of one value head                      latent_dim     MLA's cached latent (kv_lora_rank)
+//     q_latent_dim        MLA's query latent (q_lora_rank)                nope_dim, rope_dim   MLA's two parts of a key
+//
+// Value-returning functions take any Eigen expression (another storage order is copied). `*_into` functions take strict
+// views: any row stride, unit inner stride; any other order is a compile error, never a silent copy.
+//
+// Before: version.hpp   Next: storage.hpp
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "detail/eigen.hpp"
+#include "detail/require.hpp"
+#include "version.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+using Index = Eigen::Index;
+
+template <class T>
+using Matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;  // [tokens, features]
+
+template <class T>
+using RowVector = Eigen::Matrix<T, 1, Eigen::Dynamic>;  // [features]: a bias, a gain
+
+/// A view of someone else's rows: any distance between rows, unit distance inside a row.
+template <class T>
+using View = Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
+template <class T>
+using ConstView = Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+template <class X>
+concept MatrixLike = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<X>>, std::remove_cvref_t<X>>;
+
+template <MatrixLike X>
+using ScalarOf = typename std::remove_cvref_t<X>::Scalar;
+
+/// True where an Eigen type is row-major memory with unit inner stride: it can be viewed without a copy.
+template <MatrixLike X>
+inline constexpr bool is_viewable = [] {
+  using Plain = std::remove_cvref_t<X>;
+  if constexpr ((Plain::Flags & Eigen::DirectAccessBit) == 0)
+    return false;
+  else
+    return Plain::ColsAtCompileTime == 1 || (bool(Plain::IsRowMajor) && Plain::InnerStrideAtCompileTime == 1);
+}();
+
+namespace detail {
+
+/// Elements from one row to the next.
+template <MatrixLike X>
+Index row_stride(const X& x) {
+  return std::remove_cvref_t<X>::IsRowMajor ? x.outerStride() : x.innerStride();
+}
+
+}  // namespace detail
+
+/// Views x without copying. Compile error where x is not row-major with unit inner stride.
+template <MatrixLike X>
+ConstView<ScalarOf<X>> view(const X& x) {
+  static_assert(is_viewable<X>,
+                "qkv: *_into functions and views need row-major memory with unit inner stride (qkv::Matrix<T>, its row "
+                "and column blocks, an Eigen::Map of either); copy a column-major matrix or an expression into a "
+                "qkv::Matrix<T> first");
+  return {x.derived().data(), x.rows(), x.cols(), Eigen::OuterStride<>(detail::row_stride(x.derived()))};
+}
+
+/// The same for something to be written.
+template <MatrixLike X>
+View<ScalarOf<X>> writable_view(X&& x) {
+  using Plain = std::remove_cvref_t<X>;
+  static_assert(is_viewable<X>,
+                "qkv: an output must be row-major memory with unit inner stride (qkv::Matrix<T>, its row and column "
+                "blocks, an Eigen::Map of either)");
+  static_assert((Plain::Flags & Eigen::LvalueBit) != 0, "qkv: an output must be writable");
+  return {const_cast<ScalarOf<X>*>(x.derived().data()), x.rows(), x.cols(),
+          Eigen::OuterStride<>(detail::row_stride(x.derived()))};
+}
+
+/// x itself where it can be viewed, otherwise a row-major copy. Keep the result alive while viewing it.
+template <MatrixLike X>
+decltype(auto) viewable(const X& x) {
+  if constexpr (is_viewable<X>)
+    return (x);
+  else
+    return Matrix<ScalarOf<X>>(x);
+}
+
+}  // namespace qkv::inline QKV_ABI

@@ -1,0 +1,124 @@
+// parallel.hpp — the library owns no threads: an executor is a value that you pass.
+//
+//     executor(n, f)   calls f(0) … f(n-1), in any order, on any thread, and returns when all are done; f may throw.
+//
+// Work items are chosen from sizes only, never from the number of threads, so the bits of a result do not depend on it.
+// `serial` is the default. `OpenMp` exists where the compiler has OpenMP switched on. `PoolExecutor` runs on
+// Eigen::ThreadPool or anything else with Schedule(function). Your own callable of this form is an executor too.
+//
+// Before: storage.hpp   Next: heads.hpp
+#pragma once
+
+#include <atomic>
+#include <concepts>
+#include <condition_variable>
+#include <exception>
+#include <functional>
+#include <mutex>
+
+#include "matrix.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+template <class E>
+concept Executor = requires(const E& executor, void (*f)(Index)) {
+  executor(Index{}, f);
+};
+
+/// Everything on the calling thread, in order.
+struct Serial {
+  template <class F>
+  void operator()(Index n, F&& f) const {
+    for (Index i = 0; i < n; ++i) f(i);
+  }
+};
+inline constexpr Serial serial{};
+
+namespace detail {
+
+/// Keeps the first exception of several threads, for rethrowing on the caller's. Empty without exceptions.
+class FirstError {
+ public:
+  template <class F>
+  void run(F&& f, Index i) {
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+    try {
+      f(i);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+#else
+    f(i);
+#endif
+  }
+  void rethrow() const {
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+    if (error_) std::rethrow_exception(error_);
+#endif
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
+}  // namespace detail
+
+#ifdef _OPENMP
+/// `#pragma omp parallel for` over the items; compile with -fopenmp.
+struct OpenMp {
+  int threads = 0;  // 0: OpenMP's own default
+
+  template <class F>
+  void operator()(Index n, F&& f) const {
+    if (n <= 1 || threads == 1) return serial(n, f);
+    detail::FirstError error;
+    if (threads > 0) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+      for (Index i = 0; i < n; ++i) error.run(f, i);
+    } else {
+#pragma omp parallel for schedule(dynamic)
+      for (Index i = 0; i < n; ++i) error.run(f, i);
+    }
+    error.rethrow();
+  }
+};
+#endif
+
+/// Runs on a pool that has `Schedule(std::function<void()>)` and `NumThreads()` (Eigen::ThreadPool, for one). The calling
+/// thread works too. Do not call it from inside one of the pool's own tasks.
+template <class Pool>
+class PoolExecutor {
+ public:
+  explicit PoolExecutor(Pool& pool) : pool_(&pool) {}
+
+  template <class F>
+  void operator()(Index n, F&& f) const {
+    if (n <= 1) return serial(n, f);
+    detail::FirstError error;
+    std::atomic<Index> next{0};
+    const auto work = [&] {
+      for (Index i = next.fetch_add(1); i < n; i = next.fetch_add(1)) error.run(f, i);
+    };
+    const Index helpers = std::min<Index>(static_cast<Index>(pool_->NumThreads()), n - 1);
+    std::mutex mutex;
+    std::condition_variable all_done;
+    Index running = helpers;
+    for (Index h = 0; h < helpers; ++h)
+      pool_->Schedule([&] {
+        work();
+        const std::lock_guard lock(mutex);
+        if (--running == 0) all_done.notify_one();
+      });
+    work();
+    std::unique_lock lock(mutex);
+    all_done.wait(lock, [&] { return running == 0; });
+    error.rethrow();
+  }
+
+ private:
+  Pool* pool_;
+};
+
+}  // namespace qkv::inline QKV_ABI

@@ -1,0 +1,87 @@
+// storage.hpp — how cached numbers are kept: float, half, bfloat16, int8 with one scale per row (and double, for tests).
+//
+// int8 row: scale = max|x| / 127, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale. Error at most scale / 2.
+// A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that NaN reaches whoever reads it.
+//
+// Before: matrix.hpp   Next: parallel.hpp
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <limits>
+
+#include "matrix.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+using half = Eigen::half;          // IEEE 754 binary16
+using bfloat16 = Eigen::bfloat16;  // upper half of a float
+
+template <class S>
+concept StorageType = std::same_as<S, float> || std::same_as<S, double> || std::same_as<S, long double> ||
+    std::same_as<S, half> || std::same_as<S, bfloat16> || std::same_as<S, std::int8_t>;
+
+/// int8 rows carry a scale; every other storage stands for itself.
+template <StorageType S>
+inline constexpr bool has_row_scale = std::same_as<S, std::int8_t>;
+
+/// The wide type in which what belongs to an S but must not be quantised is kept (MLA's rope key beside an int8 latent).
+template <StorageType S>
+using WideStorage = std::conditional_t<has_row_scale<S>, float, S>;
+
+template <StorageType S>
+inline constexpr const char* storage_name = std::same_as<S, float>         ? "f32"
+                                            : std::same_as<S, double>      ? "f64"
+                                            : std::same_as<S, long double> ? "f80"
+                                            : std::same_as<S, half>        ? "f16"
+                                            : std::same_as<S, bfloat16>    ? "bf16"
+                                                                           : "int8";
+
+/// Bytes of a row of n elements, its scale included.
+template <StorageType S>
+constexpr Index row_bytes(Index n) {
+  return n * static_cast<Index>(sizeof(S)) + (has_row_scale<S> ? static_cast<Index>(sizeof(float)) : 0);
+}
+
+/// Quantises x[0..n) to out[0..n) and returns the row's scale.
+template <class T>
+float quantize_row(const T* x, Index n, std::int8_t* out) {
+  float amax = 0;
+  bool finite = true;
+  for (Index i = 0; i < n; ++i) {
+    const float a = std::abs(static_cast<float>(x[i]));
+    finite = finite && a <= std::numeric_limits<float>::max();  // false for NaN too
+    amax = a > amax ? a : amax;
+  }
+  const float scale = finite ? amax / 127.0F : std::numeric_limits<float>::quiet_NaN();
+  const bool usable = finite && scale > 0;
+  for (Index i = 0; i < n; ++i) {
+    // nearbyint rounds to nearest even in the default rounding mode; a subnormal scale may overshoot 127.
+    const float q = usable ? std::nearbyint(static_cast<float>(x[i]) / scale) : 0.0F;
+    out[i] = static_cast<std::int8_t>(q > 127.0F ? 127.0F : q < -127.0F ? -127.0F : q);
+  }
+  return scale;
+}
+
+/// Writes n numbers as a row of storage S; `scale` is written where S has one (and may be null where it has none).
+template <StorageType S, class T>
+void store_row(const T* x, Index n, S* out, float* scale) {
+  if constexpr (has_row_scale<S>) {
+    *scale = quantize_row(x, n, out);
+  } else {
+    for (Index i = 0; i < n; ++i) out[i] = static_cast<S>(x[i]);
+  }
+}
+
+/// Reads a row of storage S back: x = q · scale.
+template <class T, StorageType S>
+void load_row(const S* row, Index n, [[maybe_unused]] float scale, T* out) {
+  if constexpr (has_row_scale<S>) {
+    for (Index i = 0; i < n; ++i) out[i] = static_cast<T>(row[i]) * static_cast<T>(scale);
+  } else {
+    for (Index i = 0; i < n; ++i) out[i] = static_cast<T>(row[i]);
+  }
+}
+
+}  // namespace qkv::inline QKV_ABI
