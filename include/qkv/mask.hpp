@@ -1,0 +1,318 @@
+// mask.hpp — who may see whom: a mask is a value with one question, sees(at).
+//
+//     causal                 key_position <= query_position
+//     window(left, right)    query_position - left <= key_position <= query_position + right   (causal = window(infinite, 0))
+//     prefix(n)              key_position < n
+//     lengths(n per sequence)    key < n[sequence]: padding at the end of each sequence
+//     documents(ids)         ids[query_position] == ids[key_position]: sequences packed into one
+//     boolean(matrix)        matrix(query, key), true = may see
+//     where(f)               any bool f(const At&)
+//
+// Masks compose: `causal & documents(ids)`, `(prefix(16) | window(64, 0)) & causal` (use parentheses). A mask may also
+// answer for a whole block of queries × keys at once: cover(block) says none, all or some, so that kernels skip blocks
+// and never add minus infinity to everything. `some` is always a legal answer.
+//
+// Masks hold views of ids, lengths and matrices: those must outlive the call.
+//
+// Before: heads.hpp   Next: score.hpp
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <limits>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+#include "matrix.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// One (query, key) pair. `query` and `key` count rows inside the sequence; positions are absolute.
+struct At {
+  Index sequence = 0, head = 0;
+  Index query = 0, key = 0;
+  Index query_position = 0, key_position = 0;
+};
+
+/// A rectangle of pairs: queries first … and keys first … at consecutive positions; never empty.
+struct Block {
+  Index sequence = 0, head = 0;
+  Index query = 0, n_queries = 1, query_position = 0;  // first row, how many, position of the first
+  Index key = 0, n_keys = 1, key_position = 0;
+
+  constexpr Index last_query_position() const { return query_position + n_queries - 1; }
+  constexpr Index last_key_position() const { return key_position + n_keys - 1; }
+};
+
+enum class Cover { none, some, all };
+
+/// What a call looks like to a mask or score that wants to check its operands against it before anything is written.
+struct CallShape {
+  Index sequences = 1, heads = 1;
+  Index sequence = 0, n_queries = 0, n_keys = 0;  // of this sequence
+  Index first_position = 0;                       // of its first query
+  Index last_key_position = -1;                   // of its last key
+};
+
+template <class M>
+concept Mask = requires(const M& mask, const At& at) {
+  { mask.sees(at) } -> std::convertible_to<bool>;
+};
+
+/// A predicate that can stand where a mask is expected.
+template <class F>
+concept MaskFunction = !Mask<F> && std::is_invocable_r_v<bool, const F&, const At&> &&
+                       std::same_as<std::remove_cvref_t<std::invoke_result_t<const F&, const At&>>, bool>;
+
+namespace detail {
+
+template <class M>
+constexpr Cover cover(const M& mask, const Block& block) {
+  if constexpr (requires {
+                  { mask.cover(block) } -> std::same_as<Cover>;
+                })
+    return mask.cover(block);
+  else
+    return Cover::some;
+}
+
+template <class M>
+void check_operand(const M& mask, const CallShape& call) {
+  if constexpr (requires { mask.check(call); }) mask.check(call);
+}
+
+/// How many keys of the sequence are real; the rest is padding. n_keys unless the mask knows lengths.
+template <class M>
+constexpr Index valid_keys(const M& mask, Index sequence, Index n_keys) {
+  if constexpr (requires {
+                  { mask.valid_keys(sequence, n_keys) } -> std::same_as<Index>;
+                })
+    return mask.valid_keys(sequence, n_keys);
+  else
+    return n_keys;
+}
+
+}  // namespace detail
+
+/// Everybody sees everything.
+struct Full {
+  constexpr bool sees(const At&) const { return true; }
+  constexpr Cover cover(const Block&) const { return Cover::all; }
+};
+inline constexpr Full full{};
+
+inline constexpr Index infinite = std::numeric_limits<Index>::max();
+
+/// Sees left keys before its own position, its own, and right keys after: left + right + 1 in all.
+struct Window {
+  Index left = infinite, right = infinite;
+
+  constexpr bool sees(const At& at) const {
+    return low(at.query_position) <= at.key_position && at.key_position <= high(at.query_position);
+  }
+  constexpr Cover cover(const Block& b) const {
+    if (b.last_key_position() < low(b.query_position) || b.key_position > high(b.last_query_position()))
+      return Cover::none;
+    return low(b.last_query_position()) <= b.key_position && b.last_key_position() <= high(b.query_position)
+               ? Cover::all
+               : Cover::some;
+  }
+
+ private:
+  static constexpr Index least = std::numeric_limits<Index>::min();
+  constexpr Index low(Index p) const { return left == infinite || p < least + left ? least : p - left; }
+  constexpr Index high(Index p) const { return right == infinite || p > infinite - right ? infinite : p + right; }
+};
+
+/// window(left, right) with left, right >= 0; `infinite` means no bound on that side.
+inline Window window(Index left, Index right) {
+  detail::require(left >= 0 && right >= 0,
+                  "window(left, right) needs left >= 0 and right >= 0 (`infinite` for no bound); given ", left, " and ",
+                  right);
+  return {left, right};
+}
+
+inline constexpr Window causal{infinite, 0};
+
+/// Keys at positions 0 … n-1 are seen by all: a prompt that is read in both directions is `(causal | prefix(n))`.
+struct Prefix {
+  Index n = 0;
+
+  constexpr bool sees(const At& at) const { return at.key_position < n; }
+  constexpr Cover cover(const Block& b) const {
+    return b.last_key_position() < n ? Cover::all : b.key_position >= n ? Cover::none : Cover::some;
+  }
+};
+constexpr Prefix prefix(Index n) { return {n}; }
+
+/// Padding: in sequence s only the first lengths[s] key rows are real. They also define where the queries stand when
+/// options.first_position is not given: the last query is at position lengths[s] - 1.
+struct Lengths {
+  std::span<const Index> n;
+
+  bool sees(const At& at) const { return at.key < n[static_cast<std::size_t>(at.sequence)]; }
+  Cover cover(const Block& b) const {
+    const Index valid = n[static_cast<std::size_t>(b.sequence)];
+    return b.key + b.n_keys <= valid ? Cover::all : b.key >= valid ? Cover::none : Cover::some;
+  }
+  Index valid_keys(Index sequence, Index n_keys) const {
+    const auto s = static_cast<std::size_t>(sequence);
+    return s < n.size() ? std::clamp<Index>(n[s], 0, n_keys) : n_keys;  // check() refuses what is out of range
+  }
+  void check(const CallShape& call) const {
+    detail::require(static_cast<Index>(n.size()) == call.sequences, "lengths needs one length per sequence; given ",
+                    n.size(), " for ", call.sequences, " sequences");
+    const Index valid = n[static_cast<std::size_t>(call.sequence)];
+    detail::require(valid >= 0 && valid <= call.n_keys, "a length must satisfy 0 <= length <= n_keys; sequence ",
+                    call.sequence, " has length ", valid, ", n_keys ", call.n_keys);
+  }
+};
+inline Lengths lengths(std::span<const Index> n) { return {n}; }
+
+/// Several documents packed into one sequence: ids[position] names the document a position belongs to.
+struct Documents {
+  std::span<const Index> ids;
+
+  bool sees(const At& at) const { return id(at.query_position) == id(at.key_position); }
+  /// One pass over the ids of the block's rows and columns: all of one id, or ranges that do not meet.
+  Cover cover(const Block& b) const {
+    const auto [q_low, q_high] = range(b.query_position, b.n_queries);
+    const auto [k_low, k_high] = range(b.key_position, b.n_keys);
+    if (q_high < k_low || k_high < q_low) return Cover::none;
+    return q_low == q_high && k_low == k_high ? Cover::all : Cover::some;
+  }
+  void check(const CallShape& call) const {
+    const Index last = std::max(call.first_position + call.n_queries - 1, call.last_key_position);
+    detail::require(call.n_queries == 0 || call.first_position >= 0,
+                    "documents needs positions >= 0; the first query is at ", call.first_position);
+    detail::require(last < static_cast<Index>(ids.size()), "documents needs an id for every position; given ",
+                    ids.size(), " ids, the last position is ", last);
+  }
+
+ private:
+  Index id(Index position) const { return ids[static_cast<std::size_t>(position)]; }
+  std::pair<Index, Index> range(Index position, Index count) const {
+    Index low = id(position), high = low;
+    for (Index i = 1; i < count; ++i) {
+      low = std::min(low, id(position + i));
+      high = std::max(high, id(position + i));
+    }
+    return {low, high};
+  }
+};
+inline Documents documents(std::span<const Index> ids) { return {ids}; }
+
+/// matrix(query, key) is true where the query may see the key; rows and columns of the call, not positions.
+/// [n_queries, n_keys], or [heads·n_queries, n_keys] with one block of rows per head.
+struct Boolean {
+  ConstView<bool> matrix;
+  Index n_queries = 0;  // rows per head; 0: one matrix for all heads
+
+  bool sees(const At& at) const { return matrix(at.head * n_queries + at.query, at.key); }
+  void check(const CallShape& call) const {
+    detail::require(
+        matrix.cols() == call.n_keys &&
+            matrix.rows() == (n_queries == 0 ? call.n_queries : call.heads * call.n_queries) &&
+            (n_queries == 0 || n_queries == call.n_queries),
+        "a boolean mask must be [n_queries, n_keys], or [heads*n_queries, n_keys] for boolean_per_head; given ",
+        detail::Shape{matrix.rows(), matrix.cols()}, " for n_queries ", call.n_queries, ", n_keys ", call.n_keys,
+        ", heads ", call.heads);
+  }
+};
+
+template <MatrixLike X>
+Boolean boolean(const X& matrix) {
+  static_assert(std::same_as<ScalarOf<X>, bool>,
+                "qkv: boolean(matrix) needs a matrix of bool; scores to add go through bias(matrix)");
+  return {view(matrix), 0};
+}
+template <MatrixLike X>
+requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Boolean boolean(X&& matrix)
+= delete;  // the mask holds a view: the matrix must outlive it
+
+/// [heads·n_queries, n_keys]: head h uses rows h·n_queries …
+template <MatrixLike X>
+Boolean boolean_per_head(const X& matrix, Index heads) {
+  static_assert(std::same_as<ScalarOf<X>, bool>, "qkv: boolean_per_head(matrix, heads) needs a matrix of bool");
+  detail::require(heads >= 1 && matrix.rows() % heads == 0, "boolean_per_head needs heads*n_queries rows; given ",
+                  matrix.rows(), " rows, heads ", heads);
+  return {view(matrix), matrix.rows() / heads};
+}
+template <MatrixLike X>
+requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Boolean boolean_per_head(X&& matrix, Index heads)
+= delete;
+
+/// Any predicate; blocks are `some` unless a struct with sees and cover says more.
+template <class F>
+struct Where {
+  F f;
+  constexpr bool sees(const At& at) const { return f(at); }
+};
+template <MaskFunction F>
+constexpr Where<F> where(F f) {
+  return {std::move(f)};
+}
+
+namespace detail {
+
+template <Mask M>
+constexpr const M& as_mask(const M& mask) {
+  return mask;
+}
+template <MaskFunction F>
+constexpr Where<F> as_mask(const F& f) {
+  return {f};
+}
+
+}  // namespace detail
+
+/// Both must agree.
+template <Mask A, Mask B>
+struct And {
+  A a;
+  B b;
+
+  constexpr bool sees(const At& at) const { return a.sees(at) && b.sees(at); }
+  constexpr Cover cover(const Block& block) const {
+    const Cover first = detail::cover(a, block);
+    return first == Cover::none ? Cover::none : std::min(first, detail::cover(b, block));  // none < some < all
+  }
+  void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
+  constexpr Index valid_keys(Index sequence, Index n_keys) const {
+    return std::min(detail::valid_keys(a, sequence, n_keys), detail::valid_keys(b, sequence, n_keys));
+  }
+};
+
+/// One of them suffices.
+template <Mask A, Mask B>
+struct Or {
+  A a;
+  B b;
+
+  constexpr bool sees(const At& at) const { return a.sees(at) || b.sees(at); }
+  constexpr Cover cover(const Block& block) const {
+    const Cover first = detail::cover(a, block);
+    return first == Cover::all ? Cover::all : std::max(first, detail::cover(b, block));
+  }
+  void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
+  constexpr Index valid_keys(Index sequence, Index n_keys) const {
+    return std::max(detail::valid_keys(a, sequence, n_keys), detail::valid_keys(b, sequence, n_keys));
+  }
+};
+
+template <class A, class B>
+requires(Mask<A> && (Mask<B> || MaskFunction<B>)) ||
+    (MaskFunction<A> && Mask<B>)constexpr auto operator&(const A& a, const B& b) {
+  return And<std::remove_cvref_t<decltype(detail::as_mask(a))>, std::remove_cvref_t<decltype(detail::as_mask(b))>>{
+      detail::as_mask(a), detail::as_mask(b)};
+}
+
+template <class A, class B>
+requires(Mask<A> && (Mask<B> || MaskFunction<B>)) ||
+    (MaskFunction<A> && Mask<B>)constexpr auto operator|(const A& a, const B& b) {
+  return Or<std::remove_cvref_t<decltype(detail::as_mask(a))>, std::remove_cvref_t<decltype(detail::as_mask(b))>>{
+      detail::as_mask(a), detail::as_mask(b)};
+}
+
+}  // namespace qkv::inline QKV_ABI

@@ -1,0 +1,65 @@
+// options.hpp — what a call of attention() may ask for beyond its operands, and the rule that picks its kernel.
+//
+// Before: softmax.hpp   Next: key_rows.hpp
+#pragma once
+
+#include <optional>
+#include <span>
+
+#include "matrix.hpp"
+#include "workspace.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+enum class Kernel {
+  automatic,  // by the rule below
+  reference,  // loops straight from the formula; any scalar, slow, the oracle of the tests
+  tiled,      // blocks of queries × blocks of keys: prefill
+  decode,     // a few queries against many keys, every key row read once
+};
+
+constexpr const char* name(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::automatic:
+      return "automatic";
+    case Kernel::reference:
+      return "reference";
+    case Kernel::tiled:
+      return "tiled";
+    case Kernel::decode:
+      return "decode";
+  }
+  return "?";
+}
+
+/// Up to this many queries of one sequence are served by the decode kernel.
+inline constexpr Index decode_max_queries = 4;
+
+/// The one place where `automatic` is decided: by the number of queries of the sequence and nothing else, so that a
+/// sequence gives the same bits alone and in any batch, on any number of threads.
+constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
+  if (asked != Kernel::automatic) return asked;
+  return n_queries <= decode_max_queries ? Kernel::decode : Kernel::tiled;
+}
+
+/// The four stages of ONNX's qk_matmul_output_mode, for looking inside attention_weights().
+enum class Stage {
+  scaled,         // scale · q·k, masked keys included
+  scored,         // after the score function, masked keys included
+  masked,         // masked keys are -inf
+  probabilities,  // after the softmax (sinks included)
+};
+
+template <class T>
+struct Options {
+  double scale = 0;                     // 0: 1/√head_dim
+  std::optional<Index> first_position;  // of the first query; default: valid_keys - n_queries, the queries are the last
+  std::span<const T> sinks;             // none, or one learned logit per head
+  Kernel kernel = Kernel::automatic;
+  Matrix<T>* log_sum_exp = nullptr;      // where to write log Σ exp(score) [n_queries, heads]; resized
+  Workspace* workspace = nullptr;        // scratch memory to reuse; default: allocated by the call
+  std::span<const Index> query_offsets;  // batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) …
+  std::span<const Index> key_offsets;    // … and key rows [key_offsets[s], key_offsets[s+1]); both or none
+};
+
+}  // namespace qkv::inline QKV_ABI
