@@ -1,0 +1,83 @@
+# What is installed comes first; what is not is fetched. Each function leaves the usual imported target behind.
+include(FetchContent)
+
+# Header-only packages are fetched without their own CMake files: the folder of headers is all that is needed.
+function(qkv_fetch_headers target name repository tag include_dir)
+  message(STATUS "${target}: not installed, fetching ${repository} ${tag}")
+  FetchContent_Declare(${name} GIT_REPOSITORY ${repository} GIT_TAG ${tag} GIT_SHALLOW ON SOURCE_SUBDIR no-cmake)
+  FetchContent_MakeAvailable(${name})
+  add_library(${target} INTERFACE IMPORTED GLOBAL)
+  target_include_directories(${target} INTERFACE "${${name}_SOURCE_DIR}${include_dir}")
+endfunction()
+
+# Without a version in find_package: Eigen 5 declares itself incompatible with a request for 3.4, and works.
+function(qkv_require_eigen)
+  if(TARGET Eigen3::Eigen) # the project above has brought its own; the headers check its version again
+    return()
+  endif()
+  find_package(Eigen3 CONFIG QUIET GLOBAL)
+  if(Eigen3_FOUND AND Eigen3_VERSION VERSION_LESS 3.4)
+    message(FATAL_ERROR "qkv needs Eigen 3.4 or later; found ${Eigen3_VERSION} in ${Eigen3_DIR}")
+  elseif(Eigen3_FOUND)
+    message(STATUS "Eigen ${Eigen3_VERSION}: ${Eigen3_DIR}")
+  else()
+    qkv_fetch_headers(Eigen3::Eigen qkv_eigen https://gitlab.com/libeigen/eigen.git 3.4.0 "")
+  endif()
+endfunction()
+
+function(qkv_require_cli11)
+  find_package(CLI11 CONFIG QUIET GLOBAL)
+  if(NOT TARGET CLI11::CLI11)
+    qkv_fetch_headers(CLI11::CLI11 qkv_cli11 https://github.com/CLIUtils/CLI11.git v2.4.2 /include)
+  endif()
+endfunction()
+
+function(qkv_require_json)
+  find_package(nlohmann_json CONFIG QUIET GLOBAL)
+  if(NOT TARGET nlohmann_json::nlohmann_json)
+    qkv_fetch_headers(nlohmann_json::nlohmann_json qkv_json https://github.com/nlohmann/json.git v3.11.3
+                      /single_include)
+  endif()
+endfunction()
+
+function(qkv_require_benchmark)
+  find_package(benchmark CONFIG QUIET GLOBAL)
+  if(NOT TARGET benchmark::benchmark)
+    message(STATUS "Google Benchmark: not installed, fetching it")
+    set(BENCHMARK_ENABLE_TESTING OFF)
+    set(BENCHMARK_ENABLE_INSTALL OFF)
+    FetchContent_Declare(qkv_benchmark GIT_REPOSITORY https://github.com/google/benchmark.git GIT_TAG v1.9.1
+                         GIT_SHALLOW ON SYSTEM)
+    FetchContent_MakeAvailable(qkv_benchmark)
+  endif()
+endfunction()
+
+# Catch2 3, else 2.13, else fetched. Leaves `qkv_catch`, which has a main. A distribution's library with main serves the
+# compiler it was built for; for another machine or standard library (QKV_OWN_CATCH_MAIN) main is compiled here.
+option(QKV_OWN_CATCH_MAIN "Compile Catch2's main instead of linking the installed one" ${CMAKE_CROSSCOMPILING})
+function(qkv_require_catch)
+  add_library(qkv_catch INTERFACE)
+  if(NOT QKV_OWN_CATCH_MAIN)
+    find_package(Catch2 3 CONFIG QUIET GLOBAL)
+  endif()
+  if(NOT TARGET Catch2::Catch2)
+    find_package(Catch2 2.13 CONFIG QUIET GLOBAL)
+  endif()
+  if(NOT TARGET Catch2::Catch2)
+    message(STATUS "Catch2: not installed, fetching it")
+    FetchContent_Declare(qkv_catch2 GIT_REPOSITORY https://github.com/catchorg/Catch2.git GIT_TAG v3.8.1
+                         GIT_SHALLOW ON SYSTEM)
+    FetchContent_MakeAvailable(qkv_catch2)
+    target_link_libraries(qkv_catch INTERFACE Catch2::Catch2WithMain)
+    return()
+  endif()
+  message(STATUS "Catch2 ${Catch2_VERSION}: ${Catch2_DIR}")
+  if(TARGET Catch2::Catch2WithMain AND NOT QKV_OWN_CATCH_MAIN)
+    target_link_libraries(qkv_catch INTERFACE Catch2::Catch2WithMain)
+  else()
+    add_library(qkv_catch_main STATIC support/catch_main.cpp)
+    target_compile_features(qkv_catch_main PRIVATE cxx_std_20)
+    target_link_libraries(qkv_catch_main PUBLIC Catch2::Catch2)
+    target_link_libraries(qkv_catch INTERFACE qkv_catch_main)
+  endif()
+endfunction()
