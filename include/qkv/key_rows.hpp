@@ -32,7 +32,7 @@ struct KeyRun {
 /// All rows of one sequence: runs one after another.
 template <StorageType S>
 struct KeyRows {
-  std::span<const KeyRun<S>> runs;
+  std::span<const KeyRun<S>> runs = {};
   Index rows = 0;  // sum over the runs
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
   Index key_row_stride = 0, key_head_stride = 0;      // elements

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <span>
+#include <type_traits>
 
 #include "matrix.hpp"
 #include "workspace.hpp"
@@ -35,10 +36,12 @@ constexpr const char* name(Kernel kernel) {
 /// Up to this many queries of one sequence are served by the decode kernel.
 inline constexpr Index decode_max_queries = 4;
 
-/// The one place where `automatic` is decided: by the number of queries of the sequence and nothing else, so that a
-/// sequence gives the same bits alone and in any batch, on any number of threads.
+/// The one place where `automatic` is decided: by the scalar and the number of queries of the sequence and nothing else,
+/// so that a sequence gives the same bits alone and in any batch, on any number of threads.
+template <class T>
 constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
   if (asked != Kernel::automatic) return asked;
+  if (!std::is_same_v<T, float> && !std::is_same_v<T, double>) return Kernel::reference;
   return n_queries <= decode_max_queries ? Kernel::decode : Kernel::tiled;
 }
 
@@ -52,14 +55,16 @@ enum class Stage {
 
 template <class T>
 struct Options {
-  double scale = 0;                     // 0: 1/√head_dim
-  std::optional<Index> first_position;  // of the first query; default: valid_keys - n_queries, the queries are the last
-  std::span<const T> sinks;             // none, or one learned logit per head
+  double scale = 0;  // 0: 1/√head_dim
+  std::optional<Index> first_position =
+      {};                         // of the first query; default: valid_keys - n_queries, the queries are the last
+  std::span<const T> sinks = {};  // none, or one learned logit per head
   Kernel kernel = Kernel::automatic;
-  Matrix<T>* log_sum_exp = nullptr;      // where to write log Σ exp(score) [n_queries, heads]; resized
-  Workspace* workspace = nullptr;        // scratch memory to reuse; default: allocated by the call
-  std::span<const Index> query_offsets;  // batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) …
-  std::span<const Index> key_offsets;    // … and key rows [key_offsets[s], key_offsets[s+1]); both or none
+  Matrix<T>* log_sum_exp = nullptr;  // where to write log Σ exp(score) [n_queries, heads]; resized
+  Workspace* workspace = nullptr;    // scratch memory to reuse; default: allocated by the call
+  std::span<const Index> query_offsets =
+      {};  // batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) …
+  std::span<const Index> key_offsets = {};  // … and key rows [key_offsets[s], key_offsets[s+1]); both or none
 };
 
 }  // namespace qkv::inline QKV_ABI

@@ -18,9 +18,9 @@ namespace qkv::inline QKV_ABI {
 using half = Eigen::half;          // IEEE 754 binary16
 using bfloat16 = Eigen::bfloat16;  // upper half of a float
 
+/// int8 or anything that stands for a real number (your own scalar too, with kernel::reference).
 template <class S>
-concept StorageType = std::same_as<S, float> || std::same_as<S, double> || std::same_as<S, long double> ||
-    std::same_as<S, half> || std::same_as<S, bfloat16> || std::same_as<S, std::int8_t>;
+concept StorageType = std::same_as<S, std::int8_t> || !std::integral<S>;
 
 /// int8 rows carry a scale; every other storage stands for itself.
 template <StorageType S>
@@ -33,10 +33,10 @@ using WideStorage = std::conditional_t<has_row_scale<S>, float, S>;
 template <StorageType S>
 inline constexpr const char* storage_name = std::same_as<S, float>         ? "f32"
                                             : std::same_as<S, double>      ? "f64"
-                                            : std::same_as<S, long double> ? "f80"
                                             : std::same_as<S, half>        ? "f16"
                                             : std::same_as<S, bfloat16>    ? "bf16"
-                                                                           : "int8";
+                                            : std::same_as<S, std::int8_t> ? "int8"
+                                                                           : "other";
 
 /// Bytes of a row of n elements, its scale included.
 template <StorageType S>

@@ -1,0 +1,232 @@
+// attention.hpp — the front door: softmax(score(scale · Q Kᵀ) under a mask) V, for all heads at once.
+//
+//     out = attention(q, k, v, {.heads = 8, .kv_heads = 2}, causal);
+//
+//     q [n_queries, heads·head_dim]   k [n_keys, kv_heads·head_dim]   v [n_keys, kv_heads·v_head_dim]
+//     out [n_queries, heads·v_head_dim]                       cost 2·n_queries·n_keys·heads·(head_dim + v_head_dim) flops
+//
+//     mask      who may see whom         mask.hpp     default: full
+//     score     what happens to q·k      score.hpp    default: plain
+//     options   scale, positions, sinks, kernel, log-sum-exp, workspace, batches      options.hpp
+//     executor  who does the work        parallel.hpp default: serial
+//
+// Queries are the *last* tokens unless options.first_position says otherwise: with n_keys keys of which none is padding,
+// query i stands at position n_keys - n_queries + i. A query that sees nothing gives zeros.
+// Vaswani et al. 2017, arXiv:1706.03762, equation 1; semantics of ONNX Attention, opset 25.
+//
+// Before: kernel/decode.hpp   Next: explain.hpp
+#pragma once
+
+#include <algorithm>
+
+#include "detail/launch.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// Anything that holds the keys and values of one sequence: KvCache, RingCache, PagedCache, or your own type with
+/// key_rows().
+template <class C>
+concept KeySource = !MatrixLike<C> && requires(const C& cache) {
+  cache.key_rows().runs;
+  cache.key_rows().kv_heads;
+};
+
+/// Scratch bytes a call leases at once with the serial executor: a Workspace of which this much is in use already lets a
+/// call of these sizes allocate nothing. Grows with n_queries (two numbers per query and head), never with
+/// n_queries · n_keys.
+template <class T>
+std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
+                           Index v_head_dim) {
+  const auto state = static_cast<std::size_t>(2 * n_queries * heads.heads) * sizeof(T);
+  switch (choose_kernel<T>(kernel, n_queries)) {
+    case Kernel::tiled:
+      return state + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
+    case Kernel::decode:
+      return state + kernel::decode_scratch_bytes<T>(n_queries, heads.group_size(), head_dim, v_head_dim);
+    default:
+      return state + static_cast<std::size_t>(n_keys) * (sizeof(T) + sizeof(bool));
+  }
+}
+
+/// out [n_queries, heads·v_head_dim] must have its shape and share no element with an input; all operands are row-major
+/// with unit inner stride. Throws std::invalid_argument before anything is written. Allocates nothing with the serial
+/// executor and a warm options.workspace.
+template <MatrixLike Out, MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain,
+          Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full,
+                    const F& score = plain, const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
+  using T = ScalarOf<Q>;
+  using S = ScalarOf<K>;
+  detail::check_functions<M, F, T>();
+  detail::check_scalars<T, S, ScalarOf<V>>();
+  const ConstView<T> queries = view(q);
+  const ConstView<S> keys = view(k), values = view(v);
+  const View<T> destination = writable_view(out);
+  const auto& m = detail::as_mask(mask);
+
+  detail::check_keys(k, v, heads);
+  detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  detail::check_out(out, q.rows(), heads.heads * (v.cols() / heads.kv_heads));
+  detail::check_options(options, heads);
+  detail::require_disjoint(out, q, "q");
+  detail::require_disjoint(out, k, "k");
+  detail::require_disjoint(out, v, "v");
+  const detail::Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const auto rows = sequences.at(s);
+    const detail::MatrixKeys<S> source(keys, values, rows.key, rows.n_keys, heads.kv_heads);
+    detail::check_call(m, score, source.rows,
+                       {.sequences = sequences.count(),
+                        .heads = heads.heads,
+                        .sequence = s,
+                        .n_queries = rows.n_queries,
+                        .first_position = detail::first_position(m, source.rows, s, rows.n_queries, options)});
+  }
+
+  Workspace local;
+  Workspace& workspace = options.workspace ? *options.workspace : local;
+  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const auto rows = sequences.at(s);
+    const detail::MatrixKeys<S> source(keys, values, rows.key, rows.n_keys, heads.kv_heads);
+    const auto task =
+        detail::make_task(ConstView<T>(queries.data() + rows.query * queries.outerStride(), rows.n_queries,
+                                       queries.cols(), Eigen::OuterStride<>(queries.outerStride())),
+                          source.rows, heads, m, score, options, s);
+    const View<T> part(const_cast<T*>(destination.data()) + rows.query * destination.outerStride(), rows.n_queries,
+                       destination.cols(), Eigen::OuterStride<>(destination.outerStride()));
+    detail::attend(task, part, rows.query, options, workspace, executor);
+  }
+}
+
+/// Takes any Eigen expressions; what is not row-major in memory is copied first.
+template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full,
+                              const F& score = plain, const Options<ScalarOf<Q>>& options = {},
+                              const E& executor = serial) {
+  detail::check_keys(k, v, heads);
+  Matrix<ScalarOf<Q>> out(q.rows(), heads.heads * (v.cols() / heads.kv_heads));
+  attention_into(out, viewable(q), viewable(k), viewable(v), heads, mask, score, options, executor);
+  return out;
+}
+
+/// Queries against what a cache holds. By default the queries are the last tokens of the cache.
+template <MatrixLike Out, MatrixLike Q, KeySource C, class M = Full, class F = Plain, Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
+                    const F& score = plain, const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
+  using T = ScalarOf<Q>;
+  detail::check_functions<M, F, T>();
+  const ConstView<T> queries = view(q);
+  const View<T> destination = writable_view(out);
+  const auto& m = detail::as_mask(mask);
+  const auto rows = cache.key_rows();
+
+  detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
+  detail::check_out(out, q.rows(), heads.heads * rows.v_head_dim);
+  detail::check_options(options, heads);
+  detail::require_disjoint(out, q, "q");
+  detail::require(options.query_offsets.empty() && options.key_offsets.empty(),
+                  "a cache holds one sequence: query_offsets and key_offsets must be empty");
+  detail::check_call(m, score, rows,
+                     {.heads = heads.heads,
+                      .n_queries = q.rows(),
+                      .first_position = detail::first_position(m, rows, 0, q.rows(), options)});
+
+  Workspace local;
+  Workspace& workspace = options.workspace ? *options.workspace : local;
+  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
+  detail::attend(detail::make_task(queries, rows, heads, m, score, options, 0), destination, 0, options, workspace,
+                 executor);
+}
+
+template <MatrixLike Q, KeySource C, class M = Full, class F = Plain, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
+                              const F& score = plain, const Options<ScalarOf<Q>>& options = {},
+                              const E& executor = serial) {
+  Matrix<ScalarOf<Q>> out(q.rows(), heads.heads * cache.key_rows().v_head_dim);
+  attention_into(out, viewable(q), cache, heads, mask, score, options, executor);
+  return out;
+}
+
+/// The mergeable state of q over these keys: states over disjoint keys merge, and finish() gives what attention gives.
+/// Keys of a later part stand at their own positions when options.first_position and the mask say so: give
+/// options.first_position relative to the first key of this part. Sinks are refused here; they join in finish().
+template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
+SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full,
+                                          const F& score = plain, const Options<ScalarOf<Q>>& options = {},
+                                          const E& executor = serial) {
+  using T = ScalarOf<Q>;
+  using S = ScalarOf<K>;
+  detail::check_functions<M, F, T>();
+  detail::check_scalars<T, S, ScalarOf<V>>();
+  const auto& q_rows = viewable(q);
+  const auto& k_rows = viewable(k);
+  const auto& v_rows = viewable(v);
+  const auto& m = detail::as_mask(mask);
+  detail::check_keys(k, v, heads);
+  detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  detail::check_options(options, heads);
+  detail::require(options.query_offsets.empty() && options.sinks.empty() && !options.log_sum_exp,
+                  "a state is of one sequence and without sinks: query_offsets, sinks and log_sum_exp must be empty");
+  const detail::MatrixKeys<S> source(view(k_rows), view(v_rows), 0, k.rows(), heads.kv_heads);
+  const auto task = detail::make_task(view(q_rows), source.rows, heads, m, score, options, 0);
+  detail::check_call(m, score, source.rows,
+                     {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
+
+  auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim());
+  Workspace local;
+  detail::launch(
+      choose_kernel<T>(options.kernel, q.rows()), task,
+      kernel::StateView<T>{state.maximum.data(), state.sum.data(), writable_view(state.weighted), heads.heads},
+      options.workspace ? *options.workspace : local, executor, [](Index, Index, Index, Index) {});
+  return state;
+}
+
+namespace detail {
+
+template <class T, StorageType S, class M, class F>
+Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask, const F& score,
+                     Stage stage, const Options<T>& options) {
+  check_query(q.cols(), heads, keys.kv_heads, keys.head_dim);
+  check_options(options, heads);
+  require(options.query_offsets.empty(), "weights are of one sequence: query_offsets must be empty");
+  const auto task = make_task(q, keys, heads, mask, score, options, 0);
+  check_call(mask, score, keys, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
+  Matrix<T> weights(checked_product(heads.heads, q.rows()), keys.rows);
+  for (Index h = 0; h < heads.heads; ++h)
+    for (Index i = 0; i < q.rows(); ++i)
+      kernel::reference_weights(task, h, i,
+                                options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
+                                stage, weights.data() + (h * q.rows() + i) * keys.rows);
+  return weights;
+}
+
+}  // namespace detail
+
+/// Who looks at whom, for learning and debugging: [heads·n_queries, n_keys], head h in rows h·n_queries …; this is the
+/// matrix that attention() never builds. Loops of kernel::reference.
+template <MatrixLike Q, MatrixLike K, class M = Full, class F = Plain>
+Matrix<ScalarOf<Q>> attention_weights(const Q& q, const K& k, Heads heads = {}, const M& mask = full,
+                                      const F& score = plain, Stage stage = Stage::probabilities,
+                                      const Options<ScalarOf<Q>>& options = {}) {
+  using S = ScalarOf<K>;
+  detail::check_functions<M, F, ScalarOf<Q>>();
+  detail::check_scalars<ScalarOf<Q>, S, S>();
+  const auto& q_rows = viewable(q);
+  const auto& k_rows = viewable(k);
+  detail::check_keys(k, k, heads);
+  const detail::MatrixKeys<S> source(view(k_rows), view(k_rows), 0, k.rows(), heads.kv_heads);
+  return detail::weights_of(view(q_rows), source.rows, heads, detail::as_mask(mask), score, stage, options);
+}
+
+/// The same against what a cache holds.
+template <MatrixLike Q, KeySource C, class M = Full, class F = Plain>
+Matrix<ScalarOf<Q>> attention_weights(const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
+                                      const F& score = plain, Stage stage = Stage::probabilities,
+                                      const Options<ScalarOf<Q>>& options = {}) {
+  detail::check_functions<M, F, ScalarOf<Q>>();
+  const auto& q_rows = viewable(q);
+  return detail::weights_of(view(q_rows), cache.key_rows(), heads, detail::as_mask(mask), score, stage, options);
+}
+
+}  // namespace qkv::inline QKV_ABI

@@ -1,0 +1,155 @@
+// detail/call.hpp — everything about a call that must be checked before the first write.
+#pragma once
+
+#include <span>
+
+#include "../heads.hpp"
+#include "../kernel/task.hpp"
+#include "../options.hpp"
+#include "../score.hpp"
+#include "overlap.hpp"
+
+namespace qkv::inline QKV_ABI::detail {
+
+/// Misplaced or unusable operands, in words rather than in a page of templates.
+template <class M, class F, class T>
+constexpr void check_functions() {
+  static_assert(Mask<M> || MaskFunction<M> || !Score<M, T>,
+                "qkv: a score stands where the mask is expected: attention(q, k, v, heads, mask, score, options); use "
+                "`full` for no mask");
+  static_assert(Mask<M> || MaskFunction<M>, "qkv: a mask needs bool sees(const At&) const, or be a bool f(const At&)");
+  static_assert(!Mask<F> && !MaskFunction<F>,
+                "qkv: a mask stands where the score is expected: attention(q, k, v, heads, mask, score, options)");
+  static_assert(Score<F, T>, "qkv: a score needs T operator()(T score, const At&) const for the scalar T of q");
+}
+
+template <class T, class K, class V>
+constexpr void check_scalars() {
+  static_assert(std::is_same_v<K, V>, "qkv: k and v must have the same scalar");
+  static_assert(
+      std::is_same_v<K, T> || std::is_same_v<K, half> || std::is_same_v<K, bfloat16> || std::is_same_v<K, float>,
+      "qkv: k and v must have the scalar of q, or be half, bfloat16 or float; int8 rows live in a cache");
+  static_assert(!std::is_same_v<T, half> && !std::is_same_v<T, bfloat16>,
+                "qkv: queries are float, double or wider (sums need it); use q.template cast<float>()");
+}
+
+/// One sequence of a batch: its rows of q and of k, v.
+struct SequenceRows {
+  Index sequence = 0;
+  Index query = 0, n_queries = 0;
+  Index key = 0, n_keys = 0;
+};
+
+/// The batch of a call: one sequence, or as many as the offsets name.
+class Sequences {
+ public:
+  Sequences(std::span<const Index> query_offsets, std::span<const Index> key_offsets, Index n_queries, Index n_keys)
+      : q_(query_offsets), k_(key_offsets), n_queries_(n_queries), n_keys_(n_keys) {
+    require(q_.size() == k_.size(), "query_offsets and key_offsets must be of equal length; given ", q_.size(), " and ",
+            k_.size());
+    check_offsets(q_, n_queries, "query_offsets", "n_queries");
+    check_offsets(k_, n_keys, "key_offsets", "n_keys");
+  }
+
+  Index count() const { return q_.empty() ? 1 : static_cast<Index>(q_.size()) - 1; }
+  SequenceRows at(Index s) const {
+    if (q_.empty()) return {0, 0, n_queries_, 0, n_keys_};
+    const auto i = static_cast<std::size_t>(s);
+    return {s, q_[i], q_[i + 1] - q_[i], k_[i], k_[i + 1] - k_[i]};
+  }
+
+ private:
+  static void check_offsets(std::span<const Index> offsets, Index rows, const char* what, const char* of) {
+    if (offsets.empty()) return;
+    require(offsets.front() == 0 && offsets.back() == rows, what, " must begin with 0 and end with ", of, "; given ",
+            offsets.front(), " … ", offsets.back(), ", ", of, " is ", rows);
+    for (std::size_t i = 1; i < offsets.size(); ++i)
+      require(offsets[i - 1] <= offsets[i], what, " must not decrease; entry ", i, " is ", offsets[i], " after ",
+              offsets[i - 1]);
+  }
+
+  std::span<const Index> q_, k_;
+  Index n_queries_, n_keys_;
+};
+
+template <class T>
+void check_options(const Options<T>& options, Heads heads) {
+  require(options.sinks.empty() || static_cast<Index>(options.sinks.size()) == heads.heads,
+          "sinks needs one logit per head; given ", options.sinks.size(), " for ", heads.heads, " heads");
+  require(options.scale == options.scale, "scale must be a number; given NaN");
+}
+
+/// q [n_queries, heads·head_dim] against keys of head_dim and kv_heads.
+inline void check_query(Index q_cols, Heads heads, Index kv_heads, Index head_dim) {
+  check(heads);
+  require(kv_heads == heads.kv_heads, "the keys must have kv_heads = ", heads.kv_heads, " heads; they have ", kv_heads);
+  require(q_cols == heads.heads * head_dim, "q must have heads*head_dim columns; given ", q_cols, " for heads ",
+          heads.heads, ", head_dim ", head_dim);
+}
+
+/// k [n_keys, kv_heads·head_dim], v [n_keys, kv_heads·v_head_dim].
+template <class K, class V>
+void check_keys(const K& k, const V& v, Heads heads) {
+  check(heads);
+  require(k.cols() % heads.kv_heads == 0 && v.cols() % heads.kv_heads == 0, "kv_heads ", heads.kv_heads,
+          " must divide the columns of k ", Shape{k.rows(), k.cols()}, " and v ", Shape{v.rows(), v.cols()});
+  require(k.rows() == v.rows(), "k and v must have the same number of rows; given ", Shape{k.rows(), k.cols()}, " and ",
+          Shape{v.rows(), v.cols()});
+}
+
+template <class Out>
+void check_out(const Out& out, Index rows, Index cols) {
+  require(out.rows() == rows && out.cols() == cols, "out must be ", Shape{rows, cols}, "; given ",
+          Shape{out.rows(), out.cols()});
+}
+
+/// Position one past logical row `rows - 1`: where the next token would stand.
+template <StorageType S>
+Index end_position(const KeyRows<S>& keys, Index rows) {
+  for (const auto& run : keys.runs) {
+    if (rows <= run.rows && rows > 0) return run.position + rows;
+    rows -= run.rows;
+  }
+  return 0;
+}
+
+template <class M, StorageType S, class T>
+Index first_position(const M& mask, const KeyRows<S>& keys, Index sequence, Index n_queries,
+                     const Options<T>& options) {
+  if (options.first_position) return *options.first_position;
+  return end_position(keys, valid_keys(mask, sequence, keys.rows)) - n_queries;
+}
+
+template <class M, class F, StorageType S>
+void check_call(const M& mask, const F& score, const KeyRows<S>& keys, const CallShape& shape) {
+  CallShape call = shape;
+  call.n_keys = keys.rows;
+  call.last_key_position = end_position(keys, keys.rows) - 1;
+  check_operand(mask, call);
+  check_operand(score, call);
+}
+
+template <class T>
+T scale_of(const Options<T>& options, Index head_dim) {
+  using std::sqrt;
+  return options.scale != 0 ? static_cast<T>(options.scale)
+         : head_dim > 0     ? T(1) / sqrt(static_cast<T>(head_dim))
+                            : T(1);
+}
+
+/// k and v as one run; a sequence's rows of them.
+template <StorageType S>
+struct MatrixKeys {
+  KeyRun<S> run;
+  KeyRows<S> rows;
+
+  MatrixKeys(const ConstView<S>& k, const ConstView<S>& v, Index first, Index count, Index kv_heads)
+      : run{count, 0, k.data() + first * k.outerStride(), v.data() + first * v.outerStride(), nullptr, nullptr},
+        rows(key_rows(run, k, v, kv_heads)) {
+    rows.rows = count;
+  }
+  MatrixKeys(const MatrixKeys&) = delete;  // rows points at run
+  MatrixKeys& operator=(const MatrixKeys&) = delete;
+};
+
+}  // namespace qkv::inline QKV_ABI::detail

@@ -1,0 +1,84 @@
+// detail/launch.hpp — runs the kernel that serves a task, item by item, and finishes what each item has computed.
+#pragma once
+
+#include "../kernel/decode.hpp"
+#include "../kernel/reference.hpp"
+#include "../kernel/tiled.hpp"
+#include "../parallel.hpp"
+#include "call.hpp"
+
+namespace qkv::inline QKV_ABI::detail {
+
+/// Every kernel leaves the softmax state; `done(query, n_queries, head, n_heads)` is called by the item that computed it.
+template <class T, StorageType S, class M, class F, class E, class Done>
+void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state,
+            Workspace& workspace, const E& executor, const Done& done) {
+  const Heads heads = task.heads;
+  const Index n = task.n_queries(), group = heads.group_size();
+  if (n == 0) return;
+  if (kernel == Kernel::tiled) {
+    executor(kernel::tiled_items(n, heads.kv_heads), [&](Index item) {
+      const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(task.head_dim(), task.v_head_dim()));
+      kernel::Tiled(task, state, item, scratch.data()).run();
+      const Index query = item / heads.kv_heads * kernel::tile_queries;
+      done(query, std::min(kernel::tile_queries, n - query), item % heads.kv_heads * group, group);
+    });
+  } else if (kernel == Kernel::decode) {
+    executor(heads.kv_heads, [&](Index kv_head) {
+      const auto scratch =
+          workspace.lease(kernel::decode_scratch_bytes<T>(n, group, task.head_dim(), task.v_head_dim()));
+      kernel::Decode(task, state, kv_head, scratch.data()).run();
+      done(Index(0), n, kv_head * group, group);
+    });
+  } else {
+    executor(heads.heads, [&](Index head) {
+      const auto scratch = workspace.lease(static_cast<std::size_t>(task.keys.rows) * (sizeof(T) + sizeof(bool)));
+      T* row = reinterpret_cast<T*>(scratch.data());
+      bool* seen = reinterpret_cast<bool*>(row + task.keys.rows);
+      for (Index i = 0; i < n; ++i) {
+        // The finished output is a state too: maximum = log-sum-exp, sum = 1.
+        T* out = state.o(i, head, task.v_head_dim());
+        state.m(i, head) = kernel::reference(task, head, i, minus_infinity<T>, row, seen, out);
+        state.l(i, head) = state.m(i, head) == minus_infinity<T> ? T(0) : T(1);
+      }
+      done(Index(0), n, head, Index(1));
+    });
+  }
+}
+
+/// The output of one sequence: its rows of out and of the log-sum-exp.
+template <class T, StorageType S, class M, class F, class E>
+void attend(const kernel::Task<T, S, M, F>& task, const View<T>& out, Index first_row, const Options<T>& options,
+            Workspace& workspace, const E& executor) {
+  const Index n = task.n_queries(), heads = task.heads.heads, dv = task.v_head_dim();
+  if (n == 0) return;
+  const auto memory = workspace.lease(static_cast<std::size_t>(2 * n * heads) * sizeof(T));
+  T* maximum = reinterpret_cast<T*>(memory.data());
+  const kernel::StateView<T> state{maximum, maximum + n * heads, out, heads};
+  launch(choose_kernel<T>(options.kernel, n), task, state, workspace, executor,
+         [&](Index query, Index n_queries, Index head, Index n_heads) {
+           for (Index i = query; i < query + n_queries; ++i)
+             for (Index h = head; h < head + n_heads; ++h) {
+               const T sink = options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)];
+               const auto end = finish(state.m(i, h), state.l(i, h), sink);
+               T* o = state.o(i, h, dv);
+               if (state.m(i, h) == minus_infinity<T>)
+                 std::fill_n(o, dv, T(0));
+               else
+                 for (Index x = 0; x < dv; ++x) o[x] *= end.factor;
+               if (options.log_sum_exp) (*options.log_sum_exp)(first_row + i, h) = end.log_sum_exp;
+             }
+         });
+}
+
+/// The task of one sequence.
+template <class T, StorageType S, class M, class F>
+kernel::Task<T, S, M, F> make_task(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask,
+                                   const F& score, const Options<T>& options, Index sequence) {
+  return {q,        keys,
+          heads,    scale_of(options, keys.head_dim),
+          sequence, first_position(mask, keys, sequence, q.rows(), options),
+          &mask,    &score};
+}
+
+}  // namespace qkv::inline QKV_ABI::detail

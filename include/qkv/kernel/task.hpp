@@ -1,0 +1,87 @@
+// kernel/task.hpp — the attention of one sequence as every kernel sees it, and what every kernel must produce.
+//
+// Before: key_rows.hpp   Next: kernel/reference.hpp
+#pragma once
+
+#include "../heads.hpp"
+#include "../key_rows.hpp"
+#include "../mask.hpp"
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// Inputs. Everything has been checked; nothing here is written.
+template <class T, StorageType S, class M, class F>
+struct Task {
+  ConstView<T> q;  // [n_queries, heads·head_dim]
+  KeyRows<S> keys;
+  Heads heads;
+  T scale;
+  Index sequence = 0, first_position = 0;
+  const M* mask;
+  const F* score;
+
+  Index n_queries() const { return q.rows(); }
+  Index head_dim() const { return keys.head_dim; }
+  Index v_head_dim() const { return keys.v_head_dim; }
+  const T* query(Index row, Index head) const { return q.data() + row * q.outerStride() + head * keys.head_dim; }
+
+  /// The rectangle of `n` queries × the keys [row, row + count) of `run`, whose rows begin at logical row `base`.
+  Block block(Index head, Index query, Index n, const KeyRun<S>& run, Index base, Index row, Index count) const {
+    return {sequence, head, query, n, first_position + query, base + row, count, run.position + row};
+  }
+  At at(Index head, Index query, Index key, Index key_position) const {
+    return {sequence, head, query, key, first_position + query, key_position};
+  }
+};
+
+/// Output: the softmax state of every query and head over all keys, not yet divided by the sum.
+template <class T>
+struct StateView {
+  T* maximum;        // [n_queries, heads]
+  T* sum;            // [n_queries, heads]
+  View<T> weighted;  // [n_queries, heads·v_head_dim]
+  Index heads;
+
+  T& m(Index query, Index head) const { return maximum[query * heads + head]; }
+  T& l(Index query, Index head) const { return sum[query * heads + head]; }
+  T* o(Index query, Index head, Index v_head_dim) const {
+    return const_cast<T*>(weighted.data()) + query * weighted.outerStride() + head * v_head_dim;
+  }
+};
+
+/// Kernels cut the keys on a fixed grid of absolute positions: whatever runs hold them, and however the queries arrive,
+/// a chunk holds the same keys, so paged, ring and contiguous caches give the same bits.
+template <StorageType S, class F>
+void for_each_chunk(const KeyRows<S>& keys, Index chunk, F&& f) {
+  std::size_t r = 0;
+  Index base = 0, row = 0;  // logical row of the run's first row; next row inside the run
+  while (r < keys.runs.size()) {
+    if (row == keys.runs[r].rows) {
+      base += keys.runs[r].rows, row = 0, ++r;
+      continue;
+    }
+    const Index first = (keys.runs[r].position + row) / chunk * chunk;
+    f(first, r, base, row);  // the chunk [first, first + chunk) begins at run r, row `row`
+    while (r < keys.runs.size()) {
+      const auto& run = keys.runs[r];
+      row = std::min(run.rows, first + chunk - run.position);
+      if (row < run.rows) break;
+      base += run.rows, row = 0, ++r;
+      if (r < keys.runs.size() && keys.runs[r].position >= first + chunk) break;
+    }
+  }
+}
+
+/// The pieces of the chunk that begins at (r, base, row): f(run, base, row, count, column), column = position - first.
+template <StorageType S, class F>
+void for_each_piece(const KeyRows<S>& keys, Index chunk, Index first, std::size_t r, Index base, Index row, F&& f) {
+  for (; r < keys.runs.size(); base += keys.runs[r].rows, row = 0, ++r) {
+    const auto& run = keys.runs[r];
+    if (run.rows == 0) continue;
+    const Index end = std::min(run.rows, first + chunk - run.position);
+    if (end <= row) return;
+    f(run, base, row, end - row, run.position + row - first);
+  }
+}
+
+}  // namespace qkv::inline QKV_ABI::kernel
