@@ -60,7 +60,7 @@ struct Shape {
   std::ptrdiff_t rows, cols;
 };
 inline void append(std::string& text, Shape shape) {
-  text += "[" + std::to_string(shape.rows) + ", " + std::to_string(shape.cols) + "]";
+  text.append("[").append(std::to_string(shape.rows)).append(", ").append(std::to_string(shape.cols)).append("]");
 }
 
 /// a*b for sizes; raises where a factor is negative or the product does not fit.
