@@ -1,0 +1,215 @@
+#include "qkv/kernel/simd.hpp"
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "support/catch.hpp"
+
+namespace {
+
+using qkv::Index;
+using qkv::kernel::Simd;
+
+template <class T>
+inline constexpr T inf = std::numeric_limits<T>::infinity();
+template <class T>
+inline constexpr T not_a_number = std::numeric_limits<T>::quiet_NaN();
+
+template <class T>
+using Lanes = std::vector<T>;
+
+template <class T>
+Lanes<T> lanes_of(typename Simd<T>::Vec v) {
+  Lanes<T> lanes(static_cast<std::size_t>(Simd<T>::width));
+  Simd<T>::store(lanes.data(), v);
+  return lanes;
+}
+
+template <class T>
+T exp2_of(T x) {
+  return lanes_of<T>(Simd<T>::exp2(Simd<T>::broadcast(x))).back();
+}
+
+template <class T>
+Lanes<T> numbers(std::size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal;
+  Lanes<T> x(n);
+  for (T& e : x) e = static_cast<T>(normal(random));
+  return x;
+}
+
+template <class T>
+bool same(T a, T b) {
+  return a == b || (std::isnan(a) && std::isnan(b));
+}
+
+/// Largest error in units of the last place of the result, over x in [from, to].
+template <class T>
+double worst_ulp(double from, double to, int steps) {
+  double worst = 0;
+  for (int i = 0; i <= steps; ++i) {
+    const T x = static_cast<T>(from + (to - from) * i / steps);
+    const long double want = std::exp2(static_cast<long double>(x));
+    const long double ulp = std::ldexp(1.0L, std::ilogb(want) - (std::numeric_limits<T>::digits - 1));
+    const double error = static_cast<double>(std::abs(static_cast<long double>(exp2_of(x)) - want) / ulp);
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("every lane computes what one number computes", "[simd]", float, double, long double) {
+  using S = Simd<TestType>;
+  const auto n = static_cast<std::size_t>(S::width);
+  const auto a = numbers<TestType>(n, 1), b = numbers<TestType>(n, 2), c = numbers<TestType>(n, 3);
+  const auto va = S::load(a.data()), vb = S::load(b.data()), vc = S::load(c.data());
+  const auto sum = lanes_of<TestType>(S::add(va, vb)), difference = lanes_of<TestType>(S::sub(va, vb)),
+             product = lanes_of<TestType>(S::mul(va, vb)), quotient = lanes_of<TestType>(S::div(va, vb)),
+             fused = lanes_of<TestType>(S::fma(va, vb, vc)), largest = lanes_of<TestType>(S::max(va, vb)),
+             smallest = lanes_of<TestType>(S::min(va, vb)), strict = lanes_of<TestType>(S::max_nan(va, vb)),
+             chosen = lanes_of<TestType>(S::select(S::less(va, vb), vb, vc)), iota = lanes_of<TestType>(S::iota());
+  const volatile bool twice = !S::fused;
+  for (std::size_t i = 0; i < n; ++i) {
+    CHECK(sum[i] == a[i] + b[i]);
+    CHECK(difference[i] == a[i] - b[i]);
+    const volatile TestType rounded_product = a[i] * b[i];
+    CHECK(product[i] == rounded_product);
+    CHECK(quotient[i] == a[i] / b[i]);
+    CHECK(fused[i] == (twice ? rounded_product + c[i] : std::fma(a[i], b[i], c[i])));
+    CHECK(largest[i] == std::max(a[i], b[i]));
+    CHECK(smallest[i] == std::min(a[i], b[i]));
+    CHECK(strict[i] == std::max(a[i], b[i]));
+    CHECK(chosen[i] == (a[i] < b[i] ? b[i] : c[i]));
+    CHECK(iota[i] == static_cast<TestType>(i));
+  }
+}
+
+TEMPLATE_TEST_CASE("comparisons with NaN are false and max_nan is NaN from either side", "[simd]", float, double,
+                   long double) {
+  using S = Simd<TestType>;
+  const auto one = S::broadcast(TestType(1)), none = S::broadcast(not_a_number<TestType>);
+  CHECK_FALSE(S::any(S::less(one, none)));
+  CHECK_FALSE(S::any(S::less(none, one)));
+  CHECK_FALSE(S::any(S::less_equal(none, none)));
+  CHECK_FALSE(S::any(S::less(one, one)));
+  CHECK(S::any(S::less_equal(one, one)));
+  CHECK_FALSE(S::any(S::both(S::less_equal(one, one), S::less(one, one))));
+  CHECK(S::any(S::both(S::less_equal(one, one), S::less(S::zero(), one))));
+  for (const TestType x : lanes_of<TestType>(S::max_nan(one, none))) CHECK(std::isnan(x));
+  for (const TestType x : lanes_of<TestType>(S::max_nan(none, one))) CHECK(std::isnan(x));
+  // One lane is enough for any().
+  for (Index lane = 0; lane < S::width; ++lane) {
+    Lanes<TestType> x(static_cast<std::size_t>(S::width), TestType(2));
+    x[static_cast<std::size_t>(lane)] = TestType(0);
+    CHECK(S::any(S::less(S::load(x.data()), one)));
+  }
+}
+
+TEMPLATE_TEST_CASE("partial loads and stores touch n numbers and no more", "[simd]", float, double, long double) {
+  using S = Simd<TestType>;
+  for (Index n = 0; n <= S::width; ++n) {
+    const auto count = static_cast<std::size_t>(n);
+    const Lanes<TestType> exact = numbers<TestType>(count, 4);  // the sanitizers watch the end of it
+    const auto read = lanes_of<TestType>(S::load_n(exact.data(), n));
+    for (std::size_t i = 0; i < read.size(); ++i) CHECK(read[i] == (i < count ? exact[i] : TestType(0)));
+    Lanes<TestType> written(static_cast<std::size_t>(S::width) + 1, TestType(-7));
+    S::store_n(written.data(), S::broadcast(TestType(5)), n);
+    for (std::size_t i = 0; i < written.size(); ++i) CHECK(written[i] == TestType(i < count ? 5 : -7));
+  }
+}
+
+TEMPLATE_TEST_CASE("transpose swaps rows and lanes; sums and maxima cover every lane", "[simd]", float, double,
+                   long double) {
+  using S = Simd<TestType>;
+  typename S::Vec rows[S::lanes];
+  for (Index i = 0; i < S::width; ++i) rows[i] = S::add(S::iota(), S::broadcast(static_cast<TestType>(i * 100)));
+  CHECK(S::sum_lanes(rows[S::width - 1]) ==
+        static_cast<TestType>((S::width - 1) * 100 * S::width + S::width * (S::width - 1) / 2));
+  CHECK(S::max_lanes(S::sub(S::zero(), rows[0])) == TestType(0));
+  CHECK(S::max_lanes(rows[0]) == static_cast<TestType>(S::width - 1));
+  S::transpose(rows);
+  for (Index i = 0; i < S::width; ++i) {
+    const auto row = lanes_of<TestType>(rows[i]);
+    for (Index j = 0; j < S::width; ++j) CHECK(row[static_cast<std::size_t>(j)] == static_cast<TestType>(j * 100 + i));
+  }
+}
+
+TEMPLATE_TEST_CASE("every half, bfloat16 and int8 becomes the number it stands for", "[simd]", float, double) {
+  using S = Simd<TestType>;
+  const auto check_all = [](const auto& stored) {
+    using Storage = std::remove_cvref_t<decltype(stored[0])>;
+    long wrong = 0;
+    for (std::size_t i = 0; i + static_cast<std::size_t>(S::width) <= stored.size();
+         i += static_cast<std::size_t>(S::width)) {
+      const auto got = lanes_of<TestType>(S::load(stored.data() + i));
+      for (std::size_t j = 0; j < got.size(); ++j) {
+        const auto want = static_cast<TestType>(static_cast<float>(stored[i + j]));
+        wrong += !(same(got[j], want) && (std::isnan(want) || std::signbit(got[j]) == std::signbit(want)));
+      }
+    }
+    CHECK(wrong == 0);
+    for (Index n = 0; n <= S::width; ++n) {
+      const std::vector<Storage> exact(stored.begin() + 300, stored.begin() + 300 + n);
+      const auto got = lanes_of<TestType>(S::load_n(exact.data(), n));
+      for (std::size_t j = 0; j < got.size(); ++j)
+        CHECK(same(got[j], j < exact.size() ? static_cast<TestType>(static_cast<float>(exact[j])) : TestType(0)));
+    }
+  };
+  std::vector<qkv::half> halves;
+  std::vector<qkv::bfloat16> bfloats;
+  std::vector<std::int8_t> bytes;
+  for (std::uint32_t i = 0; i < 65536; ++i) {
+    halves.push_back(Eigen::numext::bit_cast<qkv::half>(static_cast<std::uint16_t>(i)));
+    bfloats.push_back(Eigen::numext::bit_cast<qkv::bfloat16>(static_cast<std::uint16_t>(i)));
+    if (i < 1024) bytes.push_back(static_cast<std::int8_t>(static_cast<int>(i % 256) - 128));
+  }
+  check_all(halves);
+  check_all(bfloats);
+  check_all(bytes);
+}
+
+TEMPLATE_TEST_CASE("2^x is within about one ulp of the exact power", "[simd]", float, double) {
+  const double low = std::is_same_v<TestType, float> ? -126 : -1022;
+  const double high = std::is_same_v<TestType, float> ? 127.4 : 1023.4;
+  const double bound = Simd<TestType>::fused ? 0.95 : 1.1;  // without FMA every step of the polynomial rounds twice
+  CHECK(worst_ulp<TestType>(-1.5, 1.5, 100003) < bound);
+  CHECK(worst_ulp<TestType>(low, 0, 200003) < bound);
+  CHECK(worst_ulp<TestType>(0, high, 50021) < bound);
+}
+
+TEMPLATE_TEST_CASE("2^x at its edges: zero, one, infinity, NaN", "[simd]", float, double, long double) {
+  CHECK(exp2_of(-inf<TestType>) == TestType(0));
+  CHECK_FALSE(std::signbit(exp2_of(-inf<TestType>)));
+  CHECK(exp2_of(std::numeric_limits<TestType>::lowest()) == TestType(0));
+  CHECK(exp2_of(TestType(-20000)) == TestType(0));
+  CHECK(exp2_of(TestType(0)) == TestType(1));
+  CHECK(exp2_of(TestType(-0.0)) == TestType(1));
+  CHECK(exp2_of(TestType(-1)) == TestType(0.5));
+  CHECK(exp2_of(TestType(-126)) == std::exp2(TestType(-126)));
+  CHECK(exp2_of(inf<TestType>) == inf<TestType>);
+  CHECK(exp2_of(TestType(30000)) == inf<TestType>);
+  CHECK(exp2_of(std::numeric_limits<TestType>::max()) == inf<TestType>);
+  CHECK(std::isnan(exp2_of(not_a_number<TestType>)));
+  CHECK(std::isnan(exp2_of(-not_a_number<TestType>)));
+  // Tiny results are right or zero, never garbage.
+  for (double x = 0; x > -1200; x -= 0.37) {
+    const TestType got = exp2_of(static_cast<TestType>(x));
+    const TestType want = std::exp2(static_cast<TestType>(x));
+    const bool close = std::abs(got - want) <= want * 2 * std::numeric_limits<TestType>::epsilon() +
+                                                   std::numeric_limits<TestType>::denorm_min();
+    CHECK((close || (want < std::numeric_limits<TestType>::min() && got == TestType(0))));
+  }
+}
+
+TEST_CASE("2^x keeps NaN whatever its payload", "[simd]") {
+  for (std::uint32_t bits = 0x7F800001U; bits < 0x7FFFFFFFU; bits += 40503U) {
+    CHECK(std::isnan(exp2_of(std::bit_cast<float>(bits))));
+    CHECK(std::isnan(exp2_of(std::bit_cast<float>(bits | 0x80000000U))));
+  }
+}
