@@ -1,0 +1,166 @@
+// detail/cache_blocks.hpp — the memory under the caches: blocks of rows, [kv_head][token][head_dim] in each.
+//
+//     block 0                                    block 1 …
+//     head 0: row 0, row 1, … row block_rows-1   head 0: …
+//     head 1: row 0, …                           head 1: …
+//
+// The rows of one head lie one after another, so a kernel reads memory in order. Keys, values and (int8) their scales are
+// four arrays without padding, each 64-byte aligned.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "../key_rows.hpp"
+#include "../workspace.hpp"
+
+namespace qkv::inline QKV_ABI::detail {
+
+/// What a row consists of.
+struct CacheShape {
+  Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
+};
+
+inline void check(const CacheShape& shape) {
+  require(shape.kv_heads >= 1 && shape.head_dim >= 1 && shape.v_head_dim >= 1,
+          "a cache needs kv_heads, head_dim and v_head_dim >= 1; given ", shape.kv_heads, ", ", shape.head_dim, ", ",
+          shape.v_head_dim);
+}
+
+/// What numbers of storage S are read back as unless the caller says otherwise.
+template <StorageType S>
+using ReadAs = std::conditional_t<std::is_floating_point_v<S>, S, float>;
+
+/// `blocks` blocks of `block_rows` rows. Uninitialised: a row is written before it is read.
+template <StorageType S>
+class CacheBlocks {
+ public:
+  CacheBlocks() = default;
+  CacheBlocks(const CacheShape& shape, Index block_rows, Index blocks)
+      : shape_(shape), block_rows_(block_rows), head_rows_(heads_times(block_rows, blocks)) {
+    // Sizes first: nothing is allocated where one of them does not fit.
+    const Index key_bytes = array_bytes(sizeof(S), shape.head_dim);
+    const Index value_bytes = array_bytes(sizeof(S), shape.v_head_dim);
+    const Index scale_bytes = has_row_scale<S> ? array_bytes(sizeof(float), 1) : 0;
+    keys_ = allocate(key_bytes);
+    values_ = allocate(value_bytes);
+    key_scales_ = allocate(scale_bytes);
+    value_scales_ = allocate(scale_bytes);
+    bytes_ = key_bytes + value_bytes + 2 * scale_bytes;
+  }
+
+  Index bytes() const { return bytes_; }
+
+  /// Writes row `row` of block `block` from k [kv_heads·head_dim] and v [kv_heads·v_head_dim].
+  template <class K, class V>
+  void store(Index block, Index row, const K* k, const V* v) {
+    for (Index head = 0; head < shape_.kv_heads; ++head) {
+      const Index at = head_row(block, head) + row;
+      store_row(k + head * shape_.head_dim, shape_.head_dim, keys() + at * shape_.head_dim, key_scales() + at);
+      store_row(v + head * shape_.v_head_dim, shape_.v_head_dim, values() + at * shape_.v_head_dim,
+                value_scales() + at);
+    }
+  }
+
+  /// Copies the first `rows` rows of a block of `other`, which may be *this, to a block of this one: same bytes.
+  void copy_rows(const CacheBlocks& other, Index from_block, Index to_block, Index rows) {
+    for (Index head = 0; head < shape_.kv_heads; ++head) {
+      const Index from = other.head_row(from_block, head), to = head_row(to_block, head);
+      const auto copy = [&](auto* out, const auto* in, Index width) {
+        std::copy_n(in + from * width, rows * width, out + to * width);
+      };
+      copy(keys(), other.keys(), shape_.head_dim);
+      copy(values(), other.values(), shape_.v_head_dim);
+      if constexpr (has_row_scale<S>) {
+        copy(key_scales(), other.key_scales(), 1);
+        copy(value_scales(), other.value_scales(), 1);
+      }
+    }
+  }
+
+  /// Rows `row` … row+rows-1 of a block, as kernels see them.
+  KeyRun<S> run(Index block, Index row, Index rows, Index position) const {
+    const Index at = head_row(block, 0) + row;
+    KeyRun<S> run{.rows = rows,
+                  .position = position,
+                  .keys = keys() + at * shape_.head_dim,
+                  .values = values() + at * shape_.v_head_dim};
+    if constexpr (has_row_scale<S>) {
+      run.key_scales = key_scales() + at;
+      run.value_scales = value_scales() + at;
+    }
+    return run;
+  }
+
+ private:
+  Index heads_times(Index block_rows, Index blocks) const {
+    return checked_product(shape_.kv_heads, checked_product(block_rows, blocks));
+  }
+  Index array_bytes(std::size_t element, Index width) const {
+    return checked_product(head_rows_, checked_product(width, static_cast<Index>(element)));
+  }
+  static AlignedBytes allocate(Index bytes) {
+    return bytes > 0 ? aligned_bytes(static_cast<std::size_t>(bytes)) : AlignedBytes();
+  }
+  Index head_row(Index block, Index head) const { return (block * shape_.kv_heads + head) * block_rows_; }
+
+  S* keys() const { return reinterpret_cast<S*>(keys_.get()); }
+  S* values() const { return reinterpret_cast<S*>(values_.get()); }
+  float* key_scales() const { return reinterpret_cast<float*>(key_scales_.get()); }
+  float* value_scales() const { return reinterpret_cast<float*>(value_scales_.get()); }
+
+  CacheShape shape_;
+  Index block_rows_ = 0;
+  Index head_rows_ = 0;  // rows over all heads and blocks
+  Index bytes_ = 0;
+  AlignedBytes keys_, values_, key_scales_, value_scales_;
+};
+
+/// The runs of a cache whose blocks have `block_rows` rows, with the strides that follow from it.
+template <StorageType S>
+KeyRows<S> key_rows_of(const CacheShape& shape, Index block_rows, std::span<const KeyRun<S>> runs, Index rows) {
+  return {.runs = runs,
+          .rows = rows,
+          .kv_heads = shape.kv_heads,
+          .head_dim = shape.head_dim,
+          .v_head_dim = shape.v_head_dim,
+          .key_row_stride = shape.head_dim,
+          .key_head_stride = block_rows * shape.head_dim,
+          .value_row_stride = shape.v_head_dim,
+          .value_head_stride = block_rows * shape.v_head_dim,
+          .scale_row_stride = 1,
+          .scale_head_stride = block_rows};
+}
+
+/// Shapes of an append; raises unless k and v are n rows of `shape`.
+template <MatrixLike K, MatrixLike V>
+void check_rows(const CacheShape& shape, const K& k, const V& v) {
+  require(k.rows() == v.rows() && k.cols() == shape.kv_heads * shape.head_dim &&
+              v.cols() == shape.kv_heads * shape.v_head_dim,
+          "a cache takes k [n, kv_heads*head_dim] and v [n, kv_heads*v_head_dim]; given k ", Shape{k.rows(), k.cols()},
+          ", v ", Shape{v.rows(), v.cols()}, " for kv_heads ", shape.kv_heads, ", head_dim ", shape.head_dim,
+          ", v_head_dim ", shape.v_head_dim);
+}
+
+/// All keys (or values) as one matrix, [rows, kv_heads·width], in ascending position.
+template <class T, bool Values, StorageType S>
+Matrix<T> load_all(const KeyRows<S>& all) {
+  const Index width = Values ? all.v_head_dim : all.head_dim;
+  Matrix<T> out(all.rows, all.kv_heads * width);
+  Index first = 0;
+  for (const KeyRun<S>& run : all.runs) {
+    for (Index row = 0; row < run.rows; ++row)
+      for (Index head = 0; head < all.kv_heads; ++head) {
+        T* to = out.data() + (first + row) * out.cols() + head * width;
+        if constexpr (Values)
+          load_row(all.value(run, head, row), width, all.value_scale(run, head, row), to);
+        else
+          load_row(all.key(run, head, row), width, all.key_scale(run, head, row), to);
+      }
+    first += run.rows;
+  }
+  return out;
+}
+
+}  // namespace qkv::inline QKV_ABI::detail

@@ -1,0 +1,237 @@
+// kv_cache.hpp — keys and values of the tokens so far, kept so that a new token costs one row of K and V and not all.
+//
+//     without:  step n projects n tokens and scores n² pairs           a whole text:  O(n²) projections, O(n³) pairs
+//     with:     step n projects one token and scores n pairs           a whole text:  O(n) projections,  O(n²) pairs
+//
+// Three things that a cache keeps apart: `position` of the next token in its sequence, `rows` held, and `capacity`.
+// In a KvCache position = rows; a RingCache forgets rows and its position goes on; a PagedCache borrows its capacity.
+//
+// Layout [kv_head][token][head_dim]: the rows of one head lie one after another, as decoding reads them. A token costs
+// kv_heads·(head_dim + v_head_dim) numbers per layer: memory.hpp. Rows are stored as S (float, half, bfloat16, int8 with a
+// scale per row and head); attention sees what the cache *holds*, the rows of the current call included.
+//
+// A cache belongs to one sequence of one layer, and to one thread at a time.
+//
+// Before: memory.hpp   Next: ring_cache.hpp
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "detail/cache_blocks.hpp"
+#include "key_rows.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// What attention and the layers ask of a cache; KvCache, RingCache and PagedCache are models, yours may be another.
+template <class C>
+concept KeyValueCache = requires(C& cache, const C& constant, const Matrix<float>& rows, Index position) {
+  typename C::Storage;
+  { constant.key_rows() } -> std::same_as<KeyRows<typename C::Storage>>;
+  { constant.position() } -> std::same_as<Index>;    // of the next token
+  { constant.rows() } -> std::same_as<Index>;        // held
+  { constant.max_append() } -> std::same_as<Index>;  // rows that one append may bring now
+  cache.append(rows, rows);
+  cache.truncate(position);
+};
+
+/// What the three caches share. Errors leave a cache as it was; the try_ forms return false instead of raising where a
+/// cache is full or a position out of reach (wrong shapes always raise std::invalid_argument).
+template <class Cache, StorageType S>
+class CacheInterface {
+ public:
+  using Storage = S;
+
+  Index kv_heads() const { return shape_.kv_heads; }
+  Index head_dim() const { return shape_.head_dim; }
+  Index v_head_dim() const { return shape_.v_head_dim; }
+
+  /// Appends k [n, kv_heads·head_dim] and v [n, kv_heads·v_head_dim] of any floating-point scalar at position().
+  /// std::length_error unless n <= max_append().
+  template <MatrixLike K, MatrixLike V>
+  void append(const K& k, const V& v) {
+    self().scatter_rows(self().position(), k, v);
+  }
+  template <MatrixLike K, MatrixLike V>
+  [[nodiscard]] bool try_append(const K& k, const V& v) {
+    detail::check_rows(shape_, k, v);
+    if (k.rows() > self().max_append()) return false;
+    append(k, v);
+    return true;
+  }
+
+  /// Goes back to `position`, forgetting the rows from there on: as if they had never been appended.
+  /// std::out_of_range unless can_truncate(position).
+  void truncate(Index position) {
+    detail::require<std::out_of_range>(self().can_truncate(position),
+                                       "truncate(position) needs 0 <= position <= ", self().position(),
+                                       " and every row visible from there still held; given position ", position);
+    self().rewind(position);
+  }
+  [[nodiscard]] bool try_truncate(Index position) {
+    if (!self().can_truncate(position)) return false;
+    self().rewind(position);
+    return true;
+  }
+
+  /// What the cache holds, in ascending position: keys [rows, kv_heads·head_dim], values [rows, kv_heads·v_head_dim].
+  template <class T = detail::ReadAs<S>>
+  Matrix<T> keys() const {
+    return detail::load_all<T, false>(self().key_rows());
+  }
+  template <class T = detail::ReadAs<S>>
+  Matrix<T> values() const {
+    return detail::load_all<T, true>(self().key_rows());
+  }
+
+ protected:
+  CacheInterface() = default;
+  explicit CacheInterface(const detail::CacheShape& shape) : shape_(shape) { detail::check(shape); }
+
+  /// Raises unless n rows may be written from `position` on: no row may be left out between those held and these.
+  void check_write(Index position, Index n) const {
+    detail::require<std::out_of_range>(position >= 0 && position <= self().position(),
+                                       "rows may be written at positions 0 ... ", self().position(), "; given ",
+                                       position);
+    const Index grows = position + n - self().position();
+    detail::require<std::length_error>(grows <= self().max_append(), "the cache (capacity ", self().capacity(),
+                                       ", rows held ", self().rows(), ", position ", self().position(),
+                                       ") takes at most ", self().max_append(), " more rows in one piece; given ",
+                                       grows);
+  }
+
+  detail::CacheShape shape_;
+
+ private:
+  Cache& self() { return static_cast<Cache&>(*this); }
+  const Cache& self() const { return static_cast<const Cache&>(*this); }
+};
+
+struct KvCacheConfig {
+  Index kv_heads = 1;
+  Index head_dim = 0;
+  Index v_head_dim = head_dim;
+  Index capacity = 0;  // the most rows it will hold
+  Index block = 0;     // 0: all of the capacity is allocated at once; else so many rows at a time, as they are needed
+};
+
+/// What scatter_rows does at the end of the storage: stop, or go on at its beginning.
+enum class Wrap { none, circular };
+
+/// Every row from position 0 on. Growing (config.block) never copies what is there: attention walks the blocks as runs.
+template <StorageType S = float>
+class KvCache : public CacheInterface<KvCache<S>, S> {
+  using Base = CacheInterface<KvCache<S>, S>;
+
+ public:
+  /// std::invalid_argument unless capacity is positive and a multiple of block.
+  explicit KvCache(const KvCacheConfig& config)
+      : Base({config.kv_heads, config.head_dim, config.v_head_dim}), capacity_(config.capacity), block_(config.block) {
+    detail::require(capacity_ >= 1 && block_ >= 0 && (block_ == 0 || capacity_ % block_ == 0),
+                    "a cache needs capacity >= 1 and a block that divides it, or 0; given capacity ", capacity_,
+                    ", block ", block_);
+    if (block_ == 0) reserve(block_ = capacity_);
+  }
+
+  /// A copy holds the same bytes in its own memory.
+  KvCache(const KvCache& other) : Base(other), capacity_(other.capacity_), block_(other.block_) {
+    reserve(static_cast<Index>(other.blocks_.size()) * block_);
+    rows_ = other.rows_;
+    for (std::size_t b = 0; b < other.runs_.size(); ++b)
+      blocks_[b].copy_rows(other.blocks_[b], 0, 0, other.runs_[b].rows);
+    update_runs();
+  }
+  /// What was moved from has capacity 0.
+  KvCache(KvCache&& other) noexcept
+      : Base(other),
+        capacity_(std::exchange(other.capacity_, 0)),
+        block_(other.block_),
+        rows_(std::exchange(other.rows_, 0)),
+        blocks_(std::exchange(other.blocks_, {})),
+        runs_(std::exchange(other.runs_, {})) {}
+  KvCache& operator=(KvCache other) noexcept {
+    this->shape_ = other.shape_;
+    std::swap(capacity_, other.capacity_);
+    std::swap(block_, other.block_);
+    std::swap(rows_, other.rows_);
+    std::swap(blocks_, other.blocks_);
+    std::swap(runs_, other.runs_);
+    return *this;
+  }
+  ~KvCache() = default;
+
+  Index position() const { return rows_; }
+  Index rows() const { return rows_; }
+  Index capacity() const { return capacity_; }
+  Index max_append() const { return capacity_ - rows_; }
+  bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
+
+  void clear() { rewind(0); }
+
+  /// Below append: overwrites rows position … position+n-1, and appends those past rows(). Circular: ONNX TensorScatter,
+  /// row (position + i) modulo capacity, for caches that are full or become so; rows then are slots, not positions
+  /// (RingCache keeps both apart). std::out_of_range where rows would be left out, std::length_error past capacity.
+  template <MatrixLike K, MatrixLike V>
+  void scatter_rows(Index position, const K& k, const V& v, Wrap wrap = Wrap::none) {
+    detail::check_rows(this->shape_, k, v);
+    const Index n = k.rows();
+    const bool circular = wrap == Wrap::circular && position >= 0 && n > 0;
+    detail::require<std::length_error>(!circular || n <= capacity_, "a circular write takes at most capacity ",
+                                       capacity_, " rows; given ", n);
+    if (circular) position %= capacity_;
+    const Index end = circular ? std::min(position + n, capacity_) : position + n;
+    this->check_write(position, end - position);
+    const auto& keys = viewable(k);
+    const auto& values = viewable(v);
+    reserve(end);
+    for (Index i = 0; i < n; ++i) {
+      const Index row = (position + i) % capacity_;
+      blocks_[static_cast<std::size_t>(row / block_)].store(0, row % block_, view(keys).row(i).data(),
+                                                            view(values).row(i).data());
+    }
+    rows_ = std::max(rows_, end);
+    update_runs();
+  }
+
+  /// Allocates now what `rows` rows will need, so that appending them does not.
+  void reserve(Index rows) {
+    const auto blocks = static_cast<std::size_t>((std::min(rows, capacity_) + block_ - 1) / block_);
+    if (blocks <= blocks_.size()) return;
+    blocks_.reserve(blocks);
+    runs_.reserve(blocks);
+    while (blocks_.size() < blocks) blocks_.emplace_back(this->shape_, block_, 1);
+  }
+
+  /// Bytes of keys, values and scales: of all capacity, or of the blocks so far where the cache grows.
+  Index bytes() const {
+    Index sum = 0;
+    for (const auto& block : blocks_) sum += block.bytes();
+    return sum;
+  }
+  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the cache has allocated.
+  Index overhead_bytes() const {
+    return static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0]));
+  }
+
+  /// For kernels; valid until the next change of the cache.
+  KeyRows<S> key_rows() const { return detail::key_rows_of<S>(this->shape_, block_, runs_, rows_); }
+
+ private:
+  friend Base;
+  void rewind(Index position) {
+    rows_ = position;
+    update_runs();
+  }
+  void update_runs() {
+    runs_.clear();
+    for (Index first = 0; first < rows_; first += block_)
+      runs_.push_back(
+          blocks_[static_cast<std::size_t>(first / block_)].run(0, 0, std::min(block_, rows_ - first), first));
+  }
+
+  Index capacity_ = 0, block_ = 0, rows_ = 0;
+  std::vector<detail::CacheBlocks<S>> blocks_;
+  std::vector<KeyRun<S>> runs_;
+};
+
+}  // namespace qkv::inline QKV_ABI
