@@ -33,7 +33,8 @@ struct KeyRun {
 template <StorageType S>
 struct KeyRows {
   std::span<const KeyRun<S>> runs = {};
-  Index rows = 0;  // sum over the runs
+  Index rows = 0;       // sum over the runs
+  Index first_row = 0;  // logical row of the first of them: not 0 where these are a part of a sequence's rows
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
   Index key_row_stride = 0, key_head_stride = 0;      // elements
   Index value_row_stride = 0, value_head_stride = 0;  // elements

@@ -9,24 +9,31 @@
 
 namespace qkv::inline QKV_ABI::detail {
 
-/// Every kernel leaves the softmax state; `done(query, n_queries, head, n_heads)` is called by the item that computed it.
+/// Whether a launch begins with the state of no keys, or merges into what is there (tiled and decode only).
+enum class Start { empty, merge };
+
+/// Leaves the softmax state; `done(query, n_queries, head, n_heads)` is called by the item that computed its part.
 template <class T, StorageType S, class M, class F, class E, class Done>
 void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state,
-            Workspace& workspace, const E& executor, const Done& done) {
+            Workspace& workspace, const E& executor, const Done& done, Start start = Start::empty) {
   const Heads heads = task.heads;
   const Index n = task.n_queries(), group = heads.group_size();
   if (n == 0) return;
   if (kernel == Kernel::tiled) {
     executor(kernel::tiled_items(n, heads.kv_heads), [&](Index item) {
       const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(task.head_dim(), task.v_head_dim()));
+      const Index query = item / heads.kv_heads * kernel::tile_queries,
+                  count = std::min(kernel::tile_queries, n - query);
+      const Index head = item % heads.kv_heads * group;
+      if (start == Start::empty) state.clear(query, count, head, group, task.v_head_dim());
       kernel::Tiled(task, state, item, scratch.data()).run();
-      const Index query = item / heads.kv_heads * kernel::tile_queries;
-      done(query, std::min(kernel::tile_queries, n - query), item % heads.kv_heads * group, group);
+      done(query, count, head, group);
     });
   } else if (kernel == Kernel::decode) {
     executor(heads.kv_heads, [&](Index kv_head) {
       const auto scratch =
           workspace.lease(kernel::decode_scratch_bytes<T>(n, group, task.head_dim(), task.v_head_dim()));
+      if (start == Start::empty) state.clear(0, n, kv_head * group, group, task.v_head_dim());
       kernel::Decode(task, state, kv_head, scratch.data()).run();
       done(Index(0), n, kv_head * group, group);
     });
@@ -46,6 +53,21 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
   }
 }
 
+/// Divides by the sums: the last step of every item. The sinks join here; first_row is that of the log-sum-exp.
+template <class T>
+void finish_rows(const kernel::StateView<T>& state, Index query, Index n_queries, Index head, Index n_heads,
+                 Index v_head_dim, const Options<T>& options, Index first_row) {
+  for (Index i = query; i < query + n_queries; ++i)
+    for (Index h = head; h < head + n_heads; ++h) {
+      const T sink = options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)];
+      const auto end = finish(state.m(i, h), state.l(i, h), sink);
+      T* o = state.o(i, h, v_head_dim);
+      if (state.m(i, h) != minus_infinity<T>)
+        for (Index x = 0; x < v_head_dim; ++x) o[x] *= end.factor;
+      if (options.log_sum_exp) (*options.log_sum_exp)(first_row + i, h) = end.log_sum_exp;
+    }
+}
+
 /// The output of one sequence: its rows of out and of the log-sum-exp.
 template <class T, StorageType S, class M, class F, class E>
 void attend(const kernel::Task<T, S, M, F>& task, const View<T>& out, Index first_row, const Options<T>& options,
@@ -57,17 +79,7 @@ void attend(const kernel::Task<T, S, M, F>& task, const View<T>& out, Index firs
   const kernel::StateView<T> state{maximum, maximum + n * heads, out, heads};
   launch(choose_kernel<T>(options.kernel, n), task, state, workspace, executor,
          [&](Index query, Index n_queries, Index head, Index n_heads) {
-           for (Index i = query; i < query + n_queries; ++i)
-             for (Index h = head; h < head + n_heads; ++h) {
-               const T sink = options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)];
-               const auto end = finish(state.m(i, h), state.l(i, h), sink);
-               T* o = state.o(i, h, dv);
-               if (state.m(i, h) == minus_infinity<T>)
-                 std::fill_n(o, dv, T(0));
-               else
-                 for (Index x = 0; x < dv; ++x) o[x] *= end.factor;
-               if (options.log_sum_exp) (*options.log_sum_exp)(first_row + i, h) = end.log_sum_exp;
-             }
+           finish_rows(state, query, n_queries, head, n_heads, dv, options, first_row);
          });
 }
 

@@ -52,13 +52,8 @@ class Decode {
     scores_ = carver_.template take<T>(task.n_queries() * task.heads.group_size() * decode_chunk);
   }
 
+  /// Merges all keys of the task into the state of this kv head's queries.
   void run() {
-    for (Index h = first_head(); h < first_head() + group(); ++h)
-      for (Index i = 0; i < task_.n_queries(); ++i) {
-        state_.m(i, h) = detail::minus_infinity<T>;
-        state_.l(i, h) = 0;
-        std::fill_n(state_.o(i, h, task_.v_head_dim()), task_.v_head_dim(), T(0));
-      }
     for_each_chunk(task_.keys, decode_chunk, [&](Index first, std::size_t r, Index base, Index row) {
       if (score_chunk(first, r, base, row)) weigh_chunk(first, r, base, row);
     });

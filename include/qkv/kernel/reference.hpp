@@ -29,7 +29,7 @@ T reference_weights(const Task<T, S, M, F>& task, Index head, Index query, T sin
   Index j = 0;
   for (const auto& run : task.keys.runs)
     for (Index r = 0; r < run.rows; ++r, ++j) {
-      const At at = task.at(head, query, j, run.position + r);
+      const At at = task.at(head, query, task.keys.first_row + j, run.position + r);
       if (stage >= Stage::masked && !task.mask->sees(at)) {
         row[j] = detail::minus_infinity<T>;
         continue;

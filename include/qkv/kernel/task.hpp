@@ -3,9 +3,12 @@
 // Before: key_rows.hpp   Next: kernel/reference.hpp
 #pragma once
 
+#include <algorithm>
+
 #include "../heads.hpp"
 #include "../key_rows.hpp"
 #include "../mask.hpp"
+#include "../softmax.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
@@ -34,7 +37,8 @@ struct Task {
   }
 };
 
-/// Output: the softmax state of every query and head over all keys, not yet divided by the sum.
+/// Output: the softmax state of every query and head. A kernel merges its keys into what is there, so that keys may come
+/// in several parts; clear() makes the state of no keys.
 template <class T>
 struct StateView {
   T* maximum;        // [n_queries, heads]
@@ -47,6 +51,14 @@ struct StateView {
   T* o(Index query, Index head, Index v_head_dim) const {
     return const_cast<T*>(weighted.data()) + query * weighted.outerStride() + head * v_head_dim;
   }
+  void clear(Index query, Index n_queries, Index head, Index n_heads, Index v_head_dim) const {
+    for (Index i = query; i < query + n_queries; ++i)
+      for (Index h = head; h < head + n_heads; ++h) {
+        m(i, h) = detail::minus_infinity<T>;
+        l(i, h) = 0;
+        std::fill_n(o(i, h, v_head_dim), v_head_dim, T(0));
+      }
+  }
 };
 
 /// Kernels cut the keys on a fixed grid of absolute positions: whatever runs hold them, and however the queries arrive,
@@ -54,7 +66,7 @@ struct StateView {
 template <StorageType S, class F>
 void for_each_chunk(const KeyRows<S>& keys, Index chunk, F&& f) {
   std::size_t r = 0;
-  Index base = 0, row = 0;  // logical row of the run's first row; next row inside the run
+  Index base = keys.first_row, row = 0;  // logical row of the run's first row; next row inside the run
   while (r < keys.runs.size()) {
     if (row == keys.runs[r].rows) {
       base += keys.runs[r].rows, row = 0, ++r;

@@ -86,15 +86,9 @@ class Tiled {
         query_(item / task.heads.kv_heads * tile_queries),
         n_queries_(std::min(tile_queries, task.n_queries() - query_)) {}
 
-  /// Fills the state of this item's queries and heads.
+  /// Merges all keys of the task into the state of this item's queries and heads.
   void run() {
     const Index group = task_.heads.group_size(), first_head = kv_head_ * group;
-    for (Index h = first_head; h < first_head + group; ++h)
-      for (Index i = query_; i < query_ + n_queries_; ++i) {
-        state_.m(i, h) = detail::minus_infinity<T>;
-        state_.l(i, h) = 0;
-        std::fill_n(state_.o(i, h, task_.v_head_dim()), task_.v_head_dim(), T(0));
-      }
     for_each_chunk(task_.keys, tile_keys, [&](Index first, std::size_t r, Index base, Index row) {
       bool loaded = false;
       for (Index h = first_head; h < first_head + group; ++h) {

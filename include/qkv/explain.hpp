@@ -1,0 +1,132 @@
+// explain.hpp — what a call of attention() will do, in one printable line: which kernel and why, what is skipped, what it
+// costs.
+//
+//     std::puts(explain(q, k, v, {8, 2}, causal).text().c_str());
+//
+//     tiled kernel (2048 queries > 4), avx512; 8x2 heads of 128/128, f32 keys; blocks of 64x128: 1792 all, 256 some,
+//     2048 none (50% skipped); 9.66 Gflop, 12.6 MB read, 211 kB scratch
+//
+// The rule it reports is choose_kernel in options.hpp: the same function that the call itself uses.
+//
+// Before: attention.hpp   Next: model_config.hpp
+#pragma once
+
+#include <cstdio>
+#include <string>
+
+#include "attention.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+struct Explanation {
+  Kernel kernel = Kernel::automatic;
+  std::string why;
+  Heads heads;
+  Index n_queries = 0, n_keys = 0, head_dim = 0, v_head_dim = 0;
+  const char* storage = "";
+  Index blocks_all = 0, blocks_some = 0, blocks_none = 0;  // of tile_queries × tile_keys, over all heads
+  double flops = 0;                                        // of the blocks that are not skipped
+  double bytes = 0;                                        // of q, k, v and out, each once
+  std::size_t workspace_bytes = 0;                         // scratch with the serial executor
+
+  std::string text() const {
+    const double blocks = static_cast<double>(blocks_all + blocks_some + blocks_none);
+    char line[512];
+    std::snprintf(
+        line, sizeof line,
+        "%s kernel (%s), %s; %td queries x %td keys, %td/%td heads of %td/%td, %s keys; blocks of %tdx%td: %td "
+        "all, %td some, %td none (%.0f%% skipped); %.3g Gflop, %.3g MB, %.3g kB scratch%s",
+        name(kernel), why.c_str(), isa_name, n_queries, n_keys, heads.heads, heads.kv_heads, head_dim, v_head_dim,
+        storage, kernel::tile_queries, kernel::tile_keys, blocks_all, blocks_some, blocks_none,
+        blocks > 0 ? 100 * static_cast<double>(blocks_none) / blocks : 0.0, flops / 1e9, bytes / 1e6,
+        static_cast<double>(workspace_bytes) / 1e3, warning());
+    return line;
+  }
+
+  /// Why this build is slower than the machine, or "".
+  static const char* warning() {
+#if defined(__SSE2__) && !defined(__AVX__)
+    return "; WARNING: built for plain SSE2, compile with -march=native (or -march=x86-64-v3)";
+#else
+    return "";
+#endif
+  }
+};
+
+namespace detail {
+
+template <class T, StorageType S, class M>
+Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, Heads heads, const M& mask,
+                         const Options<T>& options) {
+  check_query(q_cols, heads, keys.kv_heads, keys.head_dim);
+  Explanation e;
+  e.kernel = choose_kernel<T>(options.kernel, n_queries);
+  e.why = options.kernel != Kernel::automatic ? "asked for by options.kernel"
+          : e.kernel == Kernel::reference     ? "the scalar is neither float nor double"
+          : e.kernel == Kernel::decode ? std::to_string(n_queries) + " queries <= " + std::to_string(decode_max_queries)
+                                       : std::to_string(n_queries) + " queries > " + std::to_string(decode_max_queries);
+  e.heads = heads, e.n_queries = n_queries, e.n_keys = keys.rows;
+  e.head_dim = keys.head_dim, e.v_head_dim = keys.v_head_dim, e.storage = storage_name<S>;
+
+  const Plain score;
+  const kernel::Task<T, S, M, Plain> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)),
+                                          keys,
+                                          heads,
+                                          T(1),
+                                          0,
+                                          first_position(mask, keys, 0, n_queries, options),
+                                          &mask,
+                                          &score};
+  double pairs = 0;
+  for (Index h = 0; h < heads.heads; ++h)
+    for (Index q = 0; q < n_queries; q += kernel::tile_queries) {
+      const Index n = std::min(kernel::tile_queries, n_queries - q);
+      kernel::for_each_chunk(keys, kernel::tile_keys, [&](Index first, std::size_t r, Index base, Index row) {
+        Cover least = Cover::all, most = Cover::none;
+        Index count = 0;
+        kernel::for_each_piece(keys, kernel::tile_keys, first, r, base, row,
+                               [&](const KeyRun<S>& run, Index run_base, Index run_row, Index rows, Index) {
+                                 const Cover c = cover(mask, task.block(h, q, n, run, run_base, run_row, rows));
+                                 least = std::min(least, c), most = std::max(most, c);
+                                 count += c == Cover::none ? 0 : rows;
+                               });
+        ++(most == Cover::none ? e.blocks_none : least == Cover::all ? e.blocks_all : e.blocks_some);
+        pairs += static_cast<double>(n * count);
+      });
+    }
+  e.flops = 2 * pairs * static_cast<double>(keys.head_dim + keys.v_head_dim);
+  e.bytes =
+      static_cast<double>(keys.rows * keys.kv_heads * (row_bytes<S>(keys.head_dim) + row_bytes<S>(keys.v_head_dim))) +
+      static_cast<double>(n_queries * (q_cols + heads.heads * keys.v_head_dim)) * sizeof(T);
+  e.workspace_bytes = required_bytes<T>(options.kernel, n_queries, keys.rows, heads, keys.head_dim, keys.v_head_dim);
+  return e;
+}
+
+}  // namespace detail
+
+/// What attention(q, k, v, heads, mask, score, options) will do. Nothing of q, k, v is read but the shapes.
+template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain>
+Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full, const F& = plain,
+                    const Options<ScalarOf<Q>>& options = {}) {
+  using S = ScalarOf<K>;
+  detail::check_functions<M, F, ScalarOf<Q>>();
+  detail::check_keys(k, v, heads);
+  detail::require(options.query_offsets.empty(), "explain takes one sequence: query_offsets must be empty");
+  const KeyRun<S> run{.rows = k.rows()};
+  const KeyRows<S> rows{.runs = {&run, 1},
+                        .rows = k.rows(),
+                        .kv_heads = heads.kv_heads,
+                        .head_dim = k.cols() / heads.kv_heads,
+                        .v_head_dim = v.cols() / heads.kv_heads};
+  return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), rows, heads, detail::as_mask(mask), options);
+}
+
+/// What attention(q, cache, heads, mask, score, options) will do.
+template <MatrixLike Q, KeySource C, class M = Full, class F = Plain>
+Explanation explain(const Q& q, const C& cache, Heads heads = {}, const M& mask = full, const F& = plain,
+                    const Options<ScalarOf<Q>>& options = {}) {
+  detail::check_functions<M, F, ScalarOf<Q>>();
+  return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), cache.key_rows(), heads, detail::as_mask(mask), options);
+}
+
+}  // namespace qkv::inline QKV_ABI
