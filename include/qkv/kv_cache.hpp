@@ -46,6 +46,9 @@ class CacheInterface {
   Index head_dim() const { return shape_.head_dim; }
   Index v_head_dim() const { return shape_.v_head_dim; }
 
+  /// Scratch memory for attention over this cache, kept between calls. A copy of the cache starts with none.
+  Workspace& workspace() { return workspace_; }
+
   /// Appends k [n, kv_heads·head_dim] and v [n, kv_heads·v_head_dim] of any floating-point scalar at position().
   /// std::length_error unless n <= max_append().
   template <MatrixLike K, MatrixLike V>
@@ -101,6 +104,7 @@ class CacheInterface {
   }
 
   detail::CacheShape shape_;
+  Workspace workspace_;
 
  private:
   Cache& self() { return static_cast<Cache&>(*this); }
@@ -208,9 +212,10 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     for (const auto& block : blocks_) sum += block.bytes();
     return sum;
   }
-  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the cache has allocated.
+  /// Bytes of tables and workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
   Index overhead_bytes() const {
-    return static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0]));
+    return static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0]) +
+                              this->workspace_.bytes());
   }
 
   /// For kernels; valid until the next change of the cache.

@@ -32,34 +32,48 @@ inline void check(const CacheShape& shape) {
 template <StorageType S>
 using ReadAs = std::conditional_t<std::is_floating_point_v<S>, S, float>;
 
-/// `blocks` blocks of `block_rows` rows. Uninitialised: a row is written before it is read.
+/// n numbers, 64-byte aligned, uninitialised: a row is written before it is read.
+template <class T>
+class Numbers {
+ public:
+  Numbers() = default;
+  explicit Numbers(Index n) {
+    const Index bytes = checked_product(n, static_cast<Index>(sizeof(T)));
+    if (bytes > 0) memory_ = aligned_bytes(static_cast<std::size_t>(bytes));
+    bytes_ = bytes;
+  }
+  T* data() const { return reinterpret_cast<T*>(memory_.get()); }
+  Index bytes() const { return memory_ ? bytes_ : 0; }
+
+ private:
+  AlignedBytes memory_;
+  Index bytes_ = 0;
+};
+
+/// `blocks` blocks of `block_rows` rows.
 template <StorageType S>
 class CacheBlocks {
  public:
   CacheBlocks() = default;
-  CacheBlocks(const CacheShape& shape, Index block_rows, Index blocks)
-      : shape_(shape), block_rows_(block_rows), head_rows_(heads_times(block_rows, blocks)) {
-    // Sizes first: nothing is allocated where one of them does not fit.
-    const Index key_bytes = array_bytes(sizeof(S), shape.head_dim);
-    const Index value_bytes = array_bytes(sizeof(S), shape.v_head_dim);
-    const Index scale_bytes = has_row_scale<S> ? array_bytes(sizeof(float), 1) : 0;
-    keys_ = allocate(key_bytes);
-    values_ = allocate(value_bytes);
-    key_scales_ = allocate(scale_bytes);
-    value_scales_ = allocate(scale_bytes);
-    bytes_ = key_bytes + value_bytes + 2 * scale_bytes;
+  CacheBlocks(const CacheShape& shape, Index block_rows, Index blocks) : shape_(shape), block_rows_(block_rows) {
+    const Index rows = checked_product(shape.kv_heads, checked_product(block_rows, blocks));  // of one head
+    keys_ = Numbers<S>(checked_product(rows, shape.head_dim));
+    values_ = Numbers<S>(checked_product(rows, shape.v_head_dim));
+    key_scales_ = Numbers<float>(has_row_scale<S> ? rows : 0);
+    value_scales_ = Numbers<float>(has_row_scale<S> ? rows : 0);
   }
 
-  Index bytes() const { return bytes_; }
+  Index bytes() const { return keys_.bytes() + values_.bytes() + key_scales_.bytes() + value_scales_.bytes(); }
 
   /// Writes row `row` of block `block` from k [kv_heads·head_dim] and v [kv_heads·v_head_dim].
   template <class K, class V>
   void store(Index block, Index row, const K* k, const V* v) {
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index at = head_row(block, head) + row;
-      store_row(k + head * shape_.head_dim, shape_.head_dim, keys() + at * shape_.head_dim, key_scales() + at);
-      store_row(v + head * shape_.v_head_dim, shape_.v_head_dim, values() + at * shape_.v_head_dim,
-                value_scales() + at);
+      store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + at * shape_.head_dim,
+                key_scales_.data() + at);
+      store_row(v + head * shape_.v_head_dim, shape_.v_head_dim, values_.data() + at * shape_.v_head_dim,
+                value_scales_.data() + at);
     }
   }
 
@@ -70,11 +84,11 @@ class CacheBlocks {
       const auto copy = [&](auto* out, const auto* in, Index width) {
         std::copy_n(in + from * width, rows * width, out + to * width);
       };
-      copy(keys(), other.keys(), shape_.head_dim);
-      copy(values(), other.values(), shape_.v_head_dim);
+      copy(keys_.data(), other.keys_.data(), shape_.head_dim);
+      copy(values_.data(), other.values_.data(), shape_.v_head_dim);
       if constexpr (has_row_scale<S>) {
-        copy(key_scales(), other.key_scales(), 1);
-        copy(value_scales(), other.value_scales(), 1);
+        copy(key_scales_.data(), other.key_scales_.data(), 1);
+        copy(value_scales_.data(), other.value_scales_.data(), 1);
       }
     }
   }
@@ -84,37 +98,22 @@ class CacheBlocks {
     const Index at = head_row(block, 0) + row;
     KeyRun<S> run{.rows = rows,
                   .position = position,
-                  .keys = keys() + at * shape_.head_dim,
-                  .values = values() + at * shape_.v_head_dim};
+                  .keys = keys_.data() + at * shape_.head_dim,
+                  .values = values_.data() + at * shape_.v_head_dim};
     if constexpr (has_row_scale<S>) {
-      run.key_scales = key_scales() + at;
-      run.value_scales = value_scales() + at;
+      run.key_scales = key_scales_.data() + at;
+      run.value_scales = value_scales_.data() + at;
     }
     return run;
   }
 
  private:
-  Index heads_times(Index block_rows, Index blocks) const {
-    return checked_product(shape_.kv_heads, checked_product(block_rows, blocks));
-  }
-  Index array_bytes(std::size_t element, Index width) const {
-    return checked_product(head_rows_, checked_product(width, static_cast<Index>(element)));
-  }
-  static AlignedBytes allocate(Index bytes) {
-    return bytes > 0 ? aligned_bytes(static_cast<std::size_t>(bytes)) : AlignedBytes();
-  }
   Index head_row(Index block, Index head) const { return (block * shape_.kv_heads + head) * block_rows_; }
-
-  S* keys() const { return reinterpret_cast<S*>(keys_.get()); }
-  S* values() const { return reinterpret_cast<S*>(values_.get()); }
-  float* key_scales() const { return reinterpret_cast<float*>(key_scales_.get()); }
-  float* value_scales() const { return reinterpret_cast<float*>(value_scales_.get()); }
 
   CacheShape shape_;
   Index block_rows_ = 0;
-  Index head_rows_ = 0;  // rows over all heads and blocks
-  Index bytes_ = 0;
-  AlignedBytes keys_, values_, key_scales_, value_scales_;
+  Numbers<S> keys_, values_;
+  Numbers<float> key_scales_, value_scales_;
 };
 
 /// The runs of a cache whose blocks have `block_rows` rows, with the strides that follow from it.
