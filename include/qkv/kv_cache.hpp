@@ -140,26 +140,14 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   /// A copy holds the same bytes in its own memory.
   KvCache(const KvCache& other) : Base(other), capacity_(other.capacity_), block_(other.block_) {
     reserve(static_cast<Index>(other.blocks_.size()) * block_);
-    rows_ = other.rows_;
     for (std::size_t b = 0; b < other.runs_.size(); ++b)
-      blocks_[b].copy_rows(other.blocks_[b], 0, 0, other.runs_[b].rows);
-    update_runs();
+      blocks_[b].copy_rows(other.blocks_[b], 0, 0, 0, other.runs_[b].rows);
+    rewind(other.rows_);
   }
   /// What was moved from has capacity 0.
-  KvCache(KvCache&& other) noexcept
-      : Base(other),
-        capacity_(std::exchange(other.capacity_, 0)),
-        block_(other.block_),
-        rows_(std::exchange(other.rows_, 0)),
-        blocks_(std::exchange(other.blocks_, {})),
-        runs_(std::exchange(other.runs_, {})) {}
+  KvCache(KvCache&& other) noexcept { swap(other); }
   KvCache& operator=(KvCache other) noexcept {
-    this->shape_ = other.shape_;
-    std::swap(capacity_, other.capacity_);
-    std::swap(block_, other.block_);
-    std::swap(rows_, other.rows_);
-    std::swap(blocks_, other.blocks_);
-    std::swap(runs_, other.runs_);
+    swap(other);
     return *this;
   }
   ~KvCache() = default;
@@ -199,7 +187,7 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
 
   /// Allocates now what `rows` rows will need, so that appending them does not.
   void reserve(Index rows) {
-    const auto blocks = static_cast<std::size_t>((std::min(rows, capacity_) + block_ - 1) / block_);
+    const auto blocks = static_cast<std::size_t>((std::clamp<Index>(rows, 0, capacity_) + block_ - 1) / block_);
     if (blocks <= blocks_.size()) return;
     blocks_.reserve(blocks);
     runs_.reserve(blocks);
@@ -234,7 +222,16 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
           blocks_[static_cast<std::size_t>(first / block_)].run(0, 0, std::min(block_, rows_ - first), first));
   }
 
-  Index capacity_ = 0, block_ = 0, rows_ = 0;
+  void swap(KvCache& other) noexcept {
+    std::swap(this->shape_, other.shape_);
+    std::swap(capacity_, other.capacity_);
+    std::swap(block_, other.block_);
+    std::swap(rows_, other.rows_);
+    std::swap(blocks_, other.blocks_);
+    std::swap(runs_, other.runs_);
+  }
+
+  Index capacity_ = 0, block_ = 1, rows_ = 0;
   std::vector<detail::CacheBlocks<S>> blocks_;
   std::vector<KeyRun<S>> runs_;
 };

@@ -77,10 +77,11 @@ class CacheBlocks {
     }
   }
 
-  /// Copies the first `rows` rows of a block of `other`, which may be *this, to a block of this one: same bytes.
-  void copy_rows(const CacheBlocks& other, Index from_block, Index to_block, Index rows) {
+  /// Copies rows `first` … first+rows-1 of a block of `other`, which may be *this, to the same place in a block of this
+  /// one: same bytes.
+  void copy_rows(const CacheBlocks& other, Index from_block, Index to_block, Index first, Index rows) {
     for (Index head = 0; head < shape_.kv_heads; ++head) {
-      const Index from = other.head_row(from_block, head), to = head_row(to_block, head);
+      const Index from = other.head_row(from_block, head) + first, to = head_row(to_block, head) + first;
       const auto copy = [&](auto* out, const auto* in, Index width) {
         std::copy_n(in + from * width, rows * width, out + to * width);
       };

@@ -1,0 +1,257 @@
+// paged_cache.hpp — many sequences in one pool of pages: memory is taken as it is needed, and shared prefixes are kept once.
+//
+//     pool      [page 0][page 1][page 2][page 3][page 4] …       a page: [kv_head][page_tokens][head_dim]
+//     sequence  table 3, 0, 4    rows 0 … 2·page_tokens+i        fork: table 3, 0, 4 as well, each page counted once
+//
+// `fork` gives a second sequence over the same pages; whoever writes into a page that others read copies it first
+// (copy-on-write). `fork(position)` shares a prefix. PagedAttention: Kwon et al. 2023, arXiv:2309.06180.
+//
+// The pool owns the bytes and must outlive its sequences; it and they belong to one thread at a time.
+//
+// Before: ring_cache.hpp   Next: latent_cache.hpp
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "kv_cache.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+struct PagePoolConfig {
+  Index kv_heads = 1;
+  Index head_dim = 0;
+  Index v_head_dim = head_dim;
+  Index page_tokens = 64;
+  Index pages = 0;
+};
+
+template <StorageType S>
+class PagedCache;
+
+/// A fixed number of pages, how many sequences use each, and which are free.
+template <StorageType S = float>
+class PagePool {
+ public:
+  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
+  explicit PagePool(const PagePoolConfig& config) : config_(config) {
+    detail::check(shape());
+    detail::require(config.page_tokens >= 1 && config.pages >= 1,
+                    "a page pool needs page_tokens and pages >= 1; given ", config.page_tokens, " and ", config.pages);
+    pages_ = detail::CacheBlocks<S>(shape(), config.page_tokens, config.pages);
+    references_.assign(static_cast<std::size_t>(config.pages), 0);
+    free_.reserve(references_.size());
+    for (Index page = config.pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
+  }
+  PagePool(const PagePool&) = delete;  // sequences point here
+  PagePool& operator=(const PagePool&) = delete;
+  ~PagePool() = default;
+
+  Index kv_heads() const { return config_.kv_heads; }
+  Index head_dim() const { return config_.head_dim; }
+  Index v_head_dim() const { return config_.v_head_dim; }
+  Index page_tokens() const { return config_.page_tokens; }
+  Index pages() const { return config_.pages; }
+  Index free_pages() const { return static_cast<Index>(free_.size()); }
+
+  /// Bytes of keys, values and scales in all pages.
+  Index bytes() const { return pages_.bytes(); }
+  /// … and in those that are in use; a shared page counts once.
+  Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
+  Index page_bytes() const { return bytes() / pages(); }
+  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the pool has allocated.
+  Index overhead_bytes() const {
+    return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
+  }
+
+  /// How many sequences use a page; 0 where it is free. std::out_of_range for a page that is not there.
+  Index references(Index page) const {
+    detail::require<std::out_of_range>(page >= 0 && page < pages(), "the pool has pages 0 ... ", pages() - 1,
+                                       "; given page ", page);
+    return references_[static_cast<std::size_t>(page)];
+  }
+  /// A page of one's own. std::length_error where none is free.
+  Index acquire() {
+    detail::require<std::length_error>(!free_.empty(), "all ", pages(), " pages of the pool are in use");
+    const Index page = free_.back();
+    free_.pop_back();
+    references_[static_cast<std::size_t>(page)] = 1;
+    return page;
+  }
+  /// One user more. std::out_of_range for a page that nobody holds.
+  void retain(Index page) {
+    require_used(page);
+    ++references_[static_cast<std::size_t>(page)];
+  }
+  /// One user less; the last one frees the page.
+  void release(Index page) {
+    require_used(page);
+    if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
+  }
+
+ private:
+  friend PagedCache<S>;
+  detail::CacheShape shape() const { return {config_.kv_heads, config_.head_dim, config_.v_head_dim}; }
+  void require_used(Index page) const {
+    detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");
+  }
+
+  PagePoolConfig config_;
+  detail::CacheBlocks<S> pages_;
+  std::vector<Index> references_, free_;
+};
+
+/// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed.
+template <StorageType S = float>
+class PagedCache : public CacheInterface<PagedCache<S>, S> {
+  using Base = CacheInterface<PagedCache<S>, S>;
+
+ public:
+  /// A sequence of at most `capacity` rows (at most, and unless given, those of the whole pool).
+  explicit PagedCache(PagePool<S>& pool) : PagedCache(pool, pool.pages() * pool.page_tokens()) {}
+  PagedCache(PagePool<S>& pool, Index capacity) : Base(pool.shape()), pool_(&pool), capacity_(capacity) {
+    detail::require(capacity >= 1 && capacity <= pool.pages() * page_tokens(),
+                    "a paged sequence needs 1 <= capacity <= pages * page_tokens = ", pool.pages() * page_tokens(),
+                    "; given ", capacity);
+    table_.reserve(static_cast<std::size_t>(pages_for(capacity)));
+    runs_.reserve(table_.capacity());
+  }
+  PagedCache(const PagedCache&) = delete;  // fork() instead
+  /// What was moved from has capacity 0.
+  PagedCache(PagedCache&& other) noexcept { swap(other); }
+  PagedCache& operator=(PagedCache&& other) noexcept {
+    PagedCache moved(std::move(other));
+    swap(moved);
+    return *this;
+  }
+  ~PagedCache() { release_from(0); }
+
+  /// A second sequence with the same rows (those before `position`), which shares the pages until one of the two writes.
+  PagedCache fork() const { return fork(rows_); }
+  PagedCache fork(Index position) const {
+    detail::require<std::out_of_range>(can_truncate(position), "fork(position) needs 0 <= position <= ", rows_,
+                                       "; given ", position);
+    PagedCache copy;
+    copy.shape_ = this->shape_;
+    copy.pool_ = pool_;
+    copy.capacity_ = capacity_;
+    copy.table_.reserve(table_.capacity());
+    copy.runs_.reserve(runs_.capacity());
+    for (const Index page : pages().first(static_cast<std::size_t>(pages_for(position)))) {
+      pool_->retain(page);
+      copy.table_.push_back(page);
+    }
+    copy.rewind(position);
+    return copy;
+  }
+
+  Index position() const { return rows_; }
+  Index rows() const { return rows_; }
+  Index capacity() const { return capacity_; }
+  Index page_tokens() const { return pool_ ? pool_->page_tokens() : 1; }
+  /// The table: page i holds rows i·page_tokens …
+  std::span<const Index> pages() const { return table_; }
+
+  /// What capacity and the pool's free pages allow now; other sequences of the pool change it.
+  Index max_append() const {
+    if (!pool_) return 0;
+    const Index in_last_page = static_cast<Index>(table_.size()) * page_tokens() - rows_;
+    const bool copies_last_page = in_last_page > 0 && pool_->references(table_.back()) > 1;
+    const Index free = pool_->free_pages() - (copies_last_page ? 1 : 0);
+    return free < 0 ? 0 : std::min(capacity_ - rows_, in_last_page + free * page_tokens());
+  }
+  bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
+
+  /// Forgets all rows and gives the pages back.
+  void clear() { rewind(0); }
+
+  /// Below append: overwrites rows position … position+n-1, and appends those past rows(). Pages that another sequence
+  /// reads are copied first. std::out_of_range where rows would be left out, std::length_error where capacity or the
+  /// pool is exhausted: nothing has changed then.
+  template <MatrixLike K, MatrixLike V>
+  void scatter_rows(Index position, const K& k, const V& v) {
+    detail::check_rows(this->shape_, k, v);
+    this->check_write(position, k.rows());
+    if (k.rows() == 0) return;
+    const Index end = position + k.rows();
+    const Index first_page = position / page_tokens(), end_page = pages_for(end);
+    Index needed = 0;
+    for (Index i = first_page; i < end_page; ++i) needed += owned(i) ? 0 : 1;
+    detail::require<std::length_error>(needed <= pool_->free_pages(), "the pool has ", pool_->free_pages(),
+                                       " free pages of ", pool_->pages(), "; writing rows ", position, " ... ", end - 1,
+                                       " needs ", needed);
+    const auto& keys = viewable(k);
+    const auto& values = viewable(v);
+    for (Index i = first_page; i < end_page; ++i) make_owned(i);
+    for (Index i = 0; i < k.rows(); ++i)
+      pool_->pages_.store(page((position + i) / page_tokens()), (position + i) % page_tokens(),
+                          view(keys).row(i).data(), view(values).row(i).data());
+    rows_ = std::max(rows_, end);
+    update_runs();
+  }
+
+  /// Bytes of keys, values and scales in the pages of its table, shared or not. They are the pool's: add up
+  /// PagePool::bytes(), not these.
+  Index bytes() const { return pool_ ? static_cast<Index>(table_.size()) * pool_->page_bytes() : 0; }
+  /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
+  Index overhead_bytes() const {
+    return static_cast<Index>(table_.capacity() * sizeof(table_[0]) + runs_.capacity() * sizeof(runs_[0]) +
+                              this->workspace_.bytes());
+  }
+
+  /// For kernels, one run per page; valid until the next change of the cache.
+  KeyRows<S> key_rows() const { return detail::key_rows_of<S>(this->shape_, page_tokens(), runs_, rows_); }
+
+ private:
+  friend Base;
+  PagedCache() = default;
+
+  Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
+  Index page(Index i) const { return table_[static_cast<std::size_t>(i)]; }
+  bool owned(Index i) const { return i < static_cast<Index>(table_.size()) && pool_->references(page(i)) == 1; }
+
+  /// Makes entry i of the table, which may be the next one, a page that nobody else reads.
+  void make_owned(Index i) {
+    if (owned(i)) return;
+    const Index fresh = pool_->acquire();
+    if (i == static_cast<Index>(table_.size())) return table_.push_back(fresh);
+    pool_->pages_.copy_rows(pool_->pages_, page(i), fresh, 0, std::min(page_tokens(), rows_ - i * page_tokens()));
+    pool_->release(page(i));
+    table_[static_cast<std::size_t>(i)] = fresh;
+  }
+  void release_from(Index first) {
+    while (static_cast<Index>(table_.size()) > first) {
+      pool_->release(table_.back());
+      table_.pop_back();
+    }
+  }
+  void rewind(Index position) {
+    release_from(pages_for(position));
+    rows_ = position;
+    update_runs();
+  }
+  void update_runs() {
+    runs_.clear();
+    for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) {
+      const Index first = i * page_tokens();
+      runs_.push_back(pool_->pages_.run(page(i), 0, std::min(page_tokens(), rows_ - first), first));
+    }
+  }
+  void swap(PagedCache& other) noexcept {
+    std::swap(this->shape_, other.shape_);
+    std::swap(pool_, other.pool_);
+    std::swap(capacity_, other.capacity_);
+    std::swap(rows_, other.rows_);
+    std::swap(table_, other.table_);
+    std::swap(runs_, other.runs_);
+  }
+
+  PagePool<S>* pool_ = nullptr;
+  Index capacity_ = 0, rows_ = 0;
+  std::vector<Index> table_;
+  std::vector<KeyRun<S>> runs_;
+};
+
+}  // namespace qkv::inline QKV_ABI

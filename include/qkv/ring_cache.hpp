@@ -1,0 +1,167 @@
+// ring_cache.hpp — a sliding window in fixed memory: endless input, the same bytes for ever.
+//
+//     pinned │ slack + window                      slot(p) = p                                    p < pinned
+//     0 … 3  │ 36 37 38 │ 31 32 33 34 35           slot(p) = pinned + (p − pinned) mod (window + slack)
+//
+// capacity = pinned + window + slack. A query at position p sees itself, the `window` positions before it and the pinned
+// first ones: mask `prefix(pinned) | window(window, 0)`, which layers apply themselves. `slack` is what may be in flight:
+// a chunk of up to slack rows is appended before its first token has looked at its old window, and up to slack rows can
+// be taken back (speculative decoding). Longer chunks go in pieces of max_append() rows, as the layers do.
+//
+// Pinned tokens keep their absolute positions. Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first
+// tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453.
+//
+// Before: kv_cache.hpp   Next: paged_cache.hpp
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "kv_cache.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+struct RingCacheConfig {
+  Index kv_heads = 1;
+  Index head_dim = 0;
+  Index v_head_dim = head_dim;
+  Index window = 0;  // rows before its own that a query sees: the `left` of window(left, 0)
+  Index pinned = 0;  // first rows that are never forgotten
+  Index slack = 1;   // the longest piece that can be appended, or taken back, at once
+};
+
+template <StorageType S = float>
+class RingCache : public CacheInterface<RingCache<S>, S> {
+  using Base = CacheInterface<RingCache<S>, S>;
+
+ public:
+  /// Allocates everything it will ever need. std::invalid_argument unless window, pinned >= 0 and slack >= 1.
+  explicit RingCache(const RingCacheConfig& config)
+      : Base({config.kv_heads, config.head_dim, config.v_head_dim}),
+        window_(config.window),
+        pinned_(config.pinned),
+        oldest_(config.pinned) {
+    constexpr Index most = std::numeric_limits<Index>::max() / 4;
+    detail::require(
+        window_ >= 0 && window_ < most && pinned_ >= 0 && pinned_ < most && config.slack >= 1 && config.slack < most,
+        "a ring cache needs window >= 0, pinned >= 0 and slack >= 1; given ", window_, ", ", pinned_, ", ",
+        config.slack);
+    ring_ = window_ + config.slack;
+    block_ = detail::CacheBlocks<S>(this->shape_, capacity(), 1);
+  }
+
+  /// A copy holds the same bytes in its own memory.
+  RingCache(const RingCache& other)
+      : Base(other),
+        window_(other.window_),
+        pinned_(other.pinned_),
+        ring_(other.ring_),
+        position_(other.position_),
+        oldest_(other.oldest_),
+        block_(this->shape_, capacity(), 1) {
+    for (std::size_t r = 0; r < other.n_runs_; ++r)
+      block_.copy_rows(other.block_, 0, 0, slot(other.runs_[r].position), other.runs_[r].rows);
+    update_runs();
+  }
+  /// What was moved from has capacity 0.
+  RingCache(RingCache&& other) noexcept { swap(other); }
+  RingCache& operator=(RingCache other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~RingCache() = default;
+
+  Index position() const { return position_; }
+  Index rows() const { return std::min(position_, pinned_) + std::max<Index>(position_ - oldest_, 0); }
+  Index capacity() const { return pinned_ + ring_; }
+  Index window() const { return window_; }
+  Index pinned() const { return pinned_; }
+  Index slack() const { return ring_ - window_; }
+
+  /// The longest piece whose first token still finds its window once the piece is appended: slack, and more while the
+  /// window is not full.
+  Index max_append() const { return ring_ - position_ + first_visible(position_); }
+
+  /// Every row that a query at `position` sees must still be held; always so for the last slack positions.
+  bool can_truncate(Index position) const {
+    return position >= 0 && position <= position_ &&
+           (first_visible(position) >= oldest_ || first_visible(position) >= position);
+  }
+
+  void clear() { rewind(0); }
+
+  /// Below append: overwrites the held rows at absolute positions position … position+n-1, and appends those from
+  /// position() on. std::out_of_range where one of them is neither, std::length_error past max_append().
+  template <MatrixLike K, MatrixLike V>
+  void scatter_rows(Index position, const K& k, const V& v) {
+    detail::check_rows(this->shape_, k, v);
+    this->check_write(position, k.rows());
+    const Index end = position + k.rows();
+    detail::require<std::out_of_range>(position >= oldest_ || end <= pinned_ || oldest_ == pinned_,
+                                       "the ring holds positions below ", pinned_, " and from ", oldest_,
+                                       " on; rows to write begin at ", position, " and end before ", end);
+    const auto& keys = viewable(k);
+    const auto& values = viewable(v);
+    for (Index i = 0; i < k.rows(); ++i)
+      block_.store(0, slot(position + i), view(keys).row(i).data(), view(values).row(i).data());
+    position_ = std::max(position_, end);
+    oldest_ = std::max(oldest_, position_ - ring_);
+    update_runs();
+  }
+
+  /// Bytes of keys, values and scales at capacity.
+  Index bytes() const { return block_.bytes(); }
+  /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
+  Index overhead_bytes() const { return static_cast<Index>(this->workspace_.bytes()); }
+
+  /// For kernels; valid until the next change of the cache. One run until the first row is forgotten, then up to three:
+  /// pinned, tail and head of the ring.
+  KeyRows<S> key_rows() const {
+    return detail::key_rows_of<S>(this->shape_, capacity(), std::span(runs_).first(n_runs_), rows());
+  }
+
+ private:
+  friend Base;
+
+  /// The oldest position beside the pinned ones that a query at `position` sees.
+  Index first_visible(Index position) const { return std::max(pinned_, position - window_); }
+  Index slot(Index position) const { return position < pinned_ ? position : pinned_ + (position - pinned_) % ring_; }
+  void rewind(Index position) {
+    position_ = position;
+    oldest_ = std::min(oldest_, std::max(pinned_, position));
+    update_runs();
+  }
+  void add_run(Index position, Index rows) {
+    if (rows > 0) runs_[n_runs_++] = block_.run(0, slot(position), rows, position);
+  }
+  void update_runs() {
+    n_runs_ = 0;
+    if (oldest_ == pinned_) return add_run(0, position_);  // nothing forgotten: slots are positions
+    add_run(0, pinned_);
+    const Index rows = position_ - oldest_, before_end = std::min(rows, capacity() - slot(oldest_));
+    add_run(oldest_, before_end);
+    add_run(oldest_ + before_end, rows - before_end);
+  }
+  void swap(RingCache& other) noexcept {
+    std::swap(this->shape_, other.shape_);
+    std::swap(window_, other.window_);
+    std::swap(pinned_, other.pinned_);
+    std::swap(ring_, other.ring_);
+    std::swap(position_, other.position_);
+    std::swap(oldest_, other.oldest_);
+    std::swap(block_, other.block_);
+    std::swap(runs_, other.runs_);
+    std::swap(n_runs_, other.n_runs_);
+  }
+
+  Index window_ = 0, pinned_ = 0, ring_ = 0;
+  Index position_ = 0;
+  Index oldest_ = 0;  // of the positions >= pinned that are held
+  detail::CacheBlocks<S> block_;
+  std::array<KeyRun<S>, 3> runs_;
+  std::size_t n_runs_ = 0;
+};
+
+}  // namespace qkv::inline QKV_ABI
