@@ -45,6 +45,16 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
   return n_queries <= decode_max_queries ? Kernel::decode : Kernel::tiled;
 }
 
+/// The two ways of latent attention; see kernel/latent.hpp.
+enum class LatentForm { automatic, naive, absorbed };
+
+/// What a layer's forward may be told: force a kernel or a form, for instance to have the same bits for a prompt in pieces
+/// as at once.
+struct LayerOptions {
+  Kernel kernel = Kernel::automatic;
+  LatentForm form = LatentForm::automatic;  // LatentAttention only
+};
+
 /// The four stages of ONNX's qk_matmul_output_mode, for looking inside attention_weights().
 enum class Stage {
   scaled,         // scale · q·k, masked keys included
@@ -55,16 +65,15 @@ enum class Stage {
 
 template <class T>
 struct Options {
-  double scale = 0;  // 0: 1/√head_dim
-  std::optional<Index> first_position =
-      {};                         // of the first query; default: valid_keys - n_queries, the queries are the last
-  std::span<const T> sinks = {};  // none, or one learned logit per head
-  Kernel kernel = Kernel::automatic;
-  Matrix<T>* log_sum_exp = nullptr;  // where to write log Σ exp(score) [n_queries, heads]; resized
-  Workspace* workspace = nullptr;    // scratch memory to reuse; default: allocated by the call
-  std::span<const Index> query_offsets =
-      {};  // batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) …
-  std::span<const Index> key_offsets = {};  // … and key rows [key_offsets[s], key_offsets[s+1]); both or none
+  double scale = 0;                          // 0: 1/√head_dim
+  std::optional<Index> first_position = {};  // of the first query; default: the queries are the last valid tokens
+  std::span<const T> sinks = {};             // none, or one learned logit per head
+  Kernel kernel = Kernel::automatic;         // force one
+  Matrix<T>* log_sum_exp = nullptr;          // where to write log Σ exp(score) [n_queries, heads]; resized
+  Workspace* workspace = nullptr;            // scratch memory to reuse; default: allocated by the call
+  // Batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) and key rows likewise. Both or none.
+  std::span<const Index> query_offsets = {};
+  std::span<const Index> key_offsets = {};
 };
 
 }  // namespace qkv::inline QKV_ABI

@@ -41,6 +41,16 @@ T weight_of(T m, T top) {
   return m == minus_infinity<T> ? T(0) : m == top ? T(1) : exp(m - top);
 }
 
+/// (m, l, o[0..n)) ← merge with (m2, l2, o2[0..n)): the one line that the library is built on.
+template <class T>
+void merge_row(T& m, T& l, T* o, T m2, T l2, const T* o2, Index n) {
+  const T top = nan_max(m, m2);
+  const T mine = weight_of(m, top), theirs = weight_of(m2, top);
+  m = top;
+  l = mine * l + theirs * l2;
+  for (Index i = 0; i < n; ++i) o[i] = mine * o[i] + theirs * o2[i];
+}
+
 /// What remains at the end: out = o · factor, and the log-sum-exp, for one query and head. The sink joins here.
 template <class T>
 struct Finish {
@@ -108,14 +118,9 @@ struct SoftmaxState {
         " heads");
     const Index width = v_head_dim();
     for (Index i = 0; i < n_queries(); ++i)
-      for (Index h = 0; h < heads(); ++h) {
-        const T top = detail::nan_max(maximum(i, h), other.maximum(i, h));
-        const T mine = detail::weight_of(maximum(i, h), top), theirs = detail::weight_of(other.maximum(i, h), top);
-        maximum(i, h) = top;
-        sum(i, h) = mine * sum(i, h) + theirs * other.sum(i, h);
-        auto o = weighted.row(i).segment(h * width, width);
-        o = mine * o + theirs * other.weighted.row(i).segment(h * width, width);
-      }
+      for (Index h = 0; h < heads(); ++h)
+        detail::merge_row(maximum(i, h), sum(i, h), weighted.row(i).data() + h * width, other.maximum(i, h),
+                          other.sum(i, h), other.weighted.row(i).data() + h * width, width);
   }
 
   /// o / l: [n_queries, heads·v_head_dim]. `sinks`: none, or one learned logit per head (arXiv:2309.17453).

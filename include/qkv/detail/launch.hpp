@@ -38,15 +38,21 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
       done(Index(0), n, kv_head * group, group);
     });
   } else {
+    const Index dv = task.v_head_dim();
     executor(heads.heads, [&](Index head) {
-      const auto scratch = workspace.lease(static_cast<std::size_t>(task.keys.rows) * (sizeof(T) + sizeof(bool)));
-      T* row = reinterpret_cast<T*>(scratch.data());
-      bool* seen = reinterpret_cast<bool*>(row + task.keys.rows);
+      Carver sizes(nullptr);
+      sizes.take<T>(task.keys.rows), sizes.take<bool>(task.keys.rows), sizes.take<T>(dv);
+      const auto scratch = workspace.lease(sizes.used());
+      Carver carver(scratch.data());
+      T* row = carver.take<T>(task.keys.rows);
+      bool* seen = carver.take<bool>(task.keys.rows);
+      T* out = carver.take<T>(dv);
+      if (start == Start::empty) state.clear(0, n, head, 1, dv);
       for (Index i = 0; i < n; ++i) {
-        // The finished output is a state too: maximum = log-sum-exp, sum = 1.
-        T* out = state.o(i, head, task.v_head_dim());
-        state.m(i, head) = kernel::reference(task, head, i, minus_infinity<T>, row, seen, out);
-        state.l(i, head) = state.m(i, head) == minus_infinity<T> ? T(0) : T(1);
+        // A finished output is a state too: maximum = log-sum-exp, sum = 1.
+        const T lse = kernel::reference(task, head, i, minus_infinity<T>, row, seen, out);
+        const T sum = lse == minus_infinity<T> ? T(0) : T(1);
+        merge_row(state.m(i, head), state.l(i, head), state.o(i, head, dv), lse, sum, out, dv);
       }
       done(Index(0), n, head, Index(1));
     });

@@ -1,0 +1,321 @@
+// latent_attention.hpp — multi-head latent attention (MLA), the attention of DeepSeek-V2 and V3.
+//
+//     q      = x·W_Q                    or   RMSNorm(x·W_DQ)·W_UQ        [n, heads·(nope_dim + rope_dim)]
+//     c | r  = x·W_DKV                  c = RMSNorm(c), r = rotate(r)    [n, latent_dim | rope_dim]: all that is cached
+//     k_h    = [c·W_UK(h) | r]          v_h = c·W_UV(h)                  never stored: restored or absorbed
+//     out    = attention(q, k, v)·W_O   scale 1/√(nope_dim + rope_dim), times m² under YaRN
+//
+// A token costs latent_dim + rope_dim numbers instead of heads·(head_dim + v_head_dim): 576 instead of 40,960 for
+// DeepSeek-V3. RoPE does not commute with the up-projection, hence the separate rope key r, one per token for all heads.
+// Nothing is approximated at run time: the model *is* of low rank.
+//
+// Two forms compute the same: naive (restore keys and values, for many queries) and absorbed (never restore them, for few);
+// see kernel/latent.hpp. `automatic` chooses by numbers of queries and keys only.
+// DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
+//
+// Before: kernel/latent.hpp   Next: checkpoint.hpp
+#pragma once
+
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "attention.hpp"
+#include "detail/layer.hpp"
+#include "kernel/latent.hpp"
+#include "latent_cache.hpp"
+#include "model_config.hpp"
+#include "norm.hpp"
+#include "rope.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// Anything that holds one sequence's latent rows: LatentCache, or your own type with latent_rows() and its append.
+template <class C>
+concept LatentKeySource = requires(const C& cache) {
+  typename C::Storage;
+  cache.latent_rows().latent_dim;
+};
+
+/// Naive from as many new tokens on as make it cheaper, by flops, than the absorbed form: s queries on n keys cost
+///   absorbed  s·n·heads·2(2·latent + rope)  +  s·heads·2·latent·(nope + v)
+///   naive     s·n·heads·2(nope + rope + v)  +  n·heads·2·latent·(nope + v)
+constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries,
+                                        Index n_keys) {
+  if (asked != LatentForm::automatic) return asked;
+  const double s = static_cast<double>(n_queries), n = static_cast<double>(n_keys);
+  const double up = static_cast<double>(c.latent_dim * (c.nope_dim + c.v_head_dim));
+  const double absorbed = s * n * static_cast<double>(2 * c.latent_dim + c.rope_dim) + s * up;
+  const double naive = s * n * static_cast<double>(c.nope_dim + c.rope_dim + c.v_head_dim) + n * up;
+  return naive < absorbed ? LatentForm::naive : LatentForm::absorbed;
+}
+
+template <class T>
+struct LatentAttentionWeights {
+  Projection<T> query = {};        // W_Q [model_dim, heads·(nope_dim + rope_dim)]; q_latent_dim == 0 only
+  Projection<T> query_down = {};   // W_DQ [model_dim, q_latent_dim]; the other three with q_latent_dim > 0 only
+  RowVector<T> query_norm = {};    // [q_latent_dim]
+  Projection<T> query_up = {};     // W_UQ [q_latent_dim, heads·(nope_dim + rope_dim)]
+  Projection<T> latent_down = {};  // W_DKV [model_dim, latent_dim + rope_dim]
+  RowVector<T> latent_norm = {};   // [latent_dim]
+  Projection<T> key_up = {};       // W_UK [latent_dim, heads·nope_dim]
+  Projection<T> value_up = {};     // W_UV [latent_dim, heads·v_head_dim]
+  Projection<T> output = {};       // W_O [heads·v_head_dim, model_dim]
+
+  /// Normal random weights of variance 1/in_dim, gains 1; the same on every machine.
+  static LatentAttentionWeights random(const LatentAttentionConfig& c, std::uint32_t seed = 1) {
+    check(c);
+    detail::RandomWeights<T> draw(seed);
+    LatentAttentionWeights w;
+    const Index q_dim = c.heads * (c.nope_dim + c.rope_dim);
+    if (c.q_latent_dim == 0) {
+      w.query = draw.projection(c.model_dim, q_dim, false);
+    } else {
+      w.query_down = draw.projection(c.model_dim, c.q_latent_dim, false);
+      w.query_norm = RowVector<T>::Ones(c.q_latent_dim);
+      w.query_up = draw.projection(c.q_latent_dim, q_dim, false);
+    }
+    w.latent_down = draw.projection(c.model_dim, c.latent_dim + c.rope_dim, false);
+    w.latent_norm = RowVector<T>::Ones(c.latent_dim);
+    w.key_up = draw.projection(c.latent_dim, c.heads * c.nope_dim, false);
+    w.value_up = draw.projection(c.latent_dim, c.heads * c.v_head_dim, false);
+    w.output = draw.projection(c.heads * c.v_head_dim, c.model_dim, false);
+    return w;
+  }
+};
+
+template <class T = float>
+class LatentAttention {
+ public:
+  using Scalar = T;
+
+  /// Throws std::invalid_argument naming the first weight whose shape does not fit the settings.
+  LatentAttention(const LatentAttentionConfig& config, LatentAttentionWeights<T> weights)
+      : config_(config), weights_(std::move(weights)), rope_(config.rope, config.rope_dim) {
+    const auto& c = config_;
+    check(c);
+    const Index q_dim = c.heads * c.head_dim();
+    if (c.q_latent_dim == 0) {
+      detail::check_projection("query", weights_.query, c.model_dim, q_dim);
+    } else {
+      detail::check_projection("query_down", weights_.query_down, c.model_dim, c.q_latent_dim);
+      detail::check_gain("query_norm", weights_.query_norm, c.q_latent_dim);
+      detail::check_projection("query_up", weights_.query_up, c.q_latent_dim, q_dim);
+    }
+    detail::check_projection("latent_down", weights_.latent_down, c.model_dim, c.latent_dim + c.rope_dim);
+    detail::check_gain("latent_norm", weights_.latent_norm, c.latent_dim);
+    detail::check_projection("key_up", weights_.key_up, c.latent_dim, c.heads * c.nope_dim);
+    detail::check_projection("value_up", weights_.value_up, c.latent_dim, c.heads * c.v_head_dim);
+    detail::check_projection("output", weights_.output, c.heads * c.v_head_dim, c.model_dim);
+    for (Index h = 0; h < c.heads; ++h) {
+      absorb_key_.emplace_back(Matrix<T>(head_columns(weights_.key_up.weight(), h, c.heads).transpose()));
+      absorb_value_.emplace_back(Matrix<T>(head_columns(weights_.value_up.weight(), h, c.heads)));
+    }
+  }
+
+  const LatentAttentionConfig& config() const { return config_; }
+  const LatentAttentionWeights<T>& weights() const { return weights_; }
+  /// What scores are multiplied with: config.scale, or 1/√(nope_dim + rope_dim) times YaRN's m².
+  double scale() const { return softmax_scale(config_); }
+
+  void reserve_positions(Index n) { rope_.reserve(n); }
+
+  /// An empty cache that fits this layer.
+  template <StorageType S = T>
+  LatentCache<S> make_cache(Index capacity) const {
+    return LatentCache<S>({.latent_dim = config_.latent_dim, .rope_dim = config_.rope_dim, .capacity = capacity});
+  }
+
+  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  template <MatrixLike X>
+  Matrix<T> queries(const X& x,
+                    Index first_position = 0) const {  // [n, heads·(nope_dim + rope_dim)], rope part rotated
+    Matrix<T> q(x.rows(), config_.heads * config_.head_dim()), down(x.rows(), config_.q_latent_dim);
+    const auto& rows = viewable(x);
+    project_queries(writable_view(q), writable_view(down), view(rows));
+    rope_.apply_in_place(q, config_.heads, first_position, config_.nope_dim);
+    return q;
+  }
+  template <MatrixLike X>
+  Matrix<T> latents(const X& x, Index first_position = 0) const {  // [n, latent_dim + rope_dim]: what is cached
+    Matrix<T> c = weights_.latent_down.forward(x);
+    finish_latents(writable_view(c), first_position);
+    return c;
+  }
+  /// c [n, latent_dim] -> every head's keys without their rope part [n, heads·nope_dim].
+  template <MatrixLike X>
+  Matrix<T> restored_keys(const X& c) const {
+    return weights_.key_up.forward(c);
+  }
+  /// c [n, latent_dim] -> every head's values [n, heads·v_head_dim].
+  template <MatrixLike X>
+  Matrix<T> restored_values(const X& c) const {
+    return weights_.value_up.forward(c);
+  }
+
+  /// A whole text at positions 0 … n-1. Goes through a cache of its own.
+  template <MatrixLike X, detail::NeitherCacheNorMatrix M = Window, class F = Plain, Executor E = Serial>
+  Matrix<T> forward(const X& x, const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
+                    const E& executor = serial) const {
+    auto cache = make_cache<T>(std::max<Index>(x.rows(), 1));
+    return forward(x, cache, mask, score, options, executor);
+  }
+
+  /// The next tokens of the cache's sequence: a prompt, a chunk of one, or a single new token. Full caches throw
+  /// std::length_error and stay as they were.
+  template <MatrixLike X, LatentKeySource C, class M = Window, class F = Plain, Executor E = Serial>
+  Matrix<T> forward(const X& x, C& cache, const M& mask = causal, const F& score = plain,
+                    const LayerOptions& options = {}, const E& executor = serial) const {
+    Matrix<T> out(x.rows(), config_.model_dim);
+    forward_into(out, viewable(x), cache, mask, score, options, executor);
+    return out;
+  }
+
+  /// The same into out [n, model_dim], which shares no element with x. Allocates nothing once the cache's workspace is
+  /// warm (serial executor).
+  template <MatrixLike Out, MatrixLike X, LatentKeySource C, class M = Window, class F = Plain, Executor E = Serial>
+  void forward_into(Out&& out, const X& x, C& cache, const M& mask = causal, const F& score = plain,
+                    const LayerOptions& options = {}, const E& executor = serial) const {
+    C* const caches[] = {&cache};
+    const Index offsets[] = {0, x.rows()};
+    forward_into(out, x, std::span<const Index>(offsets), std::span<C* const>(caches), mask, score, options, executor);
+  }
+
+  /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to caches[s]. One
+  /// projection for all rows; each sequence gives the same bits as alone. Either all caches take their rows or none.
+  template <MatrixLike Out, MatrixLike X, LatentKeySource C, class M = Window, class F = Plain, Executor E = Serial>
+  void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, std::span<C* const> caches,
+                    const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
+                    const E& executor = serial) const {
+    const auto& m = detail::as_mask(mask);
+    detail::check_functions<M, F, T>();
+    const ConstView<T> rows = view(x);
+    detail::require(x.cols() == config_.model_dim, "x must be [n, model_dim ", config_.model_dim, "]; given ",
+                    detail::Shape{x.rows(), x.cols()});
+    detail::check_out(out, x.rows(), config_.model_dim);
+    detail::require_disjoint(out, x, "x");
+    detail::check_batch(row_offsets, caches, x.rows());
+    if (caches.empty() || x.rows() == 0) return;
+    for (std::size_t s = 0; s < caches.size(); ++s) {
+      detail::require(caches[s]->latent_dim() == config_.latent_dim && caches[s]->rope_dim() == config_.rope_dim,
+                      "the cache must have latent_dim ", config_.latent_dim, " and rope_dim ", config_.rope_dim,
+                      "; it has ", caches[s]->latent_dim(), " and ", caches[s]->rope_dim());
+      detail::check_growth(m, score, *caches[s], {config_.heads, config_.heads}, row_offsets[s + 1] - row_offsets[s]);
+    }
+
+    Buffers b(*this, caches[0]->workspace(), x.rows());
+    project_queries(b.q, b.q_latent, rows);
+    weights_.latent_down.forward_into(b.latents, rows);
+    for (std::size_t s = 0; s < caches.size(); ++s) {
+      const Index first = row_offsets[s], n = row_offsets[s + 1] - first, position = caches[s]->position();
+      rope_.apply_in_place(detail::rows_of(b.q, first, n), config_.heads, position, config_.nope_dim);
+      finish_latents(detail::rows_of(b.latents, first, n), position);
+    }
+    detail::append_all(row_offsets, caches, b.latents.leftCols(config_.latent_dim),
+                       b.latents.rightCols(config_.rope_dim));
+    for (std::size_t s = 0; s < caches.size(); ++s) {
+      const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
+      if (n > 0)
+        attend(detail::rows_of(b.context, first, n), detail::rows_of(b.q, first, n), *caches[s], m, score, options,
+               executor);
+    }
+    weights_.output.forward_into(out, b.context);
+  }
+
+ private:
+  /// Scratch for n rows, in one piece of a cache's workspace.
+  struct Buffers {
+    Buffers(const LatentAttention& layer, Workspace& workspace, Index n)
+        : q(nullptr, 0, 0, Eigen::OuterStride<>(0)),
+          q_latent(q),
+          latents(q),
+          context(q),
+          lease(workspace.lease(carve(layer.config_, n, nullptr))) {
+      carve(layer.config_, n, lease.data());
+    }
+    std::size_t carve(const LatentAttentionConfig& c, Index n, std::byte* base) {
+      detail::Carver carver(base);
+      detail::carve_matrix(carver, q, n, c.heads * c.head_dim());
+      detail::carve_matrix(carver, q_latent, n, c.q_latent_dim);
+      detail::carve_matrix(carver, latents, n, c.latent_dim + c.rope_dim);
+      detail::carve_matrix(carver, context, n, c.heads * c.v_head_dim);
+      return carver.used();
+    }
+    View<T> q, q_latent, latents, context;
+    Workspace::Lease lease;
+  };
+
+  void project_queries(View<T> q, View<T> q_latent, const ConstView<T>& x) const {
+    if (config_.q_latent_dim == 0) return weights_.query.forward_into(q, x);
+    weights_.query_down.forward_into(q_latent, x);
+    rms_norm_into(q_latent, q_latent, weights_.query_norm, config_.norm_eps);
+    weights_.query_up.forward_into(q, q_latent);
+  }
+
+  /// The latent is normed before it is cached, the rope key is rotated before it is cached and never normed.
+  void finish_latents(View<T> c, Index first_position) const {
+    auto latent = c.leftCols(config_.latent_dim);
+    rms_norm_into(latent, latent, weights_.latent_norm, config_.norm_eps);
+    rope_.apply_in_place(c.rightCols(config_.rope_dim), 1, first_position);
+  }
+
+  /// context [n, heads·v_head_dim] of the last n tokens of the cache; q is overwritten by nobody.
+  template <LatentKeySource C, class M, class F, class E>
+  void attend(View<T> context, View<T> q, C& cache, const M& mask, const F& score, const LayerOptions& options,
+              const E& executor) const {
+    using S = typename C::Storage;
+    const auto& c = config_;
+    const LatentRows<S> rows = cache.latent_rows();
+    const LatentForm form = choose_latent_form(options.form, c, q.rows(), rows.rows);
+    const Index n = q.rows();
+    const kernel::LatentTask<T, S, M, F> task{rows,
+                                              c.heads,
+                                              static_cast<T>(scale()),
+                                              0,
+                                              cache.position() - n,
+                                              &mask,
+                                              &score,
+                                              choose_kernel<T>(options.kernel, n)};
+    Workspace& workspace = cache.workspace();
+    const auto sums = workspace.lease(static_cast<std::size_t>(2 * n * c.heads) * sizeof(T));
+    T* maximum = reinterpret_cast<T*>(sums.data());
+    T* sum = maximum + n * c.heads;
+    if (form == LatentForm::naive) {
+      const kernel::StateView<T> state{maximum, sum, context, c.heads};
+      kernel::latent_naive(task, view(q), weights_.key_up, weights_.value_up, state, workspace, executor);
+      detail::finish_rows(state, 0, n, 0, c.heads, c.v_head_dim, Options<T>{}, 0);
+      return;
+    }
+    View<T> absorbed(nullptr, 0, 0, Eigen::OuterStride<>(0)), weighted(absorbed);
+    const auto carve = [&](std::byte* base) {
+      detail::Carver carver(base);
+      detail::carve_matrix(carver, absorbed, n, c.heads * (c.latent_dim + c.rope_dim));
+      detail::carve_matrix(carver, weighted, n, c.heads * c.latent_dim);
+      return carver.used();
+    };
+    const auto scratch = workspace.lease(carve(nullptr));
+    carve(scratch.data());
+    executor(c.heads, [&](Index h) {
+      auto to = head_columns(absorbed, h, c.heads);
+      auto from = head_columns(q, h, c.heads);
+      absorb_key_[static_cast<std::size_t>(h)].forward_into(to.leftCols(c.latent_dim), from.leftCols(c.nope_dim));
+      to.rightCols(c.rope_dim) = from.rightCols(c.rope_dim);
+    });
+    const kernel::StateView<T> state{maximum, sum, weighted, c.heads};
+    kernel::latent_absorbed(task, view(absorbed), state, workspace, executor);
+    detail::finish_rows(state, 0, n, 0, c.heads, c.latent_dim, Options<T>{}, 0);
+    executor(c.heads, [&](Index h) {
+      absorb_value_[static_cast<std::size_t>(h)].forward_into(head_columns(context, h, c.heads),
+                                                              head_columns(weighted, h, c.heads));
+    });
+  }
+
+  LatentAttentionConfig config_;
+  LatentAttentionWeights<T> weights_;
+  Rope<T> rope_;
+  std::vector<Projection<T>> absorb_key_;    // W_UK(h)ᵀ [nope_dim, latent_dim]
+  std::vector<Projection<T>> absorb_value_;  // W_UV(h) [latent_dim, v_head_dim]
+};
+
+}  // namespace qkv::inline QKV_ABI

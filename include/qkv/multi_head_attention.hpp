@@ -1,0 +1,275 @@
+// multi_head_attention.hpp — one attention layer; MHA, GQA and MQA are settings of it.
+//
+//     q = x·W_q   k = x·W_k   v = x·W_v      project
+//     q, k = norm(q), norm(k)                 per head, where the model has a QK-norm
+//     q, k = rotate(q, k, position)           where the model has RoPE; k is rotated before it is cached
+//     out  = attention(q, k, v) · W_o         over these tokens, or over all that the cache holds
+//
+//     layer.forward(x)                        a whole text, causal                  x [n, model_dim] -> [n, model_dim]
+//     layer.forward(x, cache)                 the next tokens: a prompt, a chunk of one, or a single new token
+//     layer.forward(query, key, value)        cross-attention, no mask
+//     layer.forward_into(out, x, offsets, caches)    several sequences, one cache each
+//
+// A prompt gives the same numbers whole, in chunks and token by token. Layers attend what the cache holds: with a
+// quantised cache that includes the rows of this very call. A const layer may be used from several threads at once; the
+// workspace belongs to the cache. Vaswani et al. 2017, section 3.2.2; GQA arXiv:2305.13245; QK-norm arXiv:2010.04245.
+//
+// Before: latent_cache.hpp   Next: latent_attention.hpp
+#pragma once
+
+#include <random>
+#include <span>
+#include <utility>
+
+#include "attention.hpp"
+#include "detail/layer.hpp"
+#include "kv_cache.hpp"
+#include "model_config.hpp"
+#include "norm.hpp"
+#include "projection.hpp"
+#include "rope.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+template <class T>
+struct MultiHeadAttentionWeights {
+  Projection<T> query;           // [model_dim, heads·head_dim]
+  Projection<T> key;             // [key_dim, kv_heads·head_dim]
+  Projection<T> value;           // [value_dim, kv_heads·v_head_dim]
+  Projection<T> output;          // [heads·v_head_dim, model_dim]
+  RowVector<T> query_norm = {};  // [head_dim], with config.qk_norm
+  RowVector<T> key_norm = {};    // [head_dim], with config.qk_norm
+  RowVector<T> sinks = {};       // [heads], or empty: no learned sinks
+
+  /// Normal random weights of variance 1/in_dim, for benchmarks, examples and tests. The same on every machine.
+  static MultiHeadAttentionWeights random(const MultiHeadAttentionConfig& config, std::uint32_t seed = 1) {
+    check(config);
+    detail::RandomWeights<T> draw(seed);
+    MultiHeadAttentionWeights w{draw.projection(config.model_dim, config.heads * config.head_dim, config.qkv_bias),
+                                draw.projection(config.key_dim, config.kv_heads * config.head_dim, config.qkv_bias),
+                                draw.projection(config.value_dim, config.kv_heads * config.v_head_dim, config.qkv_bias),
+                                draw.projection(config.heads * config.v_head_dim, config.model_dim, config.out_bias)};
+    if (config.qk_norm) w.query_norm = w.key_norm = RowVector<T>::Ones(config.head_dim);
+    return w;
+  }
+};
+
+template <class T = float>
+class MultiHeadAttention {
+ public:
+  using Scalar = T;
+
+  /// Throws std::invalid_argument naming the first weight whose shape does not fit the settings.
+  MultiHeadAttention(const MultiHeadAttentionConfig& config, MultiHeadAttentionWeights<T> weights)
+      : config_(config), weights_(std::move(weights)) {
+    check(config_);
+    detail::check_projection("query", weights_.query, config.model_dim, config.heads * config.head_dim);
+    detail::check_projection("key", weights_.key, config.key_dim, config.kv_heads * config.head_dim);
+    detail::check_projection("value", weights_.value, config.value_dim, config.kv_heads * config.v_head_dim);
+    detail::check_projection("output", weights_.output, config.heads * config.v_head_dim, config.model_dim);
+    detail::check_gain("query_norm", weights_.query_norm, config.qk_norm ? config.head_dim : 0);
+    detail::check_gain("key_norm", weights_.key_norm, config.qk_norm ? config.head_dim : 0);
+    detail::check_gain("sinks", weights_.sinks, weights_.sinks.size() == 0 ? 0 : config.heads);
+    if (config.rope) rope_.emplace(*config.rope, config.head_dim);
+  }
+
+  const MultiHeadAttentionConfig& config() const { return config_; }
+  const MultiHeadAttentionWeights<T>& weights() const { return weights_; }
+  Heads heads() const { return {config_.heads, config_.kv_heads}; }
+
+  /// Keeps RoPE's cosines for positions 0 … n-1: faster, same bits.
+  void reserve_positions(Index n) {
+    if (rope_) rope_->reserve(n);
+  }
+
+  /// An empty cache that fits this layer.
+  template <StorageType S = T>
+  KvCache<S> make_cache(Index capacity) const {
+    return KvCache<S>({.kv_heads = config_.kv_heads,
+                       .head_dim = config_.head_dim,
+                       .v_head_dim = config_.v_head_dim,
+                       .capacity = capacity});
+  }
+
+  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  template <MatrixLike X>
+  Matrix<T> queries(const X& x, Index first_position = 0) const {  // [n, heads·head_dim]
+    Matrix<T> q = weights_.query.forward(x);
+    turn_queries(q, first_position);
+    return q;
+  }
+  template <MatrixLike X>
+  Matrix<T> keys(const X& x, Index first_position = 0) const {  // [n, kv_heads·head_dim]
+    Matrix<T> k = weights_.key.forward(x);
+    turn_keys(k, first_position);
+    return k;
+  }
+  template <MatrixLike X>
+  Matrix<T> values(const X& x) const {  // [n, kv_heads·v_head_dim]
+    return weights_.value.forward(x);
+  }
+  template <MatrixLike X>
+  Matrix<T> output(const X& context) const {  // [n, heads·v_head_dim] -> [n, model_dim]
+    return weights_.output.forward(context);
+  }
+
+  /// A whole text at positions 0 … n-1, without a cache.
+  template <MatrixLike X, detail::NeitherCacheNorMatrix M = Window, class F = Plain, Executor E = Serial>
+  Matrix<T> forward(const X& x, const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
+                    const E& executor = serial) const {
+    return output(attention(queries(x), keys(x), values(x), heads(), mask, score, call_options(options), executor));
+  }
+
+  /// Cross-attention: query [n_queries, model_dim], key [n_keys, key_dim], value [n_keys, value_dim]. Both sides count
+  /// positions from 0.
+  template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
+  Matrix<T> forward(const Q& query, const K& key, const V& value, const M& mask = full, const F& score = plain,
+                    const LayerOptions& options = {}, const E& executor = serial) const {
+    Options<T> at_zero = call_options(options);
+    at_zero.first_position = 0;
+    return output(attention(queries(query), keys(key), values(value), heads(), mask, score, at_zero, executor));
+  }
+
+  /// The next tokens of the cache's sequence: appends their keys and values, attends all that the cache holds. Full
+  /// caches throw std::length_error and stay as they were.
+  template <MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
+  Matrix<T> forward(const X& x, C& cache, const M& mask = causal, const F& score = plain,
+                    const LayerOptions& options = {}, const E& executor = serial) const {
+    Matrix<T> out(x.rows(), config_.model_dim);
+    forward_into(out, viewable(x), cache, mask, score, options, executor);
+    return out;
+  }
+
+  /// The same into out [n, model_dim], which shares no element with x. Allocates nothing once the cache's workspace is
+  /// warm (serial executor).
+  template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
+  void forward_into(Out&& out, const X& x, C& cache, const M& mask = causal, const F& score = plain,
+                    const LayerOptions& options = {}, const E& executor = serial) const {
+    const ConstView<T> rows = view(x);
+    const View<T> result = writable_view(out);
+    check_operands(out, x, cache);
+    detail::check_room(cache, x.rows());
+    detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows());
+    // A window that slides over the cache must still see its old rows: long chunks go in pieces.
+    for (Index first = 0; first < x.rows();) {
+      const Index n = detail::piece(cache, x.rows() - first);
+      Buffers buffers(*this, cache.workspace(), n);
+      project(buffers, detail::rows_of(rows, first, n), [&](View<T> q, View<T> k) {
+        turn_queries(q, cache.position());
+        turn_keys(k, cache.position());
+      });
+      cache.append(buffers.k, buffers.v);
+      Options<T> call = call_options(options);
+      call.workspace = &cache.workspace();
+      attention_into(buffers.context, buffers.q, cache, heads(), detail::visible(cache) & detail::as_mask(mask), score,
+                     call, executor);
+      weights_.output.forward_into(detail::rows_of(result, first, n), buffers.context);
+      first += n;
+    }
+  }
+
+  /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to caches[s]. One
+  /// projection for all rows; each sequence gives the same bits as alone. Either all caches take their rows or none.
+  template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
+  void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, std::span<C* const> caches,
+                    const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
+                    const E& executor = serial) const {
+    const ConstView<T> rows = view(x);
+    detail::check_batch(row_offsets, caches, x.rows());
+    if (caches.empty()) return;
+    for (const C* cache : caches) check_operands(out, x, *cache);
+    for (std::size_t s = 0; s < caches.size(); ++s)
+      detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s]);
+
+    Buffers buffers(*this, caches[0]->workspace(), x.rows());
+    project(buffers, rows, [&](View<T> q, View<T> k) {
+      for (std::size_t s = 0; s < caches.size(); ++s) {
+        const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
+        turn_queries(detail::rows_of(q, first, n), caches[s]->position());
+        turn_keys(detail::rows_of(k, first, n), caches[s]->position());
+      }
+    });
+    detail::append_all(row_offsets, caches, buffers.k, buffers.v);
+    executor(static_cast<Index>(caches.size()), [&](Index i) {
+      const auto s = static_cast<std::size_t>(i);
+      const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
+      Options<T> call = call_options(options);
+      call.workspace = &caches[s]->workspace();
+      attention_into(detail::rows_of(buffers.context, first, n), detail::rows_of(buffers.q, first, n), *caches[s],
+                     heads(), detail::visible(*caches[s]) & detail::as_mask(mask), score, call);
+    });
+    weights_.output.forward_into(out, buffers.context);
+  }
+
+ private:
+  /// Scratch for n rows, in one piece of the cache's workspace.
+  struct Buffers {
+    Buffers(const MultiHeadAttention& layer, Workspace& workspace, Index n)
+        : q(nullptr, 0, 0, Eigen::OuterStride<>(0)),
+          k(q),
+          v(q),
+          context(q),
+          lease(workspace.lease(carve(layer, n, nullptr))) {
+      carve(layer, n, lease.data());
+    }
+    std::size_t carve(const MultiHeadAttention& layer, Index n, std::byte* base) {
+      detail::Carver carver(base);
+      detail::carve_matrix(carver, q, n, layer.weights_.query.out_dim());
+      detail::carve_matrix(carver, k, n, layer.weights_.key.out_dim());
+      detail::carve_matrix(carver, v, n, layer.weights_.value.out_dim());
+      detail::carve_matrix(carver, context, n, layer.weights_.output.in_dim());
+      return carver.used();
+    }
+    View<T> q, k, v, context;
+    Workspace::Lease lease;
+  };
+
+  template <class Turn>
+  void project(Buffers& buffers, const ConstView<T>& x, Turn&& turn) const {
+    weights_.query.forward_into(buffers.q, x);
+    weights_.key.forward_into(buffers.k, x);
+    weights_.value.forward_into(buffers.v, x);
+    turn(buffers.q, buffers.k);
+  }
+
+  template <class X>
+  void turn_queries(X&& q, Index first_position) const {
+    if (config_.qk_norm) rms_norm_into(q, q, weights_.query_norm, config_.norm_eps, config_.heads);
+    if (rope_) rope_->apply_in_place(q, config_.heads, first_position);
+  }
+  template <class X>
+  void turn_keys(X&& k, Index first_position) const {
+    if (config_.qk_norm) rms_norm_into(k, k, weights_.key_norm, config_.norm_eps, config_.kv_heads);
+    if (rope_) rope_->apply_in_place(k, config_.kv_heads, first_position);
+  }
+
+  Options<T> call_options(const LayerOptions& options) const {
+    Options<T> o;
+    o.scale = config_.scale;
+    o.kernel = options.kernel;
+    if (weights_.sinks.size() > 0) o.sinks = {weights_.sinks.data(), static_cast<std::size_t>(weights_.sinks.size())};
+    return o;
+  }
+
+  template <class Out, class X, class C>
+  void check_operands(const Out& out, const X& x, const C& cache) const {
+    detail::require(config_.key_dim == config_.model_dim && config_.value_dim == config_.model_dim,
+                    "a layer with a cache takes keys and values from x: key_dim ", config_.key_dim, " and value_dim ",
+                    config_.value_dim, " must be model_dim ", config_.model_dim);
+    detail::require(x.cols() == config_.model_dim, "x must be [n, model_dim ", config_.model_dim, "]; given ",
+                    detail::Shape{x.rows(), x.cols()});
+    detail::check_out(out, x.rows(), config_.model_dim);
+    detail::require_disjoint(out, x, "x");
+    detail::require(cache.kv_heads() == config_.kv_heads && cache.head_dim() == config_.head_dim &&
+                        cache.v_head_dim() == config_.v_head_dim,
+                    "the cache must have kv_heads ", config_.kv_heads, ", head_dim ", config_.head_dim, ", v_head_dim ",
+                    config_.v_head_dim, "; it has ", cache.kv_heads(), ", ", cache.head_dim(), ", ",
+                    cache.v_head_dim());
+  }
+
+  MultiHeadAttentionConfig config_;
+  MultiHeadAttentionWeights<T> weights_;
+  std::optional<Rope<T>> rope_;
+};
+
+}  // namespace qkv::inline QKV_ABI
