@@ -42,8 +42,21 @@ using View = Eigen::Map<Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
 template <class T>
 using ConstView = Eigen::Map<const Matrix<T>, Eigen::Unaligned, Eigen::OuterStride<>>;
 
+namespace detail {
+template <class Derived>
+void accept_dense(const Eigen::DenseBase<Derived>&);  // never called
+}  // namespace detail
+
+/// Any Eigen matrix, vector or expression. (Not X itself need be the base's argument: a segment derives from a block.)
+namespace detail {
+template <class D>
+void accepts_dense(const Eigen::DenseBase<D>&);
+}
+/// Any dense Eigen matrix, array, block, map, reference or expression.
 template <class X>
-concept MatrixLike = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<X>>, std::remove_cvref_t<X>>;
+concept MatrixLike = requires(const std::remove_cvref_t<X>& x) {
+  detail::accepts_dense(x);
+};
 
 template <MatrixLike X>
 using ScalarOf = typename std::remove_cvref_t<X>::Scalar;

@@ -6,7 +6,7 @@
 // `serial` is the default. `OpenMp` exists where the compiler has OpenMP switched on. `PoolExecutor` runs on
 // Eigen::ThreadPool or anything else with Schedule(function). Your own callable of this form is an executor too.
 //
-// Before: storage.hpp   Next: heads.hpp
+// Before: storage.hpp   Next: workspace.hpp
 #pragma once
 
 #include <atomic>
