@@ -1,47 +1,50 @@
-// qkv.hpp — everything, in reading order: each header includes only what stands above it.
+// qkv.hpp — everything, in reading order: a header includes only what stands above it (detail/ aside); a test checks it.
 #pragma once
 
+// clang-format off
+
 // Ground
-#include "version.hpp"        // the version, the build, the refused compiler modes
-#include "matrix.hpp"         // tokens are rows; views; the vocabulary
-#include "storage.hpp"        // float, half, bfloat16, int8 rows
-#include "parallel.hpp"       // executors: serial, OpenMP, a pool, yours
-#include "workspace.hpp"      // scratch memory that belongs to the caller
-#include "kernel/simd.hpp"    // a register of numbers on every instruction set
-#include "kernel/gemm.hpp"    // matrix products with one order of summation
+#include "version.hpp"                  // the version, the build, the refused compiler modes
+#include "matrix.hpp"                   // tokens are rows; views; the vocabulary
+#include "storage.hpp"                  // float, half, bfloat16 and int8 rows
+#include "parallel.hpp"                 // executors: serial, OpenMP, a pool, yours
+#include "workspace.hpp"                // scratch memory that belongs to the caller
+#include "kernel/simd.hpp"              // a register of numbers on every instruction set
+#include "kernel/gemm.hpp"              // matrix products with one order of summation
 
 // Into attention
-#include "embedding.hpp"      // tokens -> vectors
-#include "position.hpp"       // sinusoidal and learned positions, ALiBi slopes
-#include "rope_config.hpp"    // rotary positions: what a model says about them
-#include "rope.hpp"           // rotary positions: the rotation
-#include "norm.hpp"           // RMSNorm, LayerNorm
-#include "projection.hpp"     // x·W + b
-#include "heads.hpp"          // heads are column blocks
+#include "embedding.hpp"                // tokens -> vectors
+#include "position.hpp"                 // sinusoidal and learned positions, ALiBi slopes
+#include "rope_config.hpp"              // rotary positions: what a model says about them
+#include "rope.hpp"                     // rotary positions: the rotation
+#include "norm.hpp"                     // RMSNorm, LayerNorm
+#include "projection.hpp"               // x·W + b
+#include "heads.hpp"                    // heads are column blocks: MHA, GQA, MQA
 
 // Attention
-#include "mask.hpp"           // who may see whom
-#include "score.hpp"          // what happens to q·k
-#include "softmax.hpp"        // softmax and the state (m, l, o) that can be merged
-#include "options.hpp"        // what a call may ask for
-#include "key_rows.hpp"       // what a kernel knows of a cache
-#include "kernel/task.hpp"    // what every kernel gets and gives
-#include "kernel/reference.hpp"  // loops straight from the formula: the oracle
-#include "kernel/tiled.hpp"   // many queries: prefill
-#include "kernel/decode.hpp"  // few queries: decode
-#include "attention.hpp"      // the front door
-#include "explain.hpp"        // what a call will do, in one line
+#include "mask.hpp"                     // who may see whom
+#include "score.hpp"                    // what happens to q·k
+#include "softmax.hpp"                  // softmax, and the state (m, l, o) that merges
+#include "options.hpp"                  // what a call may ask for; which kernel serves it
+#include "key_rows.hpp"                 // what a kernel knows of a cache
+#include "kernel/task.hpp"              // what every kernel gets and gives
+#include "kernel/reference.hpp"         // loops straight from the formula: the oracle
+#include "kernel/tiled.hpp"             // many queries: prefill
+#include "kernel/decode.hpp"            // few queries: decode
+#include "attention.hpp"                // the front door
+#include "explain.hpp"                  // what a call will do, in one line
 
 // With memory
-#include "model_config.hpp"   // sizes of layers, presets of known models
-#include "memory.hpp"         // what a cache costs, constexpr
-#include "kv_cache.hpp"       // every row so far
-#include "ring_cache.hpp"     // a sliding window in fixed memory
-#include "paged_cache.hpp"    // pages of a shared pool: fork, copy-on-write
-#include "latent_cache.hpp"   // MLA: one latent per token
+#include "model_config.hpp"             // sizes of layers, presets of known models
+#include "memory.hpp"                   // what a cache costs, constexpr
+#include "kv_cache.hpp"                 // every row so far
+#include "ring_cache.hpp"               // a sliding window in fixed memory
+#include "paged_cache.hpp"              // pages of a shared pool: fork, copy-on-write
+#include "latent_cache.hpp"             // MLA: one latent per token
 
 // Layers
-#include "multi_head_attention.hpp"  // MHA, GQA, MQA
-#include "kernel/latent.hpp"         // latent attention, naive and absorbed
-#include "latent_attention.hpp"      // MLA
-#include "checkpoint.hpp"            // weights from PyTorch, GPT-2, Llama, DeepSeek
+#include "multi_head_attention.hpp"     // MHA, GQA, MQA
+#include "kernel/latent.hpp"            // latent attention, naive and absorbed
+#include "latent_attention.hpp"         // MLA
+#include "checkpoint.hpp"               // weights from PyTorch, GPT-2, Llama, DeepSeek
+// clang-format on
