@@ -1,0 +1,295 @@
+#include "support/allocations.hpp"
+#include "support/cache_rows.hpp"
+#include "support/catch.hpp"
+
+#include <qkv/kv_cache.hpp>
+#include <qkv/memory.hpp>
+
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+
+using namespace qkv;
+using support::append_ids;
+using support::contains;
+using support::holds;
+using support::ids;
+using support::max_error;
+using support::message_of;
+using support::rows_until;
+
+namespace {
+
+constexpr KvCacheConfig sizes{.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .capacity = 12};
+
+template <class S>
+constexpr double half_step = 0;  // relative to the largest number of a row
+template <>
+constexpr double half_step<float> = 1.0 / (1 << 24);
+template <>
+constexpr double half_step<half> = 1.0 / (1 << 11);
+template <>
+constexpr double half_step<bfloat16> = 1.0 / (1 << 8);
+template <>
+constexpr double half_step<std::int8_t> = 0.5 / 127 * (1 + 1e-5);
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("rows come back within the rounding of their storage", "", float, double, half, bfloat16,
+                   std::int8_t) {
+  KvCache<TestType> cache(sizes);
+  const auto k = support::numbers<double>(9, 15, 1), v = support::numbers<double>(9, 21, 2);
+  cache.append(k.topRows(4), v.topRows(4));
+  cache.append(k.bottomRows(5), v.bottomRows(5));
+  REQUIRE(cache.rows() == 9);
+  REQUIRE(cache.position() == 9);
+  REQUIRE(cache.max_append() == 3);
+  REQUIRE(max_error(cache.template keys<double>(), k) <= half_step<TestType>);
+  REQUIRE(max_error(cache.template values<double>(), v) <= half_step<TestType>);
+}
+
+TEMPLATE_TEST_CASE("whole numbers come back exactly, whatever scalar they came in", "", float, double, half, bfloat16,
+                   std::int8_t) {
+  KvCache<TestType> cache(sizes);
+  append_ids<float>(cache, ids(0, 2));
+  append_ids<double>(cache, ids(2, 5));
+  append_ids<half>(cache, ids(5, 6));
+  append_ids<bfloat16>(cache, ids(6, 7));
+  append_ids<long double>(cache, ids(7, 9));
+  REQUIRE(holds(cache.key_rows(), rows_until(9)));
+  REQUIRE(max_error(cache.keys(), support::cache_rows<float>(ids(0, 9), 3, 5, false)) == 0);
+  REQUIRE(max_error(cache.values(), support::cache_rows<float>(ids(0, 9), 3, 7, true)) == 0);
+}
+
+TEST_CASE("append takes column blocks, other storage orders and expressions") {
+  const auto qkv_rows = support::numbers<float>(6, 15 + 21 + 4, 3);
+  const Eigen::MatrixXf k = qkv_rows.middleCols(4, 15);
+  KvCache<float> blocks(sizes), plain(sizes), column_major(sizes);
+  blocks.append(qkv_rows.middleCols(4, 15), qkv_rows.rightCols(21));
+  column_major.append(k, 2 * qkv_rows.rightCols(21) - qkv_rows.rightCols(21));
+  for (Index i = 0; i < 6; ++i)
+    plain.append(RowVector<float>(qkv_rows.row(i).segment(4, 15)), RowVector<float>(qkv_rows.row(i).tail(21)));
+  REQUIRE(max_error(blocks.keys(), k) == 0);
+  REQUIRE(max_error(plain.keys(), k) == 0);
+  REQUIRE(max_error(column_major.keys(), k) == 0);
+  REQUIRE(max_error(column_major.values(), plain.values()) == 0);
+}
+
+TEST_CASE("int8: a NaN or an infinity poisons its own head of its own row, zeros stay zeros") {
+  KvCache<std::int8_t> cache(sizes);
+  Matrix<float> k = support::numbers<float>(4, 15, 4), v = support::numbers<float>(4, 21, 5);
+  k(1, 7) = std::numeric_limits<float>::quiet_NaN();  // head 1
+  v(2, 20) = std::numeric_limits<float>::infinity();  // head 2
+  k.row(3).setZero();
+  cache.append(k, v);
+  const Matrix<float> keys = cache.keys(), values = cache.values();
+  for (Index i = 0; i < 4; ++i) {
+    for (Index j = 0; j < 15; ++j) REQUIRE(std::isnan(keys(i, j)) == (i == 1 && j >= 5 && j < 10));
+    for (Index j = 0; j < 21; ++j) REQUIRE(std::isnan(values(i, j)) == (i == 2 && j >= 14));
+  }
+  REQUIRE(keys.row(3).cwiseAbs().maxCoeff() == 0);
+  const auto rows = cache.key_rows();
+  REQUIRE(rows.key_scale(rows.runs[0], 0, 3) == 0);
+}
+
+TEST_CASE("a full cache refuses, names the numbers and stays as it was") {
+  KvCache<float> cache(sizes);
+  append_ids(cache, ids(0, 10));
+  const std::string message = message_of<std::length_error>([&] { append_ids(cache, ids(10, 13)); });
+  for (const char* part : {"12", "10", "at most 2", "given 3"}) REQUIRE(contains(message, part));
+  REQUIRE_FALSE(support::try_append_ids(cache, ids(10, 13)));
+  REQUIRE(holds(cache.key_rows(), rows_until(10)));
+  REQUIRE(support::try_append_ids(cache, ids(10, 12)));
+  REQUIRE_FALSE(support::try_append_ids(cache, ids(12, 13)));
+  REQUIRE(support::try_append_ids(cache, {}));
+  REQUIRE(holds(cache.key_rows(), rows_until(12)));
+}
+
+TEST_CASE("wrong shapes are errors that show both shapes") {
+  KvCache<float> cache(sizes);
+  append_ids(cache, ids(0, 2));
+  const Matrix<float> k(2, 15), v(2, 21), long_v(3, 21), narrow_k(2, 14);
+  REQUIRE(contains(message_of([&] { cache.append(narrow_k, v); }), "[2, 14]"));
+  REQUIRE(contains(message_of([&] { cache.append(k, long_v); }), "[3, 21]"));
+  REQUIRE(contains(message_of([&] { (void)cache.try_append(v, k); }), "head_dim 5"));
+  REQUIRE(contains(message_of([&] { cache.scatter_rows(0, narrow_k, v); }), "[2, 14]"));
+  REQUIRE(contains(message_of([&] { cache.scatter_rows(0, k, long_v, Wrap::circular); }), "[3, 21]"));
+  REQUIRE(holds(cache.key_rows(), rows_until(2)));
+}
+
+TEST_CASE("settings that make no sense are refused") {
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 0, .head_dim = 4, .capacity = 4}), std::invalid_argument);
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 0, .capacity = 4}), std::invalid_argument);
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 4, .v_head_dim = -1, .capacity = 4}),
+                    std::invalid_argument);
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 4, .capacity = 0}), std::invalid_argument);
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 4, .capacity = 10, .block = 4}), std::invalid_argument);
+  constexpr Index huge = std::numeric_limits<Index>::max() / 2;
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 4, .capacity = huge}), std::length_error);
+}
+
+TEST_CASE("truncate forgets what came after, as if it had never been there") {
+  KvCache<half> cache(sizes);
+  append_ids(cache, ids(0, 9));
+  REQUIRE_THROWS_AS(cache.truncate(10), std::out_of_range);
+  REQUIRE_THROWS_AS(cache.truncate(-1), std::out_of_range);
+  REQUIRE_FALSE(cache.try_truncate(10));
+  REQUIRE(holds(cache.key_rows(), rows_until(9)));
+  cache.truncate(9);
+  cache.truncate(5);
+  REQUIRE(holds(cache.key_rows(), rows_until(5)));
+  append_ids(cache, ids(5, 12));
+  REQUIRE(holds(cache.key_rows(), rows_until(12)));
+  REQUIRE(cache.try_truncate(0));
+  REQUIRE(cache.rows() == 0);
+  REQUIRE(cache.key_rows().runs.empty());
+  append_ids(cache, ids(0, 1));
+  cache.clear();
+  REQUIRE(cache.position() == 0);
+  REQUIRE(cache.keys().rows() == 0);
+}
+
+TEST_CASE("a growing cache takes memory in blocks and never moves a row") {
+  KvCache<std::int8_t> cache({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .capacity = 20, .block = 4});
+  REQUIRE(cache.bytes() == 0);
+  append_ids(cache, ids(0, 3));
+  const std::int8_t* first = cache.key_rows().runs[0].keys;
+  const Index block_bytes = cache.bytes();
+  for (Index n = 3; n < 20; ++n) {
+    append_ids(cache, ids(n, n + 1));
+    REQUIRE(cache.key_rows().runs.size() == static_cast<std::size_t>(n / 4 + 1));
+    REQUIRE(cache.bytes() == block_bytes * (n / 4 + 1));
+    REQUIRE(holds(cache.key_rows(), rows_until(n + 1)));
+  }
+  REQUIRE(cache.key_rows().runs[0].keys == first);
+  REQUIRE_THROWS_AS(append_ids(cache, ids(20, 21)), std::length_error);
+  cache.truncate(6);
+  append_ids(cache, ids(6, 17));
+  REQUIRE(holds(cache.key_rows(), rows_until(17)));
+
+  KvCache<float> reserved({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .capacity = 1 << 20, .block = 4});
+  reserved.reserve(-3);
+  REQUIRE(reserved.bytes() == 0);
+  reserved.reserve(9);
+  REQUIRE(reserved.bytes() == 12 * 3 * (5 + 7) * 4);
+}
+
+TEST_CASE("scatter_rows overwrites, and appends past the rows held") {
+  KvCache<float> cache(sizes);
+  append_ids(cache, ids(0, 6));
+  support::scatter_ids(cache, 4, {100, 101, 102});
+  REQUIRE(holds(cache.key_rows(), {{0, 0}, {1, 1}, {2, 2}, {3, 3}, {4, 100}, {5, 101}, {6, 102}}));
+  support::scatter_ids(cache, 0, {200});
+  REQUIRE(cache.rows() == 7);
+  REQUIRE_THROWS_AS(support::scatter_ids(cache, 8, {1}), std::out_of_range);
+  REQUIRE_THROWS_AS(support::scatter_ids(cache, -1, {1}), std::out_of_range);
+  REQUIRE_THROWS_AS(support::scatter_ids(cache, 7, ids(0, 6)), std::length_error);
+  REQUIRE(holds(cache.key_rows(), {{0, 200}, {1, 1}, {2, 2}, {3, 3}, {4, 100}, {5, 101}, {6, 102}}));
+}
+
+TEST_CASE("a circular write is ONNX TensorScatter: row (position + i) modulo capacity") {
+  for (const Index block : {0, 4}) {
+    KvCacheConfig config = sizes;
+    config.block = block;
+    for (const Index position : {0, 5, 10, 11, 12, 23})
+      for (const Index n : {0, 1, 2, 7, 12}) {
+        KvCache<float> cache(config);
+        append_ids(cache, ids(0, 12));
+        auto expected = rows_until(12);
+        for (Index i = 0; i < n; ++i) expected[static_cast<std::size_t>((position + i) % 12)].id = 100 + i;
+        support::scatter_ids(cache, n == 0 ? 0 : position, ids(100, 100 + n), Wrap::circular);
+        REQUIRE(holds(cache.key_rows(), expected));
+      }
+    KvCache<float> cache(config);
+    append_ids(cache, ids(0, 9));
+    REQUIRE_THROWS_AS(support::scatter_ids(cache, 10, {1}, Wrap::circular), std::out_of_range);
+    REQUIRE_THROWS_AS(support::scatter_ids(cache, -2, {1}, Wrap::circular), std::out_of_range);
+    REQUIRE_THROWS_AS(support::scatter_ids(cache, 3, ids(0, 13), Wrap::circular), std::length_error);
+    REQUIRE(holds(cache.key_rows(), rows_until(9)));
+    support::scatter_ids(cache, 9, {9, 10, 11, 100}, Wrap::circular);  // fills the cache and goes on
+    REQUIRE(cache.rows() == 12);
+    REQUIRE(
+        holds(cache.key_rows(),
+              {{0, 100}, {1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}, {6, 6}, {7, 7}, {8, 8}, {9, 9}, {10, 10}, {11, 11}}));
+  }
+}
+
+TEMPLATE_TEST_CASE("copies do not see each other, and what was moved from is an empty cache of capacity 0", "", float,
+                   std::int8_t) {
+  for (const Index block : {0, 4}) {
+    KvCacheConfig config = sizes;
+    config.block = block;
+    KvCache<TestType> a(config);
+    append_ids(a, ids(0, 6));
+    KvCache<TestType> b = a;
+    append_ids(a, {77});
+    append_ids(b, ids(6, 11));
+    REQUIRE(holds(b.key_rows(), rows_until(11)));
+    REQUIRE(a.rows() == 7);
+    b.truncate(2);
+    append_ids(b, {55});
+    REQUIRE(holds(a.key_rows(), {{0, 0}, {1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}, {6, 77}}));
+    a = b;
+    REQUIRE(holds(a.key_rows(), {{0, 0}, {1, 1}, {2, 55}}));
+    KvCache<TestType>& self = a;
+    a = self;
+    REQUIRE(holds(a.key_rows(), {{0, 0}, {1, 1}, {2, 55}}));
+
+    KvCache<TestType> c = std::move(a);
+    REQUIRE(holds(c.key_rows(), {{0, 0}, {1, 1}, {2, 55}}));
+    REQUIRE(a.rows() == 0);
+    REQUIRE(a.capacity() == 0);
+    REQUIRE(a.bytes() == 0);
+    REQUIRE(a.key_rows().runs.empty());
+    REQUIRE_FALSE(support::try_append_ids(a, {1}));
+    a = c;
+    REQUIRE(holds(a.key_rows(), {{0, 0}, {1, 1}, {2, 55}}));
+  }
+}
+
+TEMPLATE_TEST_CASE("bytes and overhead_bytes are what the allocator sees, and the figure of memory.hpp", "", float,
+                   double, half, bfloat16, std::int8_t) {
+  constexpr MultiHeadAttentionConfig layer{.model_dim = 30, .heads = 6, .kv_heads = 3, .head_dim = 5, .v_head_dim = 7};
+  const auto before = support::allocations();
+  {
+    const KvCache<TestType> cache(sizes);
+    REQUIRE(cache.bytes() == cache_bytes<TestType>(layer, 12));
+    const Index sum = cache.bytes() + cache.overhead_bytes();
+    REQUIRE((support::allocations() - before).new_bytes == sum);
+  }
+  REQUIRE((support::allocations() - before).new_bytes == 0);
+
+  KvCache<TestType> growing({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .capacity = 40, .block = 4});
+  append_ids(growing, ids(0, 22));
+  growing.workspace().reserve(1000);
+  const Index bytes = growing.bytes(), overhead = growing.overhead_bytes();
+  const auto held = support::allocations();
+  { const KvCache<TestType> gone = std::move(growing); }
+  REQUIRE((held - support::allocations()).new_bytes == bytes + overhead - 1000);  // a workspace stays where it is
+  REQUIRE(growing.overhead_bytes() == 1000);
+  REQUIRE(bytes == cache_bytes<TestType>(layer, 24));
+}
+
+TEST_CASE("appending to a cache of fixed capacity allocates nothing") {
+  KvCache<std::int8_t> cache(sizes);
+  const auto k = support::numbers<float>(12, 15, 1), v = support::numbers<float>(12, 21, 2);
+  const auto used = support::allocations_of([&] {
+    for (Index i = 0; i < 12; ++i) cache.append(k.middleRows(i, 1), v.middleRows(i, 1));
+    cache.truncate(4);
+    cache.append(k.topRows(8), v.topRows(8));
+    cache.scatter_rows(11, k.topRows(3), v.topRows(3), Wrap::circular);
+  });
+  REQUIRE(used.count == 0);
+}
+
+TEST_CASE("the rows of a head lie one after another, from a 64-byte boundary on") {
+  KvCache<float> cache(sizes);
+  append_ids(cache, ids(0, 4));
+  const auto rows = cache.key_rows();
+  REQUIRE(rows.runs.size() == 1);
+  REQUIRE(rows.key_row_stride == 5);
+  REQUIRE(rows.key_head_stride == 12 * 5);
+  REQUIRE(rows.value_row_stride == 7);
+  REQUIRE(reinterpret_cast<std::uintptr_t>(rows.runs[0].keys) % 64 == 0);
+  REQUIRE(reinterpret_cast<std::uintptr_t>(rows.runs[0].values) % 64 == 0);
+}
