@@ -12,7 +12,7 @@
 //                                 exp2(NaN) = NaN exactly. Below the smallest normal number the result may be +0;
 //                                 from x = 127.5 (double: 1023.5) on it may be +inf.
 //
-// Before: parallel.hpp   Next: kernel/gemm.hpp
+// Before: workspace.hpp   Next: kernel/register_tile.hpp
 #pragma once
 
 #include <algorithm>
@@ -286,8 +286,9 @@ requires(detail::has_packets<T>) struct Simd<T> {
   }
 };
 
-/// Asks for the cache line at p, for reading, into the second-level cache. Never faults.
-inline void prefetch([[maybe_unused]] const void* p) {
+/// Asks for the cache line at p, for reading, into the second-level cache. Never faults. (Always inline: g++ takes a
+/// function that only prefetches for one without effect and drops its calls.)
+EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
 #elif defined(EIGEN_VECTORIZE_SSE)
