@@ -47,15 +47,11 @@ template <class Derived>
 void accept_dense(const Eigen::DenseBase<Derived>&);  // never called
 }  // namespace detail
 
-/// Any Eigen matrix, vector or expression. (Not X itself need be the base's argument: a segment derives from a block.)
-namespace detail {
-template <class D>
-void accepts_dense(const Eigen::DenseBase<D>&);
-}
-/// Any dense Eigen matrix, array, block, map, reference or expression.
+/// Any dense Eigen matrix, array, block, map, reference or expression. (Asked by a call and not by is_base_of: the base
+/// of a segment names the block that it derives from.)
 template <class X>
 concept MatrixLike = requires(const std::remove_cvref_t<X>& x) {
-  detail::accepts_dense(x);
+  detail::accept_dense(x);
 };
 
 template <MatrixLike X>
