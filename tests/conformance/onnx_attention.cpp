@@ -94,7 +94,9 @@ void with_cap(double cap, F&& f) {
 template <class T>
 Results onnx_attention(const Case& c) {
   const Shapes shapes(c);
-  const auto [heads, batch, n_queries, n_past, n_keys, head_dim, v_head_dim] = shapes;
+  const qkv::Heads heads = shapes.heads;
+  const Index batch = shapes.batch, n_queries = shapes.n_queries, n_past = shapes.n_past, n_keys = shapes.n_keys,
+              head_dim = shapes.head_dim, v_head_dim = shapes.v_head_dim;
   const Tensor *attn_mask = c.find_in("attn_mask"), *nonpad = c.find_in("nonpad_kv_seqlen");
   expect(!nonpad || nonpad->shape == std::vector{batch}, "nonpad_kv_seqlen must be [batch]");
   const qkv::Window window = window_of(c);
