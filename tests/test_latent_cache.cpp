@@ -1,0 +1,163 @@
+#include "support/allocations.hpp"
+#include "support/catch.hpp"
+#include "support/numbers.hpp"
+
+#include <qkv/latent_cache.hpp>
+#include <qkv/memory.hpp>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+using namespace qkv;
+using support::contains;
+using support::max_error;
+using support::message_of;
+using support::numbers;
+
+namespace {
+
+constexpr LatentCacheConfig sizes{.latent_dim = 11, .rope_dim = 6, .capacity = 9};
+
+/// Whole numbers that every storage keeps exactly: the largest of each row is 127.
+Matrix<float> whole(Index rows, Index cols, std::uint64_t seed) {
+  Matrix<float> m = (numbers<float>(rows, cols, seed) * 127).array().floor();
+  m.col(0).setConstant(127);
+  return m;
+}
+
+template <class T, class S>
+Matrix<T> read_latent(const LatentRows<S>& all) {
+  Matrix<T> out(all.rows, all.latent_dim);
+  Index at = 0;
+  for (const auto& run : all.runs)
+    for (Index i = 0; i < run.rows; ++i, ++at)
+      for (Index j = 0; j < all.latent_dim; ++j)
+        out(at, j) = static_cast<T>(all.latent(run, i)[j]) * static_cast<T>(all.scale(run, i));
+  return out;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("latents and rope keys come back, whatever scalar they came in", "", float, double, half, bfloat16,
+                   std::int8_t) {
+  LatentCache<TestType> cache(sizes);
+  const auto c = whole(7, 11, 1), r = whole(7, 6, 2);
+  cache.append(c.topRows(2), r.topRows(2));
+  cache.append(c.middleRows(2, 3).template cast<double>(), r.middleRows(2, 3).template cast<half>());
+  cache.append(c.bottomRows(2).template cast<bfloat16>(), r.bottomRows(2).template cast<long double>());
+  REQUIRE(cache.rows() == 7);
+  REQUIRE(cache.position() == 7);
+  REQUIRE(cache.max_append() == 2);
+  REQUIRE(max_error(cache.latent(), c) == 0);
+  REQUIRE(max_error(cache.rope_keys(), r) == 0);
+  REQUIRE(max_error(cache.template latent<double>(), c) == 0);
+  REQUIRE(max_error(read_latent<double>(cache.latent_rows()), c) == 0);
+  REQUIRE(cache.latent_rows().runs.size() == 1);
+  REQUIRE(cache.latent_rows().runs[0].position == 0);
+}
+
+TEMPLATE_TEST_CASE("a row is the absorbed key: the rope key follows its latent", "", float, double, half, bfloat16) {
+  LatentCache<TestType> cache(sizes);
+  const auto c = whole(3, 11, 1), r = whole(3, 6, 2);
+  cache.append(c, r);
+  const auto all = cache.latent_rows();
+  REQUIRE(all.latent_row_stride == 17);
+  REQUIRE(all.rope_row_stride == 17);
+  REQUIRE(reinterpret_cast<std::uintptr_t>(all.runs[0].latent) % 64 == 0);
+  for (Index i = 0; i < 3; ++i) REQUIRE(all.rope(all.runs[0], i) == all.latent(all.runs[0], i) + 11);
+}
+
+TEST_CASE("int8: one scale per latent row, and a rope key that is not rounded to bytes") {
+  LatentCache<std::int8_t> cache(sizes);
+  Matrix<float> c = numbers<float>(4, 11, 3);
+  const auto r = numbers<float>(4, 6, 4);
+  c.row(1).setZero();
+  c(2, 10) = std::numeric_limits<float>::quiet_NaN();
+  cache.append(c, r);
+  REQUIRE(max_error(cache.rope_keys(), r) == 0);
+  const auto back = cache.latent();
+  for (const Index i : {0, 3})
+    REQUIRE(max_error(back.row(i), c.row(i)) <= c.row(i).cwiseAbs().maxCoeff() / 127 / 2 * 1.0001);
+  REQUIRE(back.row(1).cwiseAbs().maxCoeff() == 0);
+  REQUIRE(back.row(2).array().isNaN().all());
+}
+
+TEST_CASE("a full latent cache and wrong shapes leave it as it was") {
+  LatentCache<float> cache(sizes);
+  const auto c = whole(10, 11, 1), r = whole(10, 6, 2);
+  cache.append(c.topRows(8), r.topRows(8));
+  const std::string message = message_of<std::length_error>([&] { cache.append(c.topRows(2), r.topRows(2)); });
+  for (const char* part : {"capacity 9", "held 8", "at most 1", "given 2"}) REQUIRE(contains(message, part));
+  REQUIRE_FALSE(cache.try_append(c.topRows(2), r.topRows(2)));
+  REQUIRE(contains(message_of([&] { cache.append(c.topRows(1), r.topRows(2)); }), "[2, 6]"));
+  REQUIRE(contains(message_of([&] { cache.append(c.leftCols(10), r); }), "[10, 10]"));
+  REQUIRE(contains(message_of([&] { (void)cache.try_append(r, c); }), "latent_dim 11"));
+  REQUIRE(max_error(cache.latent(), c.topRows(8)) == 0);
+  REQUIRE(cache.try_append(c.middleRows(8, 1), r.middleRows(8, 1)));
+  REQUIRE(max_error(cache.latent(), c.topRows(9)) == 0);
+  REQUIRE_THROWS_AS(LatentCache<float>({.latent_dim = 0, .rope_dim = 2, .capacity = 3}), std::invalid_argument);
+  REQUIRE_THROWS_AS(LatentCache<float>({.latent_dim = 4, .rope_dim = 0, .capacity = 3}), std::invalid_argument);
+  REQUIRE_THROWS_AS(LatentCache<float>({.latent_dim = 4, .rope_dim = 2, .capacity = 0}), std::invalid_argument);
+  REQUIRE_THROWS_AS(
+      LatentCache<float>({.latent_dim = 4, .rope_dim = 2, .capacity = std::numeric_limits<Index>::max() / 2}),
+      std::length_error);
+}
+
+TEMPLATE_TEST_CASE("truncate and clear forget, and the rows can be written again", "", float, std::int8_t) {
+  LatentCache<TestType> cache(sizes);
+  const auto c = whole(9, 11, 1), r = whole(9, 6, 2);
+  cache.append(c, r);
+  REQUIRE_THROWS_AS(cache.truncate(10), std::out_of_range);
+  REQUIRE_FALSE(cache.try_truncate(-1));
+  cache.truncate(9);
+  REQUIRE(cache.try_truncate(4));
+  REQUIRE(max_error(cache.latent(), c.topRows(4)) == 0);
+  cache.append(c.topRows(2), r.topRows(2));
+  REQUIRE(max_error(cache.latent().bottomRows(2), c.topRows(2)) == 0);
+  REQUIRE(max_error(cache.rope_keys().topRows(4), r.topRows(4)) == 0);
+  cache.clear();
+  REQUIRE(cache.position() == 0);
+  REQUIRE(cache.latent_rows().runs.empty());
+  REQUIRE(cache.latent().rows() == 0);
+}
+
+TEMPLATE_TEST_CASE("latent copies do not see each other, and what was moved from has capacity 0", "", half,
+                   std::int8_t) {
+  LatentCache<TestType> a(sizes);
+  const auto c = whole(9, 11, 1), r = whole(9, 6, 2);
+  a.append(c.topRows(4), r.topRows(4));
+  LatentCache<TestType> b = a;
+  b.append(c.middleRows(4, 2), r.middleRows(4, 2));
+  a.append(c.bottomRows(1), r.bottomRows(1));
+  REQUIRE(max_error(b.latent(), c.topRows(6)) == 0);
+  REQUIRE(max_error(b.rope_keys(), r.topRows(6)) == 0);
+  REQUIRE(max_error(a.latent().bottomRows(1), c.bottomRows(1)) == 0);
+  LatentCache<TestType> moved = std::move(b);
+  REQUIRE(max_error(read_latent<float>(moved.latent_rows()), c.topRows(6)) == 0);
+  REQUIRE(b.capacity() == 0);
+  REQUIRE(b.rows() == 0);
+  REQUIRE(b.bytes() == 0);
+  const LatentCache<TestType> empty = b;
+  REQUIRE(empty.capacity() == 0);
+  b = moved;
+  b = std::move(moved);
+  REQUIRE(max_error(b.rope_keys(), r.topRows(6)) == 0);
+}
+
+TEMPLATE_TEST_CASE("a latent cache's bytes are what the allocator sees; appending allocates nothing", "", float, double,
+                   half, bfloat16, std::int8_t) {
+  const auto c = whole(9, 11, 1), r = whole(9, 6, 2);
+  const auto before = support::allocations();
+  LatentCache<TestType> cache(sizes);
+  const Index sum = cache.bytes() + cache.overhead_bytes();
+  const auto built = support::allocations();
+  REQUIRE((built - before).new_bytes == sum);
+  const auto used = support::allocations_of([&] {
+    for (Index i = 0; i < 9; ++i) cache.append(c.middleRows(i, 1), r.middleRows(i, 1));
+    cache.truncate(2);
+    cache.append(c.topRows(7), r.topRows(7));
+  });
+  REQUIRE(used.count == 0);
+}

@@ -1,0 +1,76 @@
+#include "support/catch.hpp"
+
+#include <qkv/kv_cache.hpp>
+#include <qkv/latent_cache.hpp>
+#include <qkv/memory.hpp>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+
+using namespace qkv;
+
+TEST_CASE("MLA keeps 576 numbers per token: 56.9 times fewer than MHA, 71.1 than its naive form, 3.6 than GQA-8") {
+  constexpr Index mla = elements_per_token(deepseek_v3);
+  static_assert(mla == 512 + 64);
+  constexpr Index mha = elements_per_token(multi_head_equivalent(deepseek_v3));
+  constexpr Index gqa = elements_per_token(multi_head_equivalent(deepseek_v3, 8));
+  constexpr Index mqa = elements_per_token(multi_head_equivalent(deepseek_v3, 1));
+  static_assert(mha == 2 * 128 * 128);
+  static_assert(gqa == 2 * 8 * 128);
+  static_assert(mqa == 2 * 128);
+  static_assert(naive_elements_per_token(deepseek_v3) == 128 * (192 + 128));
+  REQUIRE(std::abs(ratio(mha, mla) - 56.9) < 0.05);
+  REQUIRE(std::abs(ratio(naive_elements_per_token(deepseek_v3), mla) - 71.1) < 0.05);
+  REQUIRE(std::abs(ratio(gqa, mla) - 3.6) < 0.05);
+  REQUIRE(ratio(mla, mqa) == 2.25);  // MQA's cache is smaller still
+  REQUIRE(std::abs(
+              ratio(elements_per_token(multi_head_equivalent(deepseek_v2_lite)), elements_per_token(deepseek_v2_lite)) -
+              7.1) < 0.05);
+  // 32 heads of 128, compressed to the same 512 + 64: 14.2 times, not 57.
+  constexpr MultiHeadAttentionConfig thirty_two{.model_dim = 4096, .heads = 32};
+  REQUIRE(std::abs(ratio(elements_per_token(thirty_two), mla) - 14.2) < 0.05);
+}
+
+TEST_CASE("a 32-layer, 32-head model of head_dim 128 keeps 4.3 GB for 8192 tokens in 16 bit") {
+  static_assert(cache_bytes<half>(llama_2_7b, 8192, 32) == 4294967296);
+  static_assert(cache_bytes<half>(llama_2_7b, 8192) == 134217728);  // one layer: the often quoted 134 MB
+  static_assert(cache_bytes<half>(llama_3_8b, 8192, 32) * 4 == 4294967296);
+  static_assert(bytes_per_token<float>(falcon_7b) == 2 * 64 * 4);
+  static_assert(elements_per_token(mistral_7b) == 2048);
+  REQUIRE(cache_bytes<float>(gpt2_small, 0, 12) == 0);
+}
+
+TEST_CASE("int8 pays a float per row, and keeps the rope key as floats") {
+  static_assert(bytes_per_token<std::int8_t>(llama_3_8b) == 8 * 2 * (128 + 4));
+  static_assert(bytes_per_token<std::int8_t>(deepseek_v3) == 512 + 4 + 64 * 4);
+  static_assert(bytes_per_token<bfloat16>(deepseek_v3) == 576 * 2);
+  static_assert(naive_bytes_per_token<std::int8_t>(deepseek_v3) == 128 * (192 + 4 + 128 + 4));
+  REQUIRE(naive_cache_bytes<half>(deepseek_v3, 1000, 61) == Index{61} * 1000 * 40960 * 2);
+}
+
+TEMPLATE_TEST_CASE("the figures are what the caches allocate", "", float, double, half, bfloat16, std::int8_t) {
+  constexpr MultiHeadAttentionConfig layer{.model_dim = 66, .heads = 6, .kv_heads = 3, .head_dim = 9, .v_head_dim = 5};
+  constexpr LatentAttentionConfig mla{.model_dim = 40,
+                                      .heads = 5,
+                                      .latent_dim = 19,
+                                      .nope_dim = 7,
+                                      .rope_dim = 6,
+                                      .v_head_dim = 11,
+                                      .rope = {.pairing = Pairing::interleaved}};
+  constexpr Index tokens = 37;
+  const KvCache<TestType> kv({.kv_heads = 3, .head_dim = 9, .v_head_dim = 5, .capacity = tokens});
+  const KvCache<TestType> naive({.kv_heads = 5, .head_dim = 13, .v_head_dim = 11, .capacity = tokens});
+  const LatentCache<TestType> latent({.latent_dim = 19, .rope_dim = 6, .capacity = tokens});
+  REQUIRE(kv.bytes() == cache_bytes<TestType>(layer, tokens));
+  REQUIRE(naive.bytes() == naive_cache_bytes<TestType>(mla, tokens));
+  REQUIRE(latent.bytes() == cache_bytes<TestType>(mla, tokens));
+}
+
+TEST_CASE("a figure that does not fit is an error") {
+  constexpr Index most = std::numeric_limits<Index>::max();
+  REQUIRE_THROWS_AS(cache_bytes<half>(llama_2_7b, most / 1000), std::length_error);
+  REQUIRE_THROWS_AS(cache_bytes<half>(llama_2_7b, most / 32768, 32), std::length_error);
+  REQUIRE_THROWS_AS(cache_bytes<half>(deepseek_v3, -1), std::invalid_argument);
+}
