@@ -1,0 +1,277 @@
+#include "support/allocations.hpp"
+#include "support/cache_rows.hpp"
+#include "support/catch.hpp"
+
+#include <qkv/memory.hpp>
+#include <qkv/paged_cache.hpp>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+using namespace qkv;
+using support::append_ids;
+using support::contains;
+using support::HeldRow;
+using support::holds;
+using support::ids;
+using support::message_of;
+using support::rows_until;
+
+namespace {
+
+constexpr PagePoolConfig sizes{.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 6};
+
+template <class S>
+std::vector<Index> table(const PagedCache<S>& cache) {
+  return {cache.pages().begin(), cache.pages().end()};
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("a sequence takes a page when it needs one, and gives all back at its end", "", float, double, half,
+                   bfloat16, std::int8_t) {
+  PagePool<TestType> pool(sizes);
+  {
+    PagedCache<TestType> cache(pool);
+    REQUIRE(cache.capacity() == 24);
+    for (Index n = 1; n <= 11; ++n) {
+      append_ids(cache, ids(n - 1, n));
+      REQUIRE(pool.free_pages() == 6 - (n + 3) / 4);
+      REQUIRE(holds(cache.key_rows(), rows_until(n)));
+      REQUIRE(cache.key_rows().runs.size() == static_cast<std::size_t>((n + 3) / 4));
+    }
+    REQUIRE(pool.used_bytes() == 3 * pool.page_bytes());
+    REQUIRE(cache.bytes() == pool.used_bytes());
+    cache.truncate(8);
+    REQUIRE(pool.free_pages() == 4);
+    cache.truncate(5);
+    REQUIRE(pool.free_pages() == 4);
+    append_ids(cache, ids(5, 16));
+    REQUIRE(holds(cache.key_rows(), rows_until(16)));
+    REQUIRE(support::max_error(cache.values(), support::cache_rows<float>(ids(0, 16), 3, 7, true)) == 0);
+    cache.clear();
+    REQUIRE(pool.free_pages() == 6);
+    append_ids(cache, ids(0, 3));
+  }
+  REQUIRE(pool.free_pages() == 6);
+}
+
+TEST_CASE("two sequences of one pool interleave and do not see each other") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> a(pool), b(pool);
+  for (Index n = 0; n < 11; ++n) {
+    append_ids(a, ids(n, n + 1));
+    append_ids(b, {100 + n});
+  }
+  std::vector<HeldRow> b_rows;
+  for (Index n = 0; n < 11; ++n) b_rows.push_back({n, 100 + n});
+  REQUIRE(holds(a.key_rows(), rows_until(11)));
+  REQUIRE(holds(b.key_rows(), b_rows));
+  REQUIRE(table(a) == std::vector<Index>{0, 2, 4});
+}
+
+TEST_CASE("an exhausted pool is an error that names the numbers and changes nothing") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> a(pool), b(pool);
+  append_ids(a, ids(0, 13));
+  append_ids(b, ids(0, 6));
+  REQUIRE(pool.free_pages() == 0);
+  REQUIRE(a.max_append() == 3);
+  REQUIRE(b.max_append() == 2);
+  const auto pages = table(b);
+  const std::string message = message_of<std::length_error>([&] { append_ids(b, ids(6, 9)); });
+  for (const char* part : {"rows held 6", "at most 2", "given 3"}) REQUIRE(contains(message, part));
+  REQUIRE_FALSE(support::try_append_ids(b, ids(6, 9)));
+  REQUIRE(table(b) == pages);
+  REQUIRE(holds(b.key_rows(), rows_until(6)));
+  REQUIRE_THROWS_AS(pool.acquire(), std::length_error);
+  a.truncate(12);
+  append_ids(b, ids(6, 9));
+  REQUIRE(holds(b.key_rows(), rows_until(9)));
+  REQUIRE(holds(a.key_rows(), rows_until(12)));
+}
+
+TEST_CASE("a sequence's own capacity is a limit too") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> cache(pool, 6);
+  append_ids(cache, ids(0, 5));
+  REQUIRE(cache.max_append() == 1);
+  REQUIRE_THROWS_AS(append_ids(cache, ids(5, 7)), std::length_error);
+  append_ids(cache, ids(5, 6));
+  REQUIRE(holds(cache.key_rows(), rows_until(6)));
+  REQUIRE_THROWS_AS(PagedCache<float>(pool, 0), std::invalid_argument);
+  REQUIRE_THROWS_AS(PagedCache<float>(pool, 25), std::invalid_argument);
+}
+
+TEMPLATE_TEST_CASE("forks share pages, each counted once, and copy only the page they write into", "", float,
+                   std::int8_t) {
+  PagePool<TestType> pool(sizes);
+  PagedCache<TestType> parent(pool);
+  append_ids(parent, ids(0, 6));
+  std::optional<PagedCache<TestType>> child = parent.fork();
+  REQUIRE(table(*child) == table(parent));
+  REQUIRE(pool.free_pages() == 4);
+  REQUIRE(pool.used_bytes() == 2 * pool.page_bytes());
+  REQUIRE(pool.references(table(parent)[1]) == 2);
+
+  append_ids(*child, {100});  // copies page 1
+  REQUIRE(table(*child)[0] == table(parent)[0]);
+  REQUIRE(table(*child)[1] != table(parent)[1]);
+  REQUIRE(pool.free_pages() == 3);
+  append_ids(parent, {6});  // page 1 is its own again: no copy
+  REQUIRE(pool.free_pages() == 3);
+  REQUIRE(holds(parent.key_rows(), rows_until(7)));
+  auto child_rows = rows_until(6);
+  child_rows.push_back({6, 100});
+  REQUIRE(holds(child->key_rows(), child_rows));
+
+  PagedCache<TestType> grandchild = child->fork(3);  // a prefix inside a page
+  REQUIRE(holds(grandchild.key_rows(), rows_until(3)));
+  REQUIRE(pool.references(table(parent)[0]) == 3);
+  append_ids(grandchild, {300, 301});
+  REQUIRE(holds(grandchild.key_rows(), {{0, 0}, {1, 1}, {2, 2}, {3, 300}, {4, 301}}));
+  REQUIRE(pool.references(table(parent)[0]) == 2);
+  child.reset();
+  REQUIRE(pool.references(table(parent)[0]) == 1);
+  parent.clear();
+  REQUIRE(holds(grandchild.key_rows(), {{0, 0}, {1, 1}, {2, 2}, {3, 300}, {4, 301}}));
+  REQUIRE(pool.free_pages() == 4);
+  REQUIRE_THROWS_AS(grandchild.fork(6), std::out_of_range);
+  REQUIRE_THROWS_AS(grandchild.fork(-1), std::out_of_range);
+  REQUIRE(grandchild.fork(0).rows() == 0);
+}
+
+TEST_CASE("a fork at a page border shares whole pages and copies none") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> parent(pool);
+  append_ids(parent, ids(0, 8));
+  PagedCache<float> child = parent.fork();
+  append_ids(child, {100});
+  append_ids(parent, {8});
+  REQUIRE(pool.free_pages() == 2);
+  REQUIRE(table(child)[1] == table(parent)[1]);
+  REQUIRE(holds(parent.key_rows(), rows_until(9)));
+}
+
+TEST_CASE("a shared last page costs a page before a row can be appended") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 2});
+  PagedCache<float> parent(pool);
+  append_ids(parent, ids(0, 6));
+  REQUIRE(parent.max_append() == 2);
+  std::optional<PagedCache<float>> child = parent.fork();
+  REQUIRE(parent.max_append() == 0);
+  REQUIRE_FALSE(support::try_append_ids(parent, {1}));
+  REQUIRE_THROWS_AS(append_ids(*child, {1}), std::length_error);
+  REQUIRE_THROWS_AS(support::scatter_ids(*child, 0, {1}), std::length_error);
+  REQUIRE(support::try_append_ids(parent, {}));
+  REQUIRE(holds(child->key_rows(), rows_until(6)));
+  child->truncate(4);
+  REQUIRE(parent.max_append() == 2);
+  append_ids(parent, ids(6, 8));
+  REQUIRE(holds(parent.key_rows(), rows_until(8)));
+  REQUIRE(holds(child->key_rows(), rows_until(4)));
+}
+
+TEST_CASE("overwriting a shared page leaves the other reader's rows alone") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> parent(pool);
+  append_ids(parent, ids(0, 10));
+  PagedCache<float> child = parent.fork(9);
+  support::scatter_ids(child, 3, {100, 101, 102});  // two pages
+  REQUIRE(pool.free_pages() == 1);
+  REQUIRE(holds(parent.key_rows(), rows_until(10)));
+  REQUIRE(holds(child.key_rows(), {{0, 0}, {1, 1}, {2, 2}, {3, 100}, {4, 101}, {5, 102}, {6, 6}, {7, 7}, {8, 8}}));
+  REQUIRE_THROWS_AS(support::scatter_ids(child, 10, {1}), std::out_of_range);
+  REQUIRE_THROWS_AS(support::scatter_ids(child, -1, {1}), std::out_of_range);
+  REQUIRE_THROWS_AS(child.append(Matrix<float>(1, 14), Matrix<float>(1, 21)), std::invalid_argument);
+}
+
+TEST_CASE("rewinding a sequence that shares its pages does not touch the other") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> parent(pool);
+  append_ids(parent, ids(0, 7));
+  PagedCache<float> child = parent.fork();
+  parent.truncate(5);
+  append_ids(parent, {200});
+  REQUIRE(holds(child.key_rows(), rows_until(7)));
+  REQUIRE(holds(parent.key_rows(), {{0, 0}, {1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 200}}));
+  REQUIRE_THROWS_AS(parent.truncate(7), std::out_of_range);
+  REQUIRE_FALSE(parent.try_truncate(-1));
+}
+
+TEST_CASE("unknown and free pages are errors") {
+  PagePool<float> pool(sizes);
+  REQUIRE_THROWS_AS(pool.references(6), std::out_of_range);
+  REQUIRE_THROWS_AS(pool.references(-1), std::out_of_range);
+  REQUIRE_THROWS_AS(pool.retain(6), std::out_of_range);
+  REQUIRE(contains(message_of<std::out_of_range>([&] { pool.release(6); }), "given page 6"));
+  REQUIRE(contains(message_of<std::out_of_range>([&] { pool.release(2); }), "page 2 of the pool is free"));
+  REQUIRE_THROWS_AS(pool.retain(2), std::out_of_range);
+  const Index page = pool.acquire();
+  pool.retain(page);
+  pool.release(page);
+  REQUIRE(pool.references(page) == 1);
+  pool.release(page);
+  REQUIRE(pool.free_pages() == 6);
+  REQUIRE_THROWS_AS(pool.release(page), std::out_of_range);
+  REQUIRE_THROWS_AS(PagePool<float>({.kv_heads = 1, .head_dim = 4, .page_tokens = 0, .pages = 3}),
+                    std::invalid_argument);
+  REQUIRE_THROWS_AS(PagePool<float>({.kv_heads = 1, .head_dim = 4, .pages = 0}), std::invalid_argument);
+  REQUIRE_THROWS_AS(PagePool<float>({.kv_heads = 0, .head_dim = 4, .pages = 3}), std::invalid_argument);
+}
+
+TEST_CASE("moving a sequence moves its pages; the target's old pages go back to the pool") {
+  PagePool<float> pool(sizes);
+  PagedCache<float> a(pool), b(pool);
+  append_ids(a, ids(0, 6));
+  append_ids(b, ids(0, 9));
+  b = std::move(a);
+  REQUIRE(pool.free_pages() == 4);
+  REQUIRE(holds(b.key_rows(), rows_until(6)));
+  REQUIRE(a.capacity() == 0);
+  REQUIRE(a.rows() == 0);
+  REQUIRE(a.max_append() == 0);
+  REQUIRE_FALSE(support::try_append_ids(a, {1}));
+  REQUIRE(a.key_rows().runs.empty());
+  REQUIRE(a.bytes() == 0);
+  a = b.fork(5);
+  b = PagedCache<float>(pool);
+  REQUIRE(holds(a.key_rows(), rows_until(5)));
+  REQUIRE(pool.free_pages() == 4);
+  PagedCache<float>& self = a;
+  a = std::move(self);
+  REQUIRE(holds(a.key_rows(), rows_until(5)));
+  static_assert(!std::is_copy_constructible_v<PagedCache<float>>);
+  static_assert(!std::is_copy_assignable_v<PagedCache<float>>);
+}
+
+TEMPLATE_TEST_CASE("pool and sequences account for every byte, and appending allocates nothing", "", float, double,
+                   half, bfloat16, std::int8_t) {
+  constexpr MultiHeadAttentionConfig layer{.model_dim = 30, .heads = 6, .kv_heads = 3, .head_dim = 5, .v_head_dim = 7};
+  const auto k = support::cache_rows<float>(ids(0, 5), 3, 5, false),
+             v = support::cache_rows<float>(ids(0, 5), 3, 7, true);
+  const auto before = support::allocations();
+  PagePool<TestType> pool(sizes);
+  const auto with_pool = support::allocations();
+  REQUIRE((with_pool - before).new_bytes == pool.bytes() + pool.overhead_bytes());
+  REQUIRE(pool.bytes() == cache_bytes<TestType>(layer, 24));
+  REQUIRE(pool.page_bytes() == cache_bytes<TestType>(layer, 4));
+  const auto before_cache = support::allocations();
+  PagedCache<TestType> cache(pool);
+  PagedCache<TestType> other = cache.fork();
+  const auto with_caches = support::allocations();
+  REQUIRE((with_caches - before_cache).new_bytes == cache.overhead_bytes() + other.overhead_bytes());
+  const auto used = support::allocations_of([&] {
+    for (int i = 0; i < 4; ++i) {
+      cache.append(k, v);
+      other.append(k.topRows(1), v.topRows(1));
+    }
+    cache.truncate(3);
+    cache.append(k, v);
+    cache.clear();
+  });
+  REQUIRE(used.count == 0);
+}
