@@ -29,6 +29,7 @@ constexpr Operator operators[] = {
     {"TorchMHA", torch_mha<float>, torch_mha<double>},
     {"GPT2Attention", gpt2_attention<float>, gpt2_attention<double>},
     {"LlamaAttention", llama_attention<float>, llama_attention<double>},
+    {"Llama2cModel", llama2c_model<float>, llama2c_model<double>},
 };
 
 // Against exact outputs, computed by others in double.
