@@ -30,32 +30,28 @@ using Tensors = std::map<std::string, Matrix<T>, std::less<>>;
 
 namespace detail {
 
-/// The tensor under the first of these names that is there, or null. Each name may carry ".weight".
+/// The name and tensor of the first of these names that is there, or null. Each name may carry ".weight".
 template <class T>
-const Matrix<T>* find_tensor(const Tensors<T>& tensors, std::initializer_list<std::string_view> names) {
+const typename Tensors<T>::value_type* find_tensor(const Tensors<T>& tensors,
+                                                   std::initializer_list<std::string_view> names) {
   for (const std::string_view name : names)
     for (const char* suffix : {"", ".weight"})
-      if (const auto it = tensors.find(std::string(name) + suffix); it != tensors.end()) return &it->second;
+      if (const auto it = tensors.find(std::string(name) + suffix); it != tensors.end()) return &*it;
   return nullptr;
 }
 
+/// The tensor, which must be [rows, cols] (-1: any number).
 template <class T>
-const Matrix<T>& get_tensor(const Tensors<T>& tensors, std::initializer_list<std::string_view> names) {
-  const Matrix<T>* found = find_tensor(tensors, names);
+const Matrix<T>& get_tensor(const Tensors<T>& tensors, std::initializer_list<std::string_view> names, Index rows = -1,
+                            Index cols = -1) {
+  const auto* found = find_tensor(tensors, names);
   if (!found) {
     std::string tried;
     for (const std::string_view name : names) tried.append(tried.empty() ? "" : ", ").append(name);
     raise<std::invalid_argument>("the tensor is missing; tried " + tried + " (each with and without .weight)");
   }
-  return *found;
-}
-
-/// The tensor, which must be [rows, cols] (-1: any number).
-template <class T>
-const Matrix<T>& get_tensor(const Tensors<T>& tensors, std::initializer_list<std::string_view> names, Index rows,
-                            Index cols) {
-  const Matrix<T>& m = get_tensor(tensors, names);
-  require((rows < 0 || m.rows() == rows) && (cols < 0 || m.cols() == cols), "tensor `", *names.begin(), "` must be ",
+  const auto& [name, m] = *found;
+  require((rows < 0 || m.rows() == rows) && (cols < 0 || m.cols() == cols), "tensor `", name, "` must be ",
           Shape{rows, cols}, " (-1: any); given ", Shape{m.rows(), m.cols()});
   return m;
 }
@@ -83,14 +79,14 @@ RowVector<T> part(const RowVector<T>& v, Index first, Index n) {
 /// weights of a projection: append them to the projected keys and values.
 template <class T>
 MultiHeadAttentionWeights<T> torch_mha_weights(const Tensors<T>& tensors) {
-  const Matrix<T>& out = detail::get_tensor(tensors, {"out_proj.weight"});
-  const Index e = out.rows();
+  const Index e = detail::get_tensor(tensors, {"out_proj"}).rows();
+  const Matrix<T>& out = detail::get_tensor(tensors, {"out_proj"}, e, e);
   const RowVector<T> bias = detail::find_vector(tensors, {"in_proj_bias"}, 3 * e);
   const auto projection = [&](Index i, std::string_view name) {
-    const Matrix<T>* fused = detail::find_tensor(tensors, {"in_proj_weight"});
     const Matrix<T> own =
-        fused ? Matrix<T>(detail::get_tensor(tensors, {"in_proj_weight"}, 3 * e, e).middleRows(i * e, e))
-              : detail::get_tensor(tensors, {name}, e, -1);
+        detail::find_tensor(tensors, {"in_proj_weight"})
+            ? Matrix<T>(detail::get_tensor(tensors, {"in_proj_weight"}, 3 * e, e).middleRows(i * e, e))
+            : detail::get_tensor(tensors, {name}, e, -1);
     return Projection<T>::from_out_in(own, detail::part(bias, i * e, e));
   };
   return {projection(0, "q_proj_weight"), projection(1, "k_proj_weight"), projection(2, "v_proj_weight"),
@@ -116,13 +112,14 @@ MultiHeadAttentionWeights<T> gpt2_weights(const Tensors<T>& tensors) {
 /// where the model has them. Meta's files pair RoPE's features interleaved, Hugging Face's half_split: the config says.
 template <class T>
 MultiHeadAttentionWeights<T> llama_weights(const Tensors<T>& tensors) {
-  const auto projection = [&](std::string_view a, std::string_view b) {
-    const Matrix<T>& w = detail::get_tensor(tensors, {a, b});
+  const Index model_dim = detail::get_tensor(tensors, {"wq", "q_proj"}).cols();
+  const auto projection = [&](std::string_view a, std::string_view b, Index rows = -1, Index cols = -1) {
+    const Matrix<T>& w = detail::get_tensor(tensors, {a, b}, rows, cols);
     return Projection<T>::from_out_in(
         w, detail::find_vector(tensors, {std::string(a) + ".bias", std::string(b) + ".bias"}, w.rows()));
   };
-  MultiHeadAttentionWeights<T> w{projection("wq", "q_proj"), projection("wk", "k_proj"), projection("wv", "v_proj"),
-                                 projection("wo", "o_proj")};
+  MultiHeadAttentionWeights<T> w{projection("wq", "q_proj"), projection("wk", "k_proj", -1, model_dim),
+                                 projection("wv", "v_proj", -1, model_dim), projection("wo", "o_proj", model_dim)};
   w.query_norm = detail::find_vector(tensors, {"q_norm"}, -1);
   w.key_norm = detail::find_vector(tensors, {"k_norm"}, -1);
   return w;

@@ -117,7 +117,7 @@ class MultiHeadAttention {
   template <MatrixLike X, detail::NeitherCacheNorMatrix M = Window, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const X& x, const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
                     const E& executor = serial) const {
-    return output(attention(queries(x), keys(x), values(x), heads(), mask, score, call_options(options), executor));
+    return output(attention(queries(x), keys(x), values(x), heads(), mask, score, call_options(options, 0), executor));
   }
 
   /// Cross-attention: query [n_queries, model_dim], key [n_keys, key_dim], value [n_keys, value_dim]. Both sides count
@@ -125,9 +125,8 @@ class MultiHeadAttention {
   template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const Q& query, const K& key, const V& value, const M& mask = full, const F& score = plain,
                     const LayerOptions& options = {}, const E& executor = serial) const {
-    Options<T> at_zero = call_options(options);
-    at_zero.first_position = 0;
-    return output(attention(queries(query), keys(key), values(value), heads(), mask, score, at_zero, executor));
+    return output(
+        attention(queries(query), keys(key), values(value), heads(), mask, score, call_options(options, 0), executor));
   }
 
   /// The next tokens of the cache's sequence: appends their keys and values, attends all that the cache holds. Full
@@ -152,14 +151,14 @@ class MultiHeadAttention {
     detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows());
     // A window that slides over the cache must still see its old rows: long chunks go in pieces.
     for (Index first = 0; first < x.rows();) {
-      const Index n = detail::piece(cache, x.rows() - first);
+      const Index position = cache.position(), n = detail::piece(cache, position, x.rows() - first);
       Buffers buffers(*this, cache.workspace(), n);
       project(buffers, detail::rows_of(rows, first, n), [&](View<T> q, View<T> k) {
-        turn_queries(q, cache.position());
-        turn_keys(k, cache.position());
+        turn_queries(q, position);
+        turn_keys(k, position);
       });
       cache.append(buffers.k, buffers.v);
-      Options<T> call = call_options(options);
+      Options<T> call = call_options(options, position);
       call.workspace = &cache.workspace();
       attention_into(buffers.context, buffers.q, cache, heads(), detail::visible(cache) & detail::as_mask(mask), score,
                      call, executor);
@@ -169,7 +168,8 @@ class MultiHeadAttention {
   }
 
   /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to caches[s]. One
-  /// projection for all rows; each sequence gives the same bits as alone. Either all caches take their rows or none.
+  /// projection for all rows (with a ring: where each sequence goes in one piece); each sequence gives the same bits as
+  /// alone. Either all caches take their rows or none.
   template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
   void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, std::span<C* const> caches,
                     const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
@@ -181,6 +181,15 @@ class MultiHeadAttention {
     for (std::size_t s = 0; s < caches.size(); ++s)
       detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s]);
 
+    if constexpr (detail::SlidingCache<C>)
+      if (detail::needs_pieces(row_offsets, caches)) {
+        for (std::size_t s = 0; s < caches.size(); ++s) {
+          const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
+          forward_into(detail::rows_of(writable_view(out), first, n), detail::rows_of(rows, first, n), *caches[s], mask,
+                       score, options, executor);
+        }
+        return;
+      }
     Buffers buffers(*this, caches[0]->workspace(), x.rows());
     project(buffers, rows, [&](View<T> q, View<T> k) {
       for (std::size_t s = 0; s < caches.size(); ++s) {
@@ -193,7 +202,8 @@ class MultiHeadAttention {
     executor(static_cast<Index>(caches.size()), [&](Index i) {
       const auto s = static_cast<std::size_t>(i);
       const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
-      Options<T> call = call_options(options);
+      if (n == 0) return;
+      Options<T> call = call_options(options, caches[s]->position() - n);
       call.workspace = &caches[s]->workspace();
       attention_into(detail::rows_of(buffers.context, first, n), detail::rows_of(buffers.q, first, n), *caches[s],
                      heads(), detail::visible(*caches[s]) & detail::as_mask(mask), score, call);
@@ -243,9 +253,10 @@ class MultiHeadAttention {
     if (rope_) rope_->apply_in_place(k, config_.kv_heads, first_position);
   }
 
-  Options<T> call_options(const LayerOptions& options) const {
+  Options<T> call_options(const LayerOptions& options, Index first_position) const {
     Options<T> o;
     o.scale = config_.scale;
+    o.first_position = first_position;
     o.kernel = options.kernel;
     if (weights_.sinks.size() > 0) o.sinks = {weights_.sinks.data(), static_cast<std::size_t>(weights_.sinks.size())};
     return o;

@@ -158,11 +158,23 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   Index max_append() const {
     if (!pool_) return 0;
     const Index in_last_page = static_cast<Index>(table_.size()) * page_tokens() - rows_;
-    const bool copies_last_page = in_last_page > 0 && pool_->references(table_.back()) > 1;
+    const bool copies_last_page = fills_last_page() && pool_->references(table_.back()) > 1;
     const Index free = pool_->free_pages() - (copies_last_page ? 1 : 0);
     return free < 0 ? 0 : std::min(capacity_ - rows_, in_last_page + free * page_tokens());
   }
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
+
+  /// For batches, which must fit as a whole: where the pages come from, how many free ones n more rows take once `copied`
+  /// other users of the last page have copied it, and whether another sequence would be such a user.
+  const PagePool<S>* pool() const { return pool_; }
+  Index pages_to_append(Index n, Index copied = 0) const {
+    if (n == 0) return 0;
+    const bool copies = fills_last_page() && pool_->references(table_.back()) - copied > 1;
+    return pages_for(rows_ + n) - static_cast<Index>(table_.size()) + (copies ? 1 : 0);
+  }
+  bool shares_last_page(const PagedCache& other) const {
+    return pool_ == other.pool_ && fills_last_page() && other.fills_last_page() && table_.back() == other.table_.back();
+  }
 
   /// Forgets all rows and gives the pages back.
   void clear() { rewind(0); }
@@ -209,6 +221,7 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   PagedCache() = default;
 
   Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
+  bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the next row goes into a page that is there
   Index page(Index i) const { return table_[static_cast<std::size_t>(i)]; }
   bool owned(Index i) const { return i < static_cast<Index>(table_.size()) && pool_->references(page(i)) == 1; }
 

@@ -45,11 +45,20 @@ concept NeitherCacheNorMatrix = !MatrixLike<M> && !requires(const M& cache) {
   cache.max_append();
 };
 
-/// A cache that forgets rows: it has a window and, perhaps, pinned first tokens.
+/// A cache that forgets rows: it has a window and, perhaps, pinned first tokens; the rest of its capacity is slack.
 template <class C>
 concept SlidingCache = requires(const C& cache) {
   cache.window();
   cache.pinned();
+  cache.capacity();
+};
+
+/// A cache that takes its memory from a pool which it may share with other sequences.
+template <class C>
+concept PooledCache = requires(const C& cache) {
+  cache.pool()->free_pages();
+  cache.pages_to_append(Index{}, Index{});
+  cache.shares_last_page(cache);
 };
 
 /// What a query may see of a cache, whatever else it still holds.
@@ -61,10 +70,23 @@ auto visible(const C& cache) {
     return full;
 }
 
-/// How many of n new rows may be appended and attended at once.
+/// How many of n new rows may be appended and attended at once when the cache has come to `position`.
 template <class C>
-Index piece(const C& cache, Index n) {
-  return SlidingCache<C> ? std::min(n, cache.max_append()) : n;
+Index piece(const C& cache, Index position, Index n) {
+  if constexpr (SlidingCache<C>) {
+    const Index first_visible = std::max(cache.pinned(), position - cache.window());
+    return std::min(n, cache.capacity() - cache.pinned() - (position - first_visible));
+  } else {
+    return n;
+  }
+}
+
+/// Whether a sequence of the batch brings more rows than its window lets it append at once.
+template <class C>
+bool needs_pieces(std::span<const Index> row_offsets, std::span<C* const> caches) {
+  for (std::size_t s = 0; s < caches.size(); ++s)
+    if (row_offsets[s + 1] - row_offsets[s] > caches[s]->max_append()) return true;
+  return false;
 }
 
 template <class C>
@@ -73,19 +95,45 @@ void check_room(const C& cache, Index n) {
                              cache.max_append(), " more rows (position ", cache.position(), "); given ", n);
 }
 
-/// Asks mask and score whether they fit the call that appending n rows will make, before the cache is touched.
+/// Asks mask and score whether they fit the calls that appending n rows will make, before the cache is touched.
 template <class M, class F, class C>
 void check_growth(const M& mask, const F& score, const C& cache, Heads heads, Index n) {
-  if (n == 0) return;
-  const Index rows = cache.rows() + n, first = cache.position();
-  const CallShape call{.heads = heads.heads,
-                       .n_queries = n,
-                       .n_keys = rows,
-                       .first_position = first,
-                       .last_key_position = first + n - 1};
-  if constexpr (!SlidingCache<C>) {
+  Index rows = cache.rows();
+  for (Index first = cache.position(), end = first + n; first < end;) {
+    const Index count = piece(cache, first, end - first);
+    rows += count;
+    if constexpr (SlidingCache<C>) rows = std::min(rows, cache.capacity());
+    const CallShape call{.heads = heads.heads,
+                         .n_queries = count,
+                         .n_keys = rows,
+                         .first_position = first,
+                         .last_key_position = first + count - 1};
     check_operand(mask, call);
     check_operand(score, call);
+    first += count;
+  }
+}
+
+/// Caches that share a pool must find room in it together. Counts pages as appending in order will take them.
+template <class C>
+void check_pools(std::span<const Index> row_offsets, std::span<C* const> caches) {
+  if constexpr (PooledCache<C>) {
+    const auto rows = [&](std::size_t s) { return row_offsets[s + 1] - row_offsets[s]; };
+    const auto needs = [&](std::size_t s) {
+      Index copied = 0;  // sequences before it that have left its last page for a copy of their own
+      for (std::size_t r = 0; r < s; ++r) copied += rows(r) > 0 && caches[r]->shares_last_page(*caches[s]) ? 1 : 0;
+      return caches[s]->pages_to_append(rows(s), copied);
+    };
+    for (std::size_t s = 0; s < caches.size(); ++s) {
+      const auto* pool = caches[s]->pool();
+      const auto same_pool = [&](const C* cache) { return cache->pool() == pool; };
+      const auto begin = caches.begin(), self = begin + static_cast<std::ptrdiff_t>(s);
+      if (pool == nullptr || std::any_of(begin, self, same_pool)) continue;  // counted already
+      Index needed = 0;
+      for (std::size_t r = s; r < caches.size(); ++r) needed += same_pool(caches[r]) ? needs(r) : 0;
+      require<std::length_error>(needed <= pool->free_pages(), "the pool has ", pool->free_pages(),
+                                 " free pages; the rows of all its sequences need ", needed);
+    }
   }
 }
 
@@ -103,14 +151,15 @@ void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches,
     require(n >= 0, "row_offsets must not decrease; entry ", s + 1, " is ", row_offsets[s + 1], " after ",
             row_offsets[s]);
     require(caches[s] != nullptr, "caches[", s, "] is null");
-    require<std::length_error>(n <= caches[s]->max_append(), "caches[", s, "] takes at most ", caches[s]->max_append(),
-                               " more rows (position ", caches[s]->position(), "); given ", n);
+    require<std::length_error>(SlidingCache<C> || n <= caches[s]->max_append(), "caches[", s, "] takes at most ",
+                               caches[s]->max_append(), " more rows (position ", caches[s]->position(), "); given ", n);
     for (std::size_t r = 0; r < s; ++r)
       require(caches[r] != caches[s], "caches[", r, "] and caches[", s, "] are the same cache");
   }
+  check_pools(row_offsets, caches);
 }
 
-/// Appends each sequence's rows; where a shared pool runs dry on the way, takes all back and raises.
+/// Appends each sequence's rows; should a cache refuse what it had room for, takes all back and raises.
 template <class C, class A, class B>
 void append_all(std::span<const Index> row_offsets, std::span<C* const> caches, const A& a, const B& b) {
   for (std::size_t s = 0; s < caches.size(); ++s) {
@@ -118,8 +167,7 @@ void append_all(std::span<const Index> row_offsets, std::span<C* const> caches, 
     if (caches[s]->try_append(a.middleRows(first, n), b.middleRows(first, n))) continue;
     for (std::size_t r = 0; r < s; ++r)
       caches[r]->truncate(caches[r]->position() - (row_offsets[r + 1] - row_offsets[r]));
-    raise<std::length_error>("the pool ran out of room for caches[" + std::to_string(s) +
-                             "]; all caches are as they were");
+    raise<std::length_error>("caches[" + std::to_string(s) + "] ran out of room; all caches are as they were");
   }
 }
 

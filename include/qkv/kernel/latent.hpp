@@ -96,14 +96,13 @@ void latent_naive(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, con
   const Index nope = key_up.out_dim() / heads, head_dim = nope + rope, v_head_dim = value_up.out_dim() / heads;
   state.clear(0, q.rows(), 0, heads, v_head_dim);
 
-  const Index most = std::min(latent_chunk, task.rows.rows);
   View<T> c(nullptr, 0, 0, Eigen::OuterStride<>(0)), k_nope(c), k(c), v(c);
   const auto carve = [&](std::byte* base) {
     detail::Carver carver(base);
-    detail::carve_matrix(carver, c, most, latent);
-    detail::carve_matrix(carver, k_nope, most, heads * nope);
-    detail::carve_matrix(carver, k, most, heads * head_dim);
-    detail::carve_matrix(carver, v, most, heads * v_head_dim);
+    detail::carve_matrix(carver, c, latent_chunk, latent);
+    detail::carve_matrix(carver, k_nope, latent_chunk, heads * nope);
+    detail::carve_matrix(carver, k, latent_chunk, heads * head_dim);
+    detail::carve_matrix(carver, v, latent_chunk, heads * v_head_dim);
     return carver.used();
   };
   const auto scratch = workspace.lease(carve(nullptr));
