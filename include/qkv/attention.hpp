@@ -39,8 +39,12 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
                            Index v_head_dim) {
   const auto state = static_cast<std::size_t>(2 * n_queries * heads.heads) * sizeof(T);
   switch (choose_kernel<T>(kernel, n_queries)) {
-    case Kernel::tiled:
-      return state + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
+    case Kernel::tiled: {
+      const std::size_t per_head =
+          kernel::panel_bytes<T>((n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
+      const auto at_once = static_cast<std::size_t>(kernel::heads_at_once(per_head, heads.kv_heads));
+      return state + per_head * at_once + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
+    }
     case Kernel::decode:
       return state + kernel::decode_scratch_bytes<T>(n_queries, heads.group_size(), head_dim, v_head_dim);
     default:
@@ -66,7 +70,7 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
 
   detail::check_keys(k, v, heads);
   detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
-  detail::check_out(out, q.rows(), heads.heads * (v.cols() / heads.kv_heads));
+  detail::check_out(out, q.rows(), detail::checked_product(heads.heads, v.cols() / heads.kv_heads));
   detail::check_options(options, heads);
   detail::require_disjoint(out, q, "q");
   detail::require_disjoint(out, k, "k");
@@ -105,7 +109,8 @@ Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads = 
                               const F& score = plain, const Options<ScalarOf<Q>>& options = {},
                               const E& executor = serial) {
   detail::check_keys(k, v, heads);
-  Matrix<ScalarOf<Q>> out(q.rows(), heads.heads * (v.cols() / heads.kv_heads));
+  detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  Matrix<ScalarOf<Q>> out(q.rows(), detail::checked_product(heads.heads, v.cols() / heads.kv_heads));
   attention_into(out, viewable(q), viewable(k), viewable(v), heads, mask, score, options, executor);
   return out;
 }
@@ -122,7 +127,7 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   const auto rows = cache.key_rows();
 
   detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
-  detail::check_out(out, q.rows(), heads.heads * rows.v_head_dim);
+  detail::check_out(out, q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
   detail::check_options(options, heads);
   detail::require_disjoint(out, q, "q");
   detail::require(options.query_offsets.empty() && options.key_offsets.empty(),
@@ -143,7 +148,9 @@ template <MatrixLike Q, KeySource C, class M = Full, class F = Plain, Executor E
 Matrix<ScalarOf<Q>> attention(const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
                               const F& score = plain, const Options<ScalarOf<Q>>& options = {},
                               const E& executor = serial) {
-  Matrix<ScalarOf<Q>> out(q.rows(), heads.heads * cache.key_rows().v_head_dim);
+  const auto rows = cache.key_rows();
+  detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
+  Matrix<ScalarOf<Q>> out(q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
   attention_into(out, viewable(q), cache, heads, mask, score, options, executor);
   return out;
 }

@@ -29,7 +29,7 @@ constexpr void check_scalars() {
   static_assert(
       std::is_same_v<K, T> || std::is_same_v<K, half> || std::is_same_v<K, bfloat16> || std::is_same_v<K, float>,
       "qkv: k and v must have the scalar of q, or be half, bfloat16 or float; int8 rows live in a cache");
-  static_assert(!std::is_same_v<T, half> && !std::is_same_v<T, bfloat16>,
+  static_assert(!std::is_same_v<T, half> && !std::is_same_v<T, bfloat16> && !std::is_integral_v<T>,
                 "qkv: queries are float, double or wider (sums need it); use q.template cast<float>()");
 }
 
@@ -83,8 +83,8 @@ void check_options(const Options<T>& options, Heads heads) {
 inline void check_query(Index q_cols, Heads heads, Index kv_heads, Index head_dim) {
   check(heads);
   require(kv_heads == heads.kv_heads, "the keys must have kv_heads = ", heads.kv_heads, " heads; they have ", kv_heads);
-  require(q_cols == heads.heads * head_dim, "q must have heads*head_dim columns; given ", q_cols, " for heads ",
-          heads.heads, ", head_dim ", head_dim);
+  require(q_cols % heads.heads == 0 && q_cols / heads.heads == head_dim,  // their product may not fit
+          "q must have heads*head_dim columns; given ", q_cols, " for heads ", heads.heads, ", head_dim ", head_dim);
 }
 
 /// k [n_keys, kv_heads·head_dim], v [n_keys, kv_heads·v_head_dim].

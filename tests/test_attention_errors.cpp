@@ -1,0 +1,186 @@
+#include <qkv/attention.hpp>
+
+#include "support/attention_case.hpp"
+#include "support/key_source.hpp"
+
+// Errors state the rule, and come before the first write.
+
+using namespace support;
+using namespace qkv;
+
+namespace {
+
+constexpr Index n = 3, n_keys = 5;
+const Matrix<float> q = normals<float>(n, 8, 1), k = normals<float>(n_keys, 4, 2), v = normals<float>(n_keys, 6, 3);
+constexpr Heads heads{4, 2};
+
+/// The error of a call, which must have left its output and log-sum-exp alone.
+template <class Call>
+std::string error_of(Index rows, Index cols, const Call& call) {
+  Matrix<float> out = Matrix<float>::Constant(rows, cols, 7.5F), log_sum_exp = Matrix<float>::Constant(2, 9, 8.5F);
+  const std::string text = message_of([&] { call(out, &log_sum_exp); });
+  CHECK(out == Matrix<float>::Constant(rows, cols, 7.5F));
+  CHECK(log_sum_exp == Matrix<float>::Constant(2, 9, 8.5F));
+  return text;
+}
+
+template <class Q, class K, class V>
+std::string error_with(const Q& query, const K& key, const V& value, Heads h, Index rows = n, Index cols = 12) {
+  return error_of(rows, cols, [&](auto& out, auto* log_sum_exp) {
+    attention_into(out, query, key, value, h, full, plain, {.log_sum_exp = log_sum_exp});
+  });
+}
+
+template <class M, class F>
+std::string error_with(const M& mask, const F& score, Options<float> options) {
+  return error_of(n, 12, [&](auto& out, auto* log_sum_exp) {
+    options.log_sum_exp = log_sum_exp;
+    attention_into(out, q, k, v, heads, mask, score, options);
+  });
+}
+std::string error_with(const Options<float>& options) { return error_with(full, plain, options); }
+
+/// Records what a mask is told before anything is written.
+struct Recorder {
+  std::vector<CallShape>* calls;
+  bool refuse = false;
+  bool sees(const At&) const { return true; }
+  void check(const CallShape& call) const {
+    calls->push_back(call);
+    detail::require(!refuse || call.sequence < 1, "this mask refuses sequence ", call.sequence);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("shapes that do not fit are refused, with the rule and the numbers", "[attention][errors]") {
+  CHECK(error_with(q, k, v, heads, n, 11).find("out must be [3, 12]; given [3, 11]") == 0);
+  CHECK(error_with(q, k, v, heads, 4, 12).find("out must be [3, 12]; given [4, 12]") == 0);
+  CHECK(contains(error_with(q.leftCols(7), k, v, heads),
+                 "q must have heads*head_dim columns; given 7 for heads 4, head_dim 2"));
+  CHECK(contains(error_with(q, k.topRows(4), v, heads),
+                 "k and v must have the same number of rows; given [4, 4] and [5, 6]"));
+  CHECK(
+      contains(error_with(q, k.leftCols(3), v, heads), "kv_heads 2 must divide the columns of k [5, 3] and v [5, 6]"));
+  CHECK(
+      contains(error_with(q, k, v.leftCols(5), heads), "kv_heads 2 must divide the columns of k [5, 4] and v [5, 5]"));
+  for (const Heads wrong : {Heads{4, 3}, Heads{0, 1}, Heads{4, 0}, Heads{-4, 2}, Heads{-4, -4}, Heads{2, 4}})
+    CHECK(contains(error_with(q, k, v, wrong), "heads must be a positive multiple of kv_heads"));
+}
+
+TEST_CASE("sizes that no memory holds are refused before anything is allocated", "[attention][errors]") {
+  const Heads enormous{Index{1} << 40, 2};
+  CHECK(contains(message_of([&] { attention(q, k, v, enormous); }), "q must have heads*head_dim columns"));
+  const PagedKeys<float> cache(k, v, 2, consecutive_pages(n_keys, {2, 3}));
+  CHECK(contains(message_of([&] { attention(q, cache, enormous); }), "q must have heads*head_dim columns"));
+  CHECK(contains(message_of([&] { attention(q, cache, {-4, 2}); }), "positive multiple"));
+  CHECK(contains(message_of([&] {
+                   attention(q, cache, {4, 1});
+                 }),
+                 "the keys must have kv_heads = 1 heads; they have 2"));
+  // The product of heads and head_dim wraps around to the columns of q.
+  const Heads wrapping{(Index{1} << 62) + 4, 2};
+  CHECK(contains(message_of([&] { attention(q, k, v, wrapping); }), "q must have heads*head_dim columns"));
+}
+
+TEST_CASE("options that do not fit are refused, with the rule and the numbers", "[attention][errors]") {
+  const std::vector<float> three = {1, 2, 3};
+  CHECK(contains(error_with({.sinks = three}), "sinks needs one logit per head; given 3 for 4 heads"));
+  CHECK(contains(error_with({.scale = std::numeric_limits<double>::quiet_NaN()}), "scale must be a number; given NaN"));
+
+  const auto offsets = [](const std::vector<Index>& queries, const std::vector<Index>& keys) {
+    return error_with({.query_offsets = queries, .key_offsets = keys});
+  };
+  CHECK(contains(offsets({0, 3}, {}), "query_offsets and key_offsets must be of equal length; given 2 and 0"));
+  CHECK(contains(offsets({}, {0, 5}), "equal length; given 0 and 2"));
+  CHECK(contains(offsets({0, 1, 3}, {0, 5}), "equal length"));
+  CHECK(contains(offsets({1, 3}, {0, 5}), "query_offsets must begin with 0 and end with n_queries"));
+  CHECK(contains(offsets({0, 2}, {0, 5}), "query_offsets must begin with 0 and end with n_queries"));
+  CHECK(contains(offsets({0, 3}, {0, 6}), "key_offsets must begin with 0 and end with n_keys"));
+  CHECK(contains(offsets({0, 2, 1, 3}, {0, 1, 2, 5}), "query_offsets must not decrease; entry 2 is 1 after 2"));
+  CHECK(contains(offsets({0, 1, 2, 3}, {0, 7, 2, 5}), "key_offsets must not decrease; entry 2 is 2 after 7"));
+  CHECK(contains(offsets({0}, {0}), "query_offsets must begin with 0 and end with n_queries"));
+}
+
+TEST_CASE("operands of masks and scores are checked for every sequence before the first write", "[attention][errors]") {
+  const Matrix<bool> allowed = Matrix<bool>::Ones(3, 4);
+  CHECK(contains(error_with(boolean(allowed), plain, {}), "a boolean mask must be [n_queries, n_keys]"));
+  const Matrix<float> added = Matrix<float>::Ones(2, 5);
+  CHECK(contains(error_with(full, bias(added), {}), "a bias must be [n_queries, n_keys]"));
+  CHECK(contains(error_with(full, then(plain, bias(added)), {}), "a bias must be [n_queries, n_keys]"));
+  const std::vector<Index> ids = {0, 0, 0, 0}, two = {1, 2}, longer = {1, 4};
+  CHECK(contains(error_with(causal & documents(ids), plain, {}), "an id for every position"));
+  CHECK(contains(error_with(lengths(two), plain, {}), "one length per sequence"));
+  const std::vector<Index> q_rows = {0, 1, 3}, k_rows = {0, 2, 5};
+  CHECK(contains(error_with(lengths(longer), plain, {.query_offsets = q_rows, .key_offsets = k_rows}),
+                 "sequence 1 has length 4, n_keys 3"));
+
+  std::vector<CallShape> calls;
+  CHECK(error_with(Recorder{&calls, true}, plain, {.query_offsets = q_rows, .key_offsets = k_rows}) ==
+        "this mask refuses sequence 1");
+}
+
+TEST_CASE("a user's mask is told the shape of each sequence of the call", "[attention][errors]") {
+  std::vector<CallShape> calls;
+  const std::vector<Index> q_rows = {0, 1, 1, 3}, k_rows = {0, 0, 2, 5};
+  attention(q, k, v, heads, Recorder{&calls}, plain, {.query_offsets = q_rows, .key_offsets = k_rows});
+  REQUIRE(calls.size() == 3);
+  const Index n_q[] = {1, 0, 2}, n_k[] = {0, 2, 3};
+  for (std::size_t s = 0; s < 3; ++s) {
+    CHECK(calls[s].sequences == 3);
+    CHECK(calls[s].sequence == static_cast<Index>(s));
+    CHECK(calls[s].heads == 4);
+    CHECK(calls[s].n_queries == n_q[s]);
+    CHECK(calls[s].n_keys == n_k[s]);
+    CHECK(calls[s].first_position == n_k[s] - n_q[s]);
+    CHECK(calls[s].last_key_position == n_k[s] - 1);
+  }
+  calls.clear();
+  attention(q, k, v, heads, Recorder{&calls} & causal, plain, {.first_position = 30});
+  REQUIRE(calls.size() == 1);
+  CHECK(calls[0].first_position == 30);
+}
+
+TEST_CASE("an output that shares an element with an input is refused", "[attention][errors]") {
+  Matrix<float> buffer = normals<float>(9, 30, 4);
+  const Matrix<float> before_call = buffer;
+  const auto said = [&](auto&& out, const auto& query, const auto& key, const auto& value) {
+    const std::string text = message_of([&] { attention_into(out, query, key, value, heads); });
+    CHECK(same_bits(buffer, before_call));
+    return text;
+  };
+  const auto query = buffer.block(0, 0, 3, 8), key = buffer.block(0, 8, 5, 4), value = buffer.block(0, 12, 5, 6);
+  const std::string rule = "the output must not share elements with the input ";
+  CHECK(said(buffer.block(2, 7, 3, 12), query, k, v) == rule + "q");  // one element
+  CHECK(said(buffer.block(4, 11, 3, 12), q, key, v) == rule + "k");
+  CHECK(said(buffer.block(0, 17, 3, 12), q, k, value) == rule + "v");
+  CHECK(said(buffer.block(3, 0, 3, 12), query, key, v) == rule + "k");
+  // Rows below, columns beside: no element in common.
+  CHECK_NOTHROW(attention_into(buffer.block(0, 18, 3, 12), query, key, value, heads));
+  CHECK_NOTHROW(attention_into(buffer.block(5, 0, 3, 12), query, key, value, heads));
+}
+
+TEST_CASE("states and weights refuse what belongs to whole calls", "[attention][errors]") {
+  const std::vector<float> sinks = {1, 2, 3, 4};
+  const std::vector<Index> q_rows = {0, 3}, k_rows = {0, 5};
+  Matrix<float> lse;
+  const auto state_error = [&](const Options<float>& options) {
+    return message_of([&] { attention_state(q, k, v, heads, full, plain, options); });
+  };
+  CHECK(contains(state_error({.sinks = sinks}), "a state is of one sequence and without sinks"));
+  CHECK(contains(state_error({.log_sum_exp = &lse}), "log_sum_exp must be empty"));
+  CHECK(contains(state_error({.query_offsets = q_rows, .key_offsets = k_rows}), "one sequence"));
+  CHECK(contains(message_of([&] {
+                   attention_weights(q, k, heads, full, plain, Stage::probabilities,
+                                     {.query_offsets = q_rows, .key_offsets = k_rows});
+                 }),
+                 "weights are of one sequence"));
+  CHECK(
+      contains(message_of([&] { attention_weights(q.leftCols(7), k, heads); }), "q must have heads*head_dim columns"));
+  const PagedKeys<float> cache(k, v, 2, consecutive_pages(n_keys, {2, 3}));
+  CHECK(contains(
+      message_of([&] { attention(q, cache, heads, full, plain, {.query_offsets = q_rows, .key_offsets = k_rows}); }),
+      "a cache holds one sequence"));
+  Matrix<float> wrong(3, 11);
+  CHECK(contains(message_of([&] { attention_into(wrong, q, cache, heads); }), "out must be [3, 12]; given [3, 11]"));
+}
