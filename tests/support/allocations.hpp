@@ -92,6 +92,11 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
 void* operator new[](std::size_t size, std::align_val_t alignment) {
   return support::detail::counted_new(size, static_cast<std::size_t>(alignment));
 }
+// The nothrow forms are used by std::stable_sort and by Catch2.
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return support::detail::counted_new(size, 1); }
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return support::detail::counted_new(size, 1); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { support::detail::counted_delete(p); }
+void operator delete[](void* p, const std::nothrow_t&) noexcept { support::detail::counted_delete(p); }
 void operator delete(void* p) noexcept { support::detail::counted_delete(p); }
 void operator delete[](void* p) noexcept { support::detail::counted_delete(p); }
 void operator delete(void* p, std::size_t) noexcept { support::detail::counted_delete(p); }

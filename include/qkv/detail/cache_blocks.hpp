@@ -71,9 +71,9 @@ class CacheBlocks {
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index at = head_row(block, head) + row;
       store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + at * shape_.head_dim,
-                key_scales_.data() + at);
+                scale(key_scales_, at));
       store_row(v + head * shape_.v_head_dim, shape_.v_head_dim, values_.data() + at * shape_.v_head_dim,
-                value_scales_.data() + at);
+                scale(value_scales_, at));
     }
   }
 
@@ -109,6 +109,9 @@ class CacheBlocks {
   }
 
  private:
+  static float* scale(const Numbers<float>& scales, Index at) {
+    return has_row_scale<S> ? scales.data() + at : nullptr;
+  }
   Index head_row(Index block, Index head) const { return (block * shape_.kv_heads + head) * block_rows_; }
 
   CacheShape shape_;
