@@ -94,9 +94,9 @@ class PackedWeights {
 /// How a product is cut up: from sizes only, so that an executor changes nothing.
 template <class T>
 struct ProductBlocks {
-  static constexpr Index row_block = 96;                                      // rows of one work item
-  static constexpr Index depth_block = 1024 / static_cast<Index>(sizeof(T));  // 32 KB of a panel, in the L1 cache
-  static constexpr Index capacity = row_block * depth_block;                  // of packed x: 96 KB, on the stack
+  static constexpr Index row_block = 64;                                      // rows of one work item
+  static constexpr Index depth_block = 2048 / static_cast<Index>(sizeof(T));  // 64 KB of a panel, in the L2 cache
+  static constexpr Index capacity = row_block * depth_block;                  // of packed x: 128 KB, on the stack
 
   /// Panels of one work item. Each item packs its rows of x again: that must stay small beside the products.
   static constexpr Index panels_per_item(Index rows) { return rows > TileShape<T>::rows ? 16 : 8; }
@@ -168,6 +168,11 @@ struct ProductItem {
                               .c_row = out_stride,
                               .ahead = ahead,
                               .ahead_step = share};
+        // The next tile's sums lie in memory since the last block of steps: fetch them meanwhile.
+        if (k > 0 && t + 1 < tiles())
+          for (Index r = 0; r < height; ++r)
+            for (Index j = 0; j < width; j += 64 / static_cast<Index>(sizeof(T)))
+              prefetch_near(c + (height + std::min(r, tile_row(t + 2) - tile_row(t + 1) - 1)) * out_stride + j);
         if (!full)
           edge_tile(height, width, op);
         else if (share > 64)
@@ -202,7 +207,7 @@ struct ProductItem {
   }
 };
 
-/// out [n, out] = x [n, in] · W + bias. `bias` is empty or [out]. out must not overlap x. Allocates nothing (96 KB of
+/// out [n, out] = x [n, in] · W + bias. `bias` is empty or [out]. out must not overlap x. Allocates nothing (128 KB of
 /// stack). Throws where shapes differ.
 template <class T, StorageType S, MatrixLike Out, MatrixLike X, class E = Serial>
 void packed_product_into(Out&& out, const X& x, const PackedWeights<T, S>& w, std::span<const T> bias = {},

@@ -21,11 +21,16 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// f(0), …, f(N-1) with each index a constant: what is indexed by it stays in registers.
+template <class F, Index... I>
+EIGEN_ALWAYS_INLINE void unroll(F&& f, std::integer_sequence<Index, I...>) {
+  (f(std::integral_constant<Index, I>{}), ...);
+}
+
+/// f(0), …, f(N-1) with each index a constant. For registers indexed in an inner loop write a fold, as `tile_of` does: a
+/// compiler may call a lambda instead of inlining it, and what it refers to then lives in memory (four times slower).
 template <Index N, class F>
 EIGEN_ALWAYS_INLINE void unroll(F&& f) {
-  [&]<Index... I>(std::integer_sequence<Index, I...>) { (f(std::integral_constant<Index, I>{}), ...); }
-  (std::make_integer_sequence<Index, N>{});
+  unroll(f, std::make_integer_sequence<Index, N>{});
 }
 
 /// Rows and vectors of sums held in registers. With 32 registers 12 x 2 needs 14 loads for 24 multiply-adds.
@@ -53,44 +58,47 @@ struct TileOperands {
   Index ahead_step = 0;              // bytes
 };
 
-/// One tile of Rows x Vectors registers: b is read once per step, a is broadcast. Each sum is a chain in ascending k.
-template <Index Rows, Index Vectors, Index AheadLines = 0, class T, class S>
-EIGEN_ALWAYS_INLINE void tile(const TileOperands<T, S>& op, Index a_row, Index a_step) {
+// The sums and the vectors of b by constant indices only, and no lambda: then they stay in registers, at -O2 too.
+template <int AheadLines, class T, class S, std::size_t... Sum, std::size_t... Vector>
+EIGEN_ALWAYS_INLINE void tile_of(const TileOperands<T, S>& op, Index a_row, Index a_step, std::index_sequence<Sum...>,
+                                 std::index_sequence<Vector...>) {
   using V = Simd<T>;
-  constexpr Index width = V::width;
-  typename V::Vec sum[std::size_t(Rows)][std::size_t(Vectors)];
+  constexpr Index width = V::width, vectors = sizeof...(Vector);
+  typename V::Vec sum[sizeof...(Sum)], row[sizeof...(Vector)];
   if (op.start != nullptr)
-    unroll<Rows>([&](auto r) {
-      unroll<Vectors>([&](auto v) { sum[r][v] = V::load(op.start + r * op.start_row + v * width); });
-    });
+    ((sum[Sum] = V::load(op.start + Index(Sum) / vectors * op.start_row + Index(Sum) % vectors * width)), ...);
   else
-    unroll<Rows>([&](auto r) { unroll<Vectors>([&](auto v) { sum[r][v] = V::zero(); }); });
+    ((sum[Sum] = V::zero()), ...);
   const T* a = op.a;
   const S* b = op.b;
   const std::byte* ahead = op.ahead;
   for (Index k = op.depth; k > 0; --k) {
-    typename V::Vec row[std::size_t(Vectors)];
-    unroll<Vectors>([&](auto v) { row[v] = V::load(b + v * width); });
-    unroll<AheadLines>([&](auto i) { prefetch(ahead + i * 64); });
+    ((row[Vector] = V::load(b + Index(Vector) * width)), ...);
+    if constexpr (AheadLines >= 1) prefetch(ahead);
+    if constexpr (AheadLines >= 2) prefetch(ahead + 64);
     ahead += op.ahead_step;
-    unroll<Rows>([&](auto r) {
-      const auto x = V::broadcast(a[r * a_row]);
-      unroll<Vectors>([&](auto v) { sum[r][v] = V::fma(x, row[v], sum[r][v]); });
-    });
+    ((sum[Sum] = V::fma(V::broadcast(a[Index(Sum) / vectors * a_row]), row[Sum % sizeof...(Vector)], sum[Sum])), ...);
     a += a_step;
     b += op.b_step;
   }
-  unroll<Rows>([&](auto r) { unroll<Vectors>([&](auto v) { V::store(op.c + r * op.c_row + v * width, sum[r][v]); }); });
+  (V::store(op.c + Index(Sum) / vectors * op.c_row + Index(Sum) % vectors * width, sum[Sum]), ...);
+}
+
+/// One tile of Rows x Vectors registers: b is read once per step, a is broadcast. Each sum is a chain in ascending k.
+template <Index Rows, Index Vectors, int AheadLines = 0, class T, class S>
+EIGEN_ALWAYS_INLINE void tile(const TileOperands<T, S>& op, Index a_row, Index a_step) {
+  tile_of<AheadLines>(op, a_row, a_step, std::make_index_sequence<std::size_t(Rows * Vectors)>{},
+                      std::make_index_sequence<std::size_t(Vectors)>{});
 }
 
 /// A tile with a in a panel [depth][Rows] (see `pack_rows`): what is known at compile time saves address registers.
-template <Index Rows, Index Vectors, Index AheadLines = 0, class T, class S>
+template <Index Rows, Index Vectors, int AheadLines = 0, class T, class S>
 void packed_tile(const TileOperands<T, S> op) {  // a copy, which no store can change
   tile<Rows, Vectors, AheadLines>(op, 1, Rows);
 }
 
 /// packed_tile for 1 … TileShape<T>::rows rows, chosen at run time.
-template <class T, class S = T, Index AheadLines = 0>
+template <class T, class S = T, int AheadLines = 0>
 void packed_tile_of(Index rows, const TileOperands<T, S>& op) {
   using Shape = TileShape<T>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
@@ -100,32 +108,38 @@ void packed_tile_of(Index rows, const TileOperands<T, S>& op) {
   tiles[static_cast<std::size_t>(rows - 1)](op);
 }
 
-/// x [rows, depth] in rows `stride` apart -> panel [depth][rows]. `panel` needs room for `pack_slack` numbers more.
+/// pack_rows may write this many numbers past the end of its panel.
 template <class T>
 inline constexpr Index pack_slack = Simd<T>::width;
 
+// `some` <= width rows of x, width steps of each, transposed to panel. With fewer rows than lanes a store runs into the
+// next step's place, and that step's store follows.
+template <class T, class S, std::size_t... Lane>
+EIGEN_ALWAYS_INLINE void pack_block(const S* x, Index stride, Index some, T* panel, Index rows,
+                                    std::index_sequence<Lane...>) {
+  using V = Simd<T>;
+  typename V::Vec block[] = {(Index(Lane) < some ? V::load(x + Index(Lane) * stride) : V::zero())...};
+  V::transpose(block);
+  (V::store(panel + Index(Lane) * rows, block[Lane]), ...);
+}
+
+/// x [rows, depth] in rows `stride` apart -> panel [depth][rows], with room for `pack_slack` numbers more.
 template <class T, class S>
 void pack_rows(const S* x, Index stride, Index rows, Index depth, T* panel) {
-  using V = Simd<T>;
-  constexpr Index width = V::width;
-  Index done = 0;  // rows packed
-  if (rows > 1)
-    for (; rows - done >= width || (done == 0 && rows <= width); done += width) {
-      // Fewer rows than lanes: a store runs into the next step's place, and that step's store follows.
-      const Index some = std::min(width, rows);
-      Index k = 0;
-      for (; k + width <= depth; k += width) {
-        typename V::Vec block[V::lanes];
-        unroll<width>([&](auto i) { block[i] = i < some ? V::load(x + (done + i) * stride + k) : V::zero(); });
-        V::transpose(block);
-        unroll<width>([&](auto i) { V::store(panel + (k + i) * rows + done, block[i]); });
-      }
-      for (; k < depth; ++k)
-        for (Index r = done; r < done + some; ++r) panel[k * rows + r] = static_cast<T>(x[r * stride + k]);
-      if (rows < width) return;
-    }
-  for (Index r = done; r < rows; ++r)
-    for (Index k = 0; k < depth; ++k) panel[k * rows + r] = static_cast<T>(x[r * stride + k]);
+  constexpr Index width = Simd<T>::width;
+  Index packed = 0;  // rows
+  while (rows > 1 && (rows - packed >= width || (packed == 0 && rows > 0))) {
+    const Index some = std::min(width, rows);
+    const S* from = x + packed * stride;
+    Index k = 0;
+    for (; k + width <= depth; k += width)
+      pack_block(from + k, stride, some, panel + k * rows + packed, rows, std::make_index_sequence<Simd<T>::lanes>{});
+    for (; k < depth; ++k)
+      for (Index r = 0; r < some; ++r) panel[k * rows + packed + r] = static_cast<T>(from[r * stride + k]);
+    packed += some;
+  }
+  for (; packed < rows; ++packed)
+    for (Index k = 0; k < depth; ++k) panel[k * rows + packed] = static_cast<T>(x[packed * stride + k]);
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel

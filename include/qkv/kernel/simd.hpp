@@ -165,6 +165,11 @@ struct Simd {
     return exp2(x);
   }
 
+  static Vec tanh(Vec x) {
+    using std::tanh;
+    return tanh(x);
+  }
+
   static Mask less(Vec a, Vec b) { return a < b; }
   static Mask less_equal(Vec a, Vec b) { return a <= b; }
   static Mask both(Mask a, Mask b) { return a && b; }
@@ -254,6 +259,18 @@ requires(detail::has_packets<T>) struct Simd<T> {
 #endif
   }
 
+  /// Float: Eigen's rational approximation, a few ulp. Double: lane by lane.
+  static EIGEN_ALWAYS_INLINE Vec tanh(Vec x) {
+    if constexpr (std::same_as<T, float>) {
+      return detail::packets::ptanh(x);
+    } else {
+      T copy[lanes];
+      store(copy, x);
+      for (T& y : copy) y = std::tanh(y);
+      return load(copy);
+    }
+  }
+
   // ---- comparison ----
   static EIGEN_ALWAYS_INLINE auto less(Vec a, Vec b) { return detail::less(a, b); }
   static EIGEN_ALWAYS_INLINE auto less_equal(Vec a, Vec b) { return detail::less_equal(a, b); }
@@ -291,8 +308,12 @@ requires(detail::has_packets<T>) struct Simd<T> {
 EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
-#elif defined(EIGEN_VECTORIZE_SSE)
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+#endif
+}
+/// The same into the first-level cache.
+EIGEN_ALWAYS_INLINE void prefetch_near([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 3);
 #endif
 }
 
