@@ -1,0 +1,91 @@
+#include <qkv/multi_head_attention.hpp>
+
+#include <thread>
+
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+#include "support/layers.hpp"
+
+using namespace support;
+
+TEST_CASE("what a call asks of its operands, it says before it writes", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  const Matrix<float> x = normals<float>(4, 23, 1);
+  auto cache = layer.make_cache(6);
+  layer.forward(x.topRows(3), cache);
+  const Matrix<float> held = cache.keys();
+  Matrix<float> out = Matrix<float>::Constant(4, 23, 7);
+  const auto complains = [&](const std::string& text, const std::string& part) {
+    CAPTURE(text);
+    return contains(text, part) && (out.array() == 7).all() && cache.rows() == 3 && same_bits(cache.keys(), held);
+  };
+  CHECK(complains(message_of([&] { layer.forward_into(out, x.leftCols(22), cache); }), "model_dim 23]; given [4, 22]"));
+  CHECK(complains(message_of([&] { layer.forward_into(out.topRows(3), x, cache); }),
+                  "out must be [4, 23]; given [3, 23]"));
+  CHECK(complains(message_of<std::length_error>([&] { layer.forward_into(out, x, cache); }),
+                  "at most 3 more rows (position 3); given 4"));
+  for (const auto& [kv_heads, head_dim, v_head_dim] : {std::array{3, 10, 7}, {2, 9, 7}, {2, 10, 8}}) {
+    qkv::KvCache<float> odd({.kv_heads = kv_heads, .head_dim = head_dim, .v_head_dim = v_head_dim, .capacity = 6});
+    CHECK(complains(message_of([&] { layer.forward_into(out, x, odd); }),
+                    "the cache must have kv_heads 2, head_dim 10, v_head_dim 7; it has " + std::to_string(kv_heads) +
+                        ", " + std::to_string(head_dim) + ", " + std::to_string(v_head_dim)));
+    CHECK(odd.rows() == 0);
+  }
+}
+
+TEST_CASE("x and out may be column blocks of one buffer, but share no element", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  const Matrix<float> x = normals<float>(5, 23, 2);
+  auto cache = layer.make_cache(20);
+  const Matrix<float> expected = layer.forward(x, cache);
+
+  Matrix<float> buffer = Matrix<float>::Constant(7, 60, 7);
+  buffer.block(1, 3, 5, 23) = x;
+  cache.clear();
+  layer.forward_into(buffer.block(1, 30, 5, 23), buffer.block(1, 3, 5, 23), cache);
+  CHECK(same_bits(buffer.block(1, 30, 5, 23), expected));
+  CHECK(same_bits(buffer.block(1, 3, 5, 23), x));
+  buffer.block(1, 30, 5, 23).setConstant(7), buffer.block(1, 3, 5, 23).setConstant(7);
+  CHECK((buffer.array() == 7).all());
+
+  buffer.setConstant(1);
+  for (const Index column : {3, 2, 25}) {
+    CHECK(contains(
+        message_of([&] { layer.forward_into(buffer.block(1, column, 5, 23), buffer.block(1, 3, 5, 23), cache); }),
+        "must not share elements with the input x"));
+    CHECK(cache.rows() == 5);
+    CHECK((buffer.array() == 1).all());
+  }
+}
+
+TEST_CASE("a const layer serves two threads at once", "[layer]") {
+  auto prepared = multi_head_layer<float>(small_gqa, true);
+  prepared.reserve_positions(40);
+  const auto& layer = prepared;
+  const Matrix<float> a = normals<float>(90, 23, 3), b = normals<float>(90, 23, 4);
+  const auto run = [&](const Matrix<float>& x) {
+    auto cache = layer.make_cache(90);
+    return feed(layer, cache, x, {31, 1, 1, 5, 8});
+  };
+  const Matrix<float> alone_a = run(a), alone_b = run(b);
+  for (int round = 0; round < 5; ++round) {
+    Matrix<float> of_a, of_b;
+    std::thread first([&] { of_a = run(a); }), second([&] { of_b = run(b); });
+    first.join(), second.join();
+    CHECK(same_bits(of_a, alone_a));
+    CHECK(same_bits(of_b, alone_b));
+  }
+}
+
+TEST_CASE("an executor changes no bit of a layer", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa, true);
+  const Matrix<float> x = normals<float>(140, 23, 5);
+  const auto run = [&](const auto& executor) {
+    auto cache = layer.make_cache(140);
+    return feed(layer, cache, x, {130, 1, 2}, qkv::causal, qkv::plain, qkv::LayerOptions{}, executor);
+  };
+  const Matrix<float> expected = run(qkv::serial);
+  CHECK(same_bits(run(Threaded{3}), expected));
+  CHECK(same_bits(run(Shuffled{1}), expected));
+  CHECK(same_bits(layer.forward(x, qkv::causal, qkv::plain, {}, Threaded{2}), layer.forward(x)));
+}
