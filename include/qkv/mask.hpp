@@ -55,6 +55,12 @@ struct CallShape {
   Index last_key_position = -1;                   // of its last key
 };
 
+/// Rows [begin, end) of a block's queries that see its one key. `exact` false: a mask cannot say it as one interval.
+struct SeenBy {
+  Index begin = 0, end = 0;
+  bool exact = true;
+};
+
 template <class M>
 concept Mask = requires(const M& mask, const At& at) {
   { mask.sees(at) } -> std::convertible_to<bool>;
@@ -75,6 +81,17 @@ constexpr Cover cover(const M& mask, const Block& block) {
     return mask.cover(block);
   else
     return Cover::some;
+}
+
+/// Which queries of the block see its one key (block.n_keys == 1), as one interval where that is possible.
+template <class M>
+constexpr SeenBy seen_by(const M& mask, const Block& block) {
+  if constexpr (requires {
+                  { mask.seen_by(block) } -> std::same_as<SeenBy>;
+                })
+    return mask.seen_by(block);
+  else
+    return {0, 0, false};
 }
 
 template <class M>
@@ -99,6 +116,7 @@ constexpr Index valid_keys(const M& mask, Index sequence, Index n_keys) {
 struct Full {
   constexpr bool sees(const At&) const { return true; }
   constexpr Cover cover(const Block&) const { return Cover::all; }
+  constexpr SeenBy seen_by(const Block& b) const { return {0, b.n_queries}; }
 };
 inline constexpr Full full{};
 
@@ -117,6 +135,14 @@ struct Window {
     return low(b.last_query_position()) <= b.key_position && b.last_key_position() <= high(b.query_position)
                ? Cover::all
                : Cover::some;
+  }
+  /// A key at position k is seen from k - right to k + left.
+  constexpr SeenBy seen_by(const Block& b) const {
+    const Index from = right == infinite ? least : b.key_position < least + right ? least : b.key_position - right;
+    const Index to = left == infinite || b.key_position > infinite - left ? infinite : b.key_position + left;
+    const Index begin = from <= b.query_position ? 0 : std::min(from - b.query_position, b.n_queries);
+    const Index end = to >= b.last_query_position() ? b.n_queries : std::max<Index>(to - b.query_position + 1, 0);
+    return {begin, std::max(begin, end)};
   }
 
  private:
@@ -143,6 +169,7 @@ struct Prefix {
   constexpr Cover cover(const Block& b) const {
     return b.last_key_position() < n ? Cover::all : b.key_position >= n ? Cover::none : Cover::some;
   }
+  constexpr SeenBy seen_by(const Block& b) const { return {0, b.key_position < n ? b.n_queries : 0}; }
 };
 constexpr Prefix prefix(Index n) { return {n}; }
 
@@ -155,6 +182,9 @@ struct Lengths {
   Cover cover(const Block& b) const {
     const Index valid = n[static_cast<std::size_t>(b.sequence)];
     return b.key + b.n_keys <= valid ? Cover::all : b.key >= valid ? Cover::none : Cover::some;
+  }
+  SeenBy seen_by(const Block& b) const {
+    return {0, b.key < n[static_cast<std::size_t>(b.sequence)] ? b.n_queries : 0};
   }
   Index valid_keys(Index sequence, Index n_keys) const {
     const auto s = static_cast<std::size_t>(sequence);
@@ -278,6 +308,11 @@ struct And {
     const Cover first = detail::cover(a, block);
     return first == Cover::none ? Cover::none : std::min(first, detail::cover(b, block));  // none < some < all
   }
+  constexpr SeenBy seen_by(const Block& block) const {
+    const SeenBy first = detail::seen_by(a, block), second = detail::seen_by(b, block);
+    const Index begin = std::max(first.begin, second.begin);
+    return {begin, std::max(begin, std::min(first.end, second.end)), first.exact && second.exact};
+  }
   void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
   constexpr Index valid_keys(Index sequence, Index n_keys) const {
     return std::min(detail::valid_keys(a, sequence, n_keys), detail::valid_keys(b, sequence, n_keys));
@@ -294,6 +329,14 @@ struct Or {
   constexpr Cover cover(const Block& block) const {
     const Cover first = detail::cover(a, block);
     return first == Cover::all ? Cover::all : std::max(first, detail::cover(b, block));
+  }
+  constexpr SeenBy seen_by(const Block& block) const {
+    const SeenBy first = detail::seen_by(a, block), second = detail::seen_by(b, block);
+    const bool exact = first.exact && second.exact;
+    if (first.begin == first.end) return {second.begin, second.end, exact};
+    if (second.begin == second.end) return {first.begin, first.end, exact};
+    const bool meet = first.begin <= second.end && second.begin <= first.end;
+    return {std::min(first.begin, second.begin), std::max(first.end, second.end), exact && meet};
   }
   void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
   constexpr Index valid_keys(Index sequence, Index n_keys) const {

@@ -10,6 +10,7 @@
 #include "parallel.hpp"                 // executors: serial, OpenMP, a pool, yours
 #include "workspace.hpp"                // scratch memory that belongs to the caller
 #include "kernel/simd.hpp"              // a register of numbers on every instruction set
+#include "kernel/register_tile.hpp"     // the one inner loop of every product
 #include "kernel/gemm.hpp"              // matrix products with one order of summation
 
 // Into attention
@@ -29,6 +30,8 @@
 #include "key_rows.hpp"                 // what a kernel knows of a cache
 #include "kernel/task.hpp"              // what every kernel gets and gives
 #include "kernel/reference.hpp"         // loops straight from the formula: the oracle
+#include "kernel/panels.hpp"            // keys and values packed for the tiled kernel
+#include "kernel/lanes.hpp"             // masks and scores for a register of queries
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/decode.hpp"            // few queries: decode
 #include "attention.hpp"                // the front door

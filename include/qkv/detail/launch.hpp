@@ -12,6 +12,40 @@ namespace qkv::inline QKV_ABI::detail {
 /// Whether a launch begins with the state of no keys, or merges into what is there (tiled and decode only).
 enum class Start { empty, merge };
 
+/// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
+template <class T, StorageType S, class M, class F, class E, class Done>
+void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
+                  const E& executor, const Done& done, Start start) {
+  using Panels = kernel::Panels<T>;
+  const Index n = task.n_queries(), d = task.head_dim(), dv = task.v_head_dim(), group = task.heads.group_size();
+  const Index n_blocks = kernel::count_blocks(task.keys),
+              query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
+  const std::size_t per_head = kernel::panel_bytes<T>(n_blocks, d, dv);
+  const Index at_once = kernel::heads_at_once(per_head, task.heads.kv_heads);
+  const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
+  for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
+    const Index count = std::min(at_once, task.heads.kv_heads - first);
+    const auto panels_of = [&](Index kv_head) {
+      Carver carver(memory.data() + per_head * static_cast<std::size_t>(kv_head - first));
+      return Panels::carve(carver, n_blocks, d, dv);
+    };
+    for (Index kv_head = first; kv_head < first + count; ++kv_head)
+      kernel::describe_blocks(panels_of(kv_head), task.keys);
+    executor(count * n_blocks, [&](Index item) {
+      kernel::pack_block(panels_of(first + item / n_blocks), task.keys, first + item / n_blocks, item % n_blocks);
+    });
+    executor(count * group * query_blocks, [&](Index item) {
+      const Index head = first * group + item / query_blocks, query = item % query_blocks * kernel::tile_queries;
+      const Index rows = std::min(kernel::tile_queries, n - query);
+      const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
+      if (start == Start::empty) state.clear(query, rows, head, 1, dv);
+      const Panels panels = panels_of(task.heads.kv_head(head));
+      kernel::Tiled(task, state, panels, n_blocks, head, query, scratch.data()).run();
+      done(query, rows, head, Index(1));
+    });
+  }
+}
+
 /// Leaves the softmax state; `done(query, n_queries, head, n_heads)` is called by the item that computed its part.
 template <class T, StorageType S, class M, class F, class E, class Done>
 void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state,
@@ -20,15 +54,7 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
   const Index n = task.n_queries(), group = heads.group_size();
   if (n == 0) return;
   if (kernel == Kernel::tiled) {
-    executor(kernel::tiled_items(n, heads.kv_heads), [&](Index item) {
-      const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(task.head_dim(), task.v_head_dim()));
-      const Index query = item / heads.kv_heads * kernel::tile_queries,
-                  count = std::min(kernel::tile_queries, n - query);
-      const Index head = item % heads.kv_heads * group;
-      if (start == Start::empty) state.clear(query, count, head, group, task.v_head_dim());
-      kernel::Tiled(task, state, item, scratch.data()).run();
-      done(query, count, head, group);
-    });
+    launch_tiled(task, state, workspace, executor, done, start);
   } else if (kernel == Kernel::decode) {
     executor(heads.kv_heads, [&](Index kv_head) {
       const auto scratch =

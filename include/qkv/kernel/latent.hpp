@@ -19,8 +19,8 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// Rows restored (naive) or converted (absorbed, int8) at a time; a multiple of both kernels' grids.
-inline constexpr Index latent_chunk = 256;
+/// Rows restored (naive) or converted (absorbed, int8) at a time.
+inline constexpr Index latent_chunk = 192;
 
 /// Chunks of latent rows on the position grid: f(run, first_row, row, count), each inside one run. The pieces of a chunk
 /// are handed out one by one; together with Start::merge they give the state of all rows.

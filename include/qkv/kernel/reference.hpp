@@ -6,7 +6,7 @@
 // float, double, long double or your own. Cost O(n_queries · n_keys · heads · (head_dim + v_head_dim)), no blocking.
 // ONNX Attention, opset 25.
 //
-// Before: kernel/task.hpp   Next: kernel/tiled.hpp
+// Before: kernel/task.hpp   Next: kernel/panels.hpp
 #pragma once
 
 #include <cmath>

@@ -1,66 +1,56 @@
-// kernel/tiled.hpp — many queries against many keys: blocks of both, with the running softmax state in between.
+// kernel/tiled.hpp — many queries against many keys: lanes are queries, and one inner loop serves both products.
 //
-//                 keys, on a fixed grid of positions             for each block of queries, for each chunk of keys:
-//               ┌──────┬──────┬──────┬──────┐                      cover = none?  skip it
-//     queries   │ all  │ all  │ some │ none │                      S = scale · Q Kᵀ;  score;  mask only where `some`
-//               └──────┴──────┴──────┴──────┘                      m, l, o ← merge with (max S, Σ e^S, e^S V)
+//                 blocks of keys, on a fixed grid of positions
+//               ┌──────┬──────┬──────┬──────┐        for a block of queries, in panels of one register row each:
+//     panels of │ all  │ all  │ some │ none │          Sᵀ = K Qᵀ      [keys, lanes]   broadcast K, vector Q
+//     queries   │ all  │ some │ none │ none │          m, Sᵀ ← e^(s - m), l             lane by lane: no sums across lanes
+//               └──────┴──────┴──────┴──────┘          Oᵀ += Vᵀ Sᵀ     [v_dim, lanes]  broadcast V, vector Sᵀ
 //
-// Nothing of size n_queries · n_keys is ever stored. Every element of S and o is one multiply-add chain in ascending
-// order of features and keys, whatever block its query sits in: a prompt fed in pieces gives the same bits as at once.
-// Dao et al. 2022, arXiv:2205.14135.
+//     Q is packed [panel][head_dim][lanes] with its scale's sign; K and V as in kernel/panels.hpp, once per kv head for all
+//     query blocks and the whole group. Oᵀ is turned back once at the end. Nothing of size n_queries·n_keys exists.
 //
-// Before: kernel/reference.hpp   Next: kernel/decode.hpp
+// The mask is asked for blocks, then for tiles of a mixed block, then for lanes of a mixed tile: what it hides in whole is
+// never computed. Every element of S and O is one multiply-add chain in ascending order of features and keys, whatever
+// panel its query sits in: a prompt fed in pieces gives the same bits as at once.
+// Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice, measured in benchmarks/README.md.
+//
+// Before: kernel/lanes.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <algorithm>
-#include <cmath>
+#include <numbers>
 
 #include "../softmax.hpp"
 #include "../workspace.hpp"
+#include "lanes.hpp"
+#include "panels.hpp"
+#include "register_tile.hpp"
 #include "task.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
-inline constexpr Index tile_queries = 64;
-inline constexpr Index tile_keys = 128;
+/// Queries of one work item: a few panels, so that a block of keys is used while it is in the cache.
+inline constexpr Index tile_queries = 192;
 
-/// c[rows, cols] += a[rows, depth] · b[depth, cols]; each element of c is one chain over ascending depth.
 template <class T>
-void chain_product(const T* a, Index a_stride, const T* b, Index b_stride, T* c, Index c_stride, Index rows,
-                   Index depth, Index cols) {
-  constexpr Index width = 16;
-  for (Index col = 0; col < cols; col += width) {
-    const Index w = std::min(width, cols - col);
-    for (Index row = 0; row < rows; ++row) {
-      T acc[width] = {};
-      for (Index i = 0; i < w; ++i) acc[i] = c[row * c_stride + col + i];
-      for (Index k = 0; k < depth; ++k) {
-        const T x = a[row * a_stride + k];
-        const T* y = b + k * b_stride + col;  // b has room up to the next multiple of `width`
-        for (Index i = 0; i < width; ++i) acc[i] += x * y[i];
-      }
-      for (Index i = 0; i < w; ++i) c[row * c_stride + col + i] = acc[i];
-    }
-  }
-}
+inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
 
 /// Scratch of one work item.
 template <class T>
 struct TiledScratch {
-  T *keys, *values, *scores,
-      *row;       // [head_dim, tile_keys], [tile_keys, v_width], [tile_queries, tile_keys], [head_dim]
-  Index* key_of;  // [tile_keys]: logical row of a column, -1: not in play
-  bool* mixed;    // [tile_keys]: the mask must be asked
+  static constexpr Index lanes = TileShape<T>::columns;
+  static constexpr Index panels = (tile_queries + lanes - 1) / lanes;
 
-  static constexpr Index v_width(Index v_head_dim) { return (v_head_dim + 15) / 16 * 16; }
+  T *q, *s, *o, *m, *l;
+  bool* hidden;  // [tile_keys, lanes]: pairs of the rows that are not finite
 
   TiledScratch(detail::Carver& carver, Index head_dim, Index v_head_dim)
-      : keys(carver.take<T>(head_dim * tile_keys)),
-        values(carver.take<T>(tile_keys * v_width(v_head_dim))),
-        scores(carver.take<T>(tile_queries * tile_keys)),
-        row(carver.take<T>(head_dim)),
-        key_of(carver.take<Index>(tile_keys)),
-        mixed(carver.take<bool>(tile_keys)) {}
+      : q(carver.take<T>(panels * head_dim * lanes)),
+        s(carver.take<T>(tile_keys * lanes)),
+        o(carver.take<T>(panels * v_head_dim * lanes)),
+        m(carver.take<T>(panels * lanes)),
+        l(carver.take<T>(panels * lanes)),
+        hidden(carver.take<bool>(tile_keys * lanes)) {}
 
   static std::size_t bytes(Index head_dim, Index v_head_dim) {
     detail::Carver carver(nullptr);
@@ -69,125 +59,318 @@ struct TiledScratch {
   }
 };
 
-/// Work items of a task: (kv_head, block of queries).
-inline Index tiled_items(Index n_queries, Index kv_heads) {
-  return kv_heads * ((n_queries + tile_queries - 1) / tile_queries);
+/// Scratch of the packed keys and values of one kv head.
+template <class T>
+std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
+  detail::Carver carver(nullptr);
+  Panels<T>::carve(carver, n_blocks, head_dim, v_head_dim);
+  return carver.used();
 }
 
+/// One head and one block of queries against all packed keys of its kv head.
 template <class T, StorageType S, class M, class F>
 class Tiled {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  static constexpr Index lanes = TileShape<T>::columns;
+  static constexpr Index vectors = TileShape<T>::vectors;
+  static constexpr Index rows = TileShape<T>::rows;
+  // Where a panel's columns may begin: on a tile, and on a partial sum of `soften`.
+  static constexpr bool plain = std::is_same_v<F, Plain>;
+  static constexpr Index partial_sums = 4, aligned = 12;
+  static_assert(aligned % rows == 0 && aligned % partial_sums == 0);
+
  public:
-  Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, Index item, std::byte* scratch)
+  Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<T>& panels, Index n_blocks, Index head,
+        Index query, std::byte* scratch)
       : task_(task),
         state_(state),
+        panels_(panels),
+        n_blocks_(n_blocks),
+        head_(head),
+        query_(query),
+        n_queries_(std::min(tile_queries, task.n_queries() - query)),
         carver_(scratch),
-        s_(carver_, task.head_dim(), task.v_head_dim()),
-        kv_head_(item % task.heads.kv_heads),
-        query_(item / task.heads.kv_heads * tile_queries),
-        n_queries_(std::min(tile_queries, task.n_queries() - query_)) {}
+        scratch_(carver_, task.head_dim(), task.v_head_dim()) {}
 
-  /// Merges all keys of the task into the state of this item's queries and heads.
+  /// Merges all keys of the task into the state of these queries.
   void run() {
-    const Index group = task_.heads.group_size(), first_head = kv_head_ * group;
-    for_each_chunk(task_.keys, tile_keys, [&](Index first, std::size_t r, Index base, Index row) {
-      bool loaded = false;
-      for (Index h = first_head; h < first_head + group; ++h) {
-        if (!cover(h, first, r, base, row)) continue;
-        if (!loaded) load(first, r, base, row);
-        loaded = true;
-        attend(h, first);
-      }
-    });
+    const Index n_panels = (n_queries_ + lanes - 1) / lanes;
+    for (Index p = 0; p < n_panels; ++p) load_panel(p);
+    for (Index b = 0; b < n_blocks_; ++b)
+      for (Index p = 0; p < n_panels; ++p) attend(b, p);
+    for (Index p = 0; p < n_panels; ++p) store_panel(p);
   }
 
  private:
-  /// Marks the columns that head h may see. False: none at all.
-  bool cover(Index h, Index first, std::size_t r, Index base, Index row) {
-    bool any = false;
-    std::fill_n(s_.key_of, tile_keys, Index(-1));
-    for_each_piece(task_.keys, tile_keys, first, r, base, row,
-                   [&](const KeyRun<S>& run, Index run_base, Index run_row, Index count, Index column) {
-                     const Cover c =
-                         detail::cover(*task_.mask, task_.block(h, query_, n_queries_, run, run_base, run_row, count));
-                     if (c == Cover::none) return;
-                     any = true;
-                     for (Index i = 0; i < count; ++i) {
-                       s_.key_of[column + i] = run_base + run_row + i;
-                       s_.mixed[column + i] = c == Cover::some;
-                     }
-                   });
-    return any;
+  T size_of_scale() const { return task_.scale < 0 ? -task_.scale : task_.scale; }
+  /// What is kept of a score: ±q·k itself where nothing but the scale is applied, so that what enters the exponent is a
+  /// difference before it is rounded; otherwise the score. In natural units one of it is `unit`.
+  T unit() const { return plain ? size_of_scale() : T(1); }
+  Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
+  T* q(Index p) const { return scratch_.q + p * task_.head_dim() * lanes; }
+  T* o(Index p) const { return scratch_.o + p * task_.v_head_dim() * lanes; }
+
+  /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
+  void load_panel(Index p) {
+    const Index d = task_.head_dim(), n = panel_queries(p), stride = task_.q.outerStride();
+    const T* const from = task_.query(query_ + p * lanes, head_);
+    T* const to = q(p);
+    const Vec sign = V::broadcast(task_.scale < 0 ? T(-1) : T(1));
+    for (Index v = 0; v < vectors; ++v) {
+      const Index first = v * V::width, some = std::clamp<Index>(n - first, 0, V::width);
+      for (Index k = 0; k < d; k += V::width) {
+        const Index width = std::min(V::width, d - k);
+        Vec block[V::lanes];
+        for (Index i = 0; i < V::width; ++i) {
+          const T* row = from + (first + i) * stride + k;
+          block[i] = i >= some ? V::zero() : V::mul(sign, width == V::width ? V::load(row) : V::load_n(row, width));
+        }
+        V::transpose(block);
+        for (Index i = 0; i < width; ++i) V::store(to + (k + i) * lanes + first, block[i]);
+      }
+    }
+    std::fill_n(scratch_.m + p * lanes, lanes, detail::minus_infinity<T>);
+    std::fill_n(scratch_.l + p * lanes, lanes, T(0));
+    std::fill_n(o(p), task_.v_head_dim() * lanes, T(0));
   }
 
-  /// Keys to [head_dim, tile_keys], values to [tile_keys, v_width], as T. Columns that hold no row are zero.
-  void load(Index first, std::size_t r, Index base, Index row) {
-    const Index d = task_.head_dim(), dv = task_.v_head_dim(), width = TiledScratch<T>::v_width(dv);
-    std::fill_n(s_.keys, d * tile_keys, T(0));
-    std::fill_n(s_.values, tile_keys * width, T(0));
-    finite_ = true;
-    for_each_piece(task_.keys, tile_keys, first, r, base, row,
-                   [&](const KeyRun<S>& run, Index, Index run_row, Index count, Index column) {
-                     for (Index i = 0; i < count; ++i) {
-                       const Index at = run_row + i;
-                       load_row(task_.keys.key(run, kv_head_, at), d, task_.keys.key_scale(run, kv_head_, at), s_.row);
-                       for (Index x = 0; x < d; ++x) s_.keys[x * tile_keys + column + i] = s_.row[x];
-                       T* v = s_.values + (column + i) * width;
-                       load_row(task_.keys.value(run, kv_head_, at), dv, task_.keys.value_scale(run, kv_head_, at), v);
-                       T zero = 0;  // 0·v is 0 for finite v and NaN otherwise
-                       for (Index x = 0; x < dv; ++x) zero += 0 * v[x];
-                       finite_ = finite_ && zero == 0;
-                     }
-                   });
+  /// The state of the panel, in natural units, merged into that of the task.
+  void store_panel(Index p) {
+    const Index dv = task_.v_head_dim(), n = panel_queries(p);
+    for (Index v = 0; v < vectors; ++v)
+      for (Index k = 0; k < dv; k += V::width) {
+        const Index width = std::min(V::width, dv - k), first = v * V::width;
+        Vec block[V::lanes];
+        for (Index i = 0; i < V::width; ++i) block[i] = i < width ? V::load(o(p) + (k + i) * lanes + first) : V::zero();
+        V::transpose(block);
+        for (Index i = 0; i < V::width && first + i < n; ++i)
+          merge_part(query_ + p * lanes + first + i, p * lanes + first + i, k, width, block[i]);
+      }
+    for (Index i = 0; i < n; ++i) {
+      const Index query = query_ + p * lanes + i;
+      const T m = scratch_.m[p * lanes + i], l = scratch_.l[p * lanes + i];
+      T& m2 = state_.m(query, head_);
+      T& l2 = state_.l(query, head_);
+      const T natural = m * unit(), top = detail::nan_max(m2, natural);
+      l2 = detail::weight_of(m2, top) * l2 + detail::weight_of(natural, top) * l;
+      m2 = top;
+    }
+  }
+  void merge_part(Index query, Index lane, Index k, Index width, Vec part) {
+    T* const to = state_.o(query, head_, task_.v_head_dim()) + k;
+    const T m2 = state_.m(query, head_);
+    if (m2 == detail::minus_infinity<T>) return V::store_n(to, part, width);
+    const T natural = scratch_.m[lane] * unit(), top = detail::nan_max(m2, natural);
+    const Vec old = V::mul(V::broadcast(detail::weight_of(m2, top)), V::load_n(to, width));
+    V::store_n(to, V::fma(V::broadcast(detail::weight_of(natural, top)), part, old), width);
   }
 
-  /// Merges the loaded chunk into the state of head h.
-  void attend(Index h, Index first) {
-    using std::exp;
-    const Index d = task_.head_dim(), dv = task_.v_head_dim(), width = TiledScratch<T>::v_width(dv);
-    std::fill_n(s_.scores, n_queries_ * tile_keys, T(0));
-    chain_product(task_.query(query_, h), task_.q.outerStride(), s_.keys, tile_keys, s_.scores, tile_keys, n_queries_,
-                  d, tile_keys);
-    for (Index i = 0; i < n_queries_; ++i) {
-      T* s = s_.scores + i * tile_keys;
-      T top = detail::minus_infinity<T>;
-      for (Index j = 0; j < tile_keys; ++j) {
-        const At at = task_.at(h, query_ + i, s_.key_of[j], first + j);
-        if (s_.key_of[j] < 0 || (s_.mixed[j] && !task_.mask->sees(at)))
-          s[j] = detail::minus_infinity<T>;
-        else
-          top = detail::nan_max(top, s[j] = (*task_.score)(task_.scale * s[j], at));
+  Block block_of(Index p, const KeyRun<S>& run, Index base, Index row, Index count) const {
+    return task_.block(head_, query_ + p * lanes, panel_queries(p), run, base, row, count);
+  }
+
+  /// Merges block b into the state of panel p.
+  void attend(Index b, Index p) {
+    const KeyBlock& block = panels_.blocks[b];
+    // The tiles that the panel sees anything of, from the first to the last of them; those in between that it does not
+    // see, and columns that hold no key, get scores of -inf.
+    Index begin = block.count, end = 0;
+    bool mixed = block.gaps;
+    const auto note = [&](Cover c, Index column, Index count) {
+      if (c == Cover::none) {
+        mixed = true;
+        return;
       }
-      if (top == detail::minus_infinity<T>) continue;
-      T& m = state_.m(query_ + i, h);
-      T& l = state_.l(query_ + i, h);
-      T* o = state_.o(query_ + i, h, dv);
-      top = detail::nan_max(m, top);
-      const T keep = detail::weight_of(m, top);
-      m = top;
-      l *= keep;
-      if (keep != T(1))
-        for (Index x = 0; x < dv; ++x) o[x] *= keep;
-      for (Index j = 0; j < tile_keys; ++j) {
-        const bool hidden = s[j] == detail::minus_infinity<T>;
-        s[j] = hidden ? T(0) : exp(s[j] - top);
-        l += s[j];
-        if (hidden && !finite_) s[j] = T(-1);  // a value that is NaN or infinite must not meet a weight of zero
+      begin = std::min(begin, column / aligned * aligned);
+      end = std::max(end, column + count);
+      mixed = mixed || c == Cover::some;
+    };
+    for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
+                   [&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
+                     const Cover c = detail::cover(*task_.mask, block_of(p, run, base, row, count));
+                     if (c != Cover::some) return note(c, column, count);
+                     for (Index i = 0; i < count;) {
+                       const Index some = std::min(count - i, rows - (column + i) % rows);
+                       note(detail::cover(*task_.mask, block_of(p, run, base, row + i, some)), column + i, some);
+                       i += some;
+                     }
+                   });
+    if (end <= begin) return;
+    end = std::min(block.count, (end + rows - 1) / rows * rows);
+
+    const Index d = task_.head_dim();
+    for (Index c = begin; c < end; c += rows) {
+      const Index height = std::min(rows, block.count - c);
+      packed_tile_of<T>(height, {.depth = d,
+                                 .a = panels_.block_keys(b) + c * d,
+                                 .b = q(p),
+                                 .b_step = lanes,
+                                 .c = scratch_.s + c * lanes,
+                                 .c_row = lanes});
+    }
+    end = std::min(end, block.count);
+    if (mixed || !plain) rescore(block, p, begin, end, mixed);
+    soften(block, b, p, begin, end);
+  }
+
+  /// Scores and masks of columns [begin, end).
+  void rescore(const KeyBlock& block, Index p, Index begin, Index end, bool mixed) {
+    const Index n = panel_queries(p);
+    Index next = begin;  // columns before it are done
+    const auto hide = [&](Index from, Index to) {
+      if (from < to) std::fill_n(scratch_.s + from * lanes, (to - from) * lanes, detail::minus_infinity<T>);
+    };
+    for_each_piece(
+        task_.keys, tile_keys, block.first, block.run, block.base, block.row,
+        [&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
+          if (column + count <= begin || column >= end) return;
+          hide(next, column);
+          next = std::min(column + count, end);
+          for (Index i = std::max<Index>(begin - column, 0); column + i < next;) {
+            const Index some = std::min(next - column - i, rows - (column + i) % rows);
+            const Cover c = mixed ? detail::cover(*task_.mask, block_of(p, run, base, row + i, some)) : Cover::all;
+            if (c == Cover::none)
+              hide(column + i, column + i + some);
+            else
+              for (Index j = i; j < i + some; ++j)
+                rescore_key(block_of(p, run, base, row + j, 1), n, scratch_.s + (column + j) * lanes, c == Cover::some);
+            i += some;
+          }
+        });
+    hide(next, end);
+  }
+
+  void rescore_key(const Block& one, Index n, T* s, bool mixed) {
+    const At first = task_.at(head_, one.query, one.key, one.key_position);
+    if constexpr (!plain) {
+      const Vec scale = V::broadcast(size_of_scale());
+      for (Index v = 0; v < vectors; ++v) {
+        T* const at = s + v * V::width;
+        const LaneAt lane{advance(first, v * V::width), n - v * V::width};
+        V::store(at, score_lanes<T>(*task_.score, V::mul(scale, V::load(at)), lane));
       }
-      if (finite_) {
-        chain_product(s, tile_keys, s_.values, width, o, 0, 1, tile_keys, dv);
-      } else {
-        for (Index j = 0; j < tile_keys; ++j)
-          if (s[j] != T(-1)) chain_product(s + j, tile_keys, s_.values + j * width, width, o, 0, 1, 1, dv);
+    }
+    if (!mixed) return;
+    const SeenBy seen = detail::seen_by(*task_.mask, one);
+    if (seen.exact) {
+      const Vec low = V::broadcast(static_cast<T>(seen.begin)), high = V::broadcast(static_cast<T>(seen.end));
+      const Vec hidden = V::broadcast(detail::minus_infinity<T>);
+      for (Index v = 0; v < vectors; ++v) {
+        const Vec lane = V::add(V::iota(), V::broadcast(static_cast<T>(v * V::width)));
+        T* const at = s + v * V::width;
+        V::store(at, V::select(V::both(V::less_equal(low, lane), V::less(lane, high)), V::load(at), hidden));
       }
+    } else {
+      for (Index i = 0; i < n; ++i)
+        if (!task_.mask->sees(advance(first, i))) s[i] = detail::minus_infinity<T>;
+    }
+  }
+  static At advance(At at, Index lane) {
+    at.query += lane, at.query_position += lane;
+    return at;
+  }
+
+  /// m, l and Oᵀ of the panel ← merged with the scores of columns [begin, end).
+  void soften(const KeyBlock& block, Index b, Index p, Index begin, Index end) {
+    const Index dv = task_.v_head_dim();
+    T* const s = scratch_.s;
+    mark_hidden(block, b, begin, end);
+    bool moved = false;
+    alignas(detail::cache_line) T keep[std::size_t(lanes)];
+    unroll<vectors>([&](auto v) {
+      T* const at = s + v * V::width;
+      // Four partial maxima and sums, by column modulo 4: fixed by position, so that bits do not depend on [begin, end).
+      Vec top[4] = {V::broadcast(detail::minus_infinity<T>), V::broadcast(detail::minus_infinity<T>),
+                    V::broadcast(detail::minus_infinity<T>), V::broadcast(detail::minus_infinity<T>)};
+      Index c = begin;
+      for (; c + 4 <= end; c += 4)
+        unroll<4>([&](auto i) { top[i] = V::max_nan(top[i], V::load(at + (c + i) * lanes)); });
+      for (; c < end; ++c) top[0] = V::max_nan(top[0], V::load(at + c * lanes));
+      const Vec low = V::broadcast(detail::minus_infinity<T>), to_log2 = V::broadcast(unit() * log2_e<T>);
+      T* const m = scratch_.m + p * lanes + v * V::width;
+      T* const l = scratch_.l + p * lanes + v * V::width;
+      const Vec old = V::load(m);
+      const Vec here = V::max_nan(V::max_nan(top[0], top[1]), V::max_nan(top[2], top[3]));
+      const Vec now = V::max_nan(old, here);
+      const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
+      const Vec base = V::select(nothing, V::zero(), now);
+      const Vec factor = V::exp2(V::mul(V::sub(old, base), to_log2));
+      Vec sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      const auto weigh = [&](Index column) {
+        const Vec w = V::exp2(V::mul(V::sub(V::load(at + column * lanes), base), to_log2));
+        V::store(at + column * lanes, w);
+        return w;
+      };
+      c = begin;
+      for (; c + 4 <= end; c += 4) unroll<4>([&](auto i) { sum[i] = V::add(sum[i], weigh(c + i)); });
+      for (Index i = 0; c + i < end; ++i) {
+        const Vec w = weigh(c + i);
+        unroll<4>([&](auto j) {
+          if (j == i) sum[j] = V::add(sum[j], w);
+        });
+      }
+      V::store(m, now);
+      V::store(l, V::fma(V::load(l), factor, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]))));
+      V::store(keep + v * V::width, factor);
+      moved = moved || V::any(V::less(old, now));
+    });
+    if (moved)
+      for (Index x = 0; x < dv; ++x)
+        unroll<vectors>([&](auto v) {
+          T* const at = o(p) + x * lanes + v * V::width;
+          V::store(at, V::mul(V::load(at), V::load(keep + v * V::width)));
+        });
+    for (Index x = 0; x < dv; x += rows) {
+      const Index height = std::min(rows, dv - x);
+      T* const to = o(p) + x * lanes;
+      packed_tile_of<T>(height, {.depth = end - begin,
+                                 .a = panels_.block_values(b) + x * block.count + begin * height,
+                                 .b = s + begin * lanes,
+                                 .b_step = lanes,
+                                 .start = to,
+                                 .start_row = lanes,
+                                 .c = to,
+                                 .c_row = lanes});
+    }
+    add_not_finite(block, b, p, begin, end);
+  }
+
+  /// Value rows that are not finite are packed as zeros; they reach the lanes that see them here, one by one.
+  void mark_hidden(const KeyBlock& block, Index b, Index begin, Index end) {
+    for (Index i = 0; i < block.not_finite; ++i) {
+      const Index c = panels_.not_finite[b * tile_keys + i];
+      if (c < begin || c >= end) continue;
+      for (Index lane = 0; lane < lanes; ++lane)
+        scratch_.hidden[c * lanes + lane] = scratch_.s[c * lanes + lane] == detail::minus_infinity<T>;
+    }
+  }
+  void add_not_finite(const KeyBlock& block, Index b, Index p, Index begin, Index end) {
+    const Index dv = task_.v_head_dim();
+    for (Index i = 0; i < block.not_finite; ++i) {
+      const Index c = panels_.not_finite[b * tile_keys + i];
+      if (c < begin || c >= end) continue;
+      for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
+                     [&](const KeyRun<S>& run, Index, Index row, Index count, Index column) {
+                       if (c < column || c >= column + count) return;
+                       const Index kv_head = task_.heads.kv_head(head_), at = row + c - column;
+                       const S* const value = task_.keys.value(run, kv_head, at);
+                       const T scale = static_cast<T>(task_.keys.value_scale(run, kv_head, at));
+                       for (Index lane = 0; lane < panel_queries(p); ++lane)
+                         if (!scratch_.hidden[c * lanes + lane])
+                           for (Index x = 0; x < dv; ++x)
+                             o(p)[x * lanes + lane] +=
+                                 scratch_.s[c * lanes + lane] * (static_cast<T>(value[x]) * scale);
+                     });
     }
   }
 
   const Task<T, S, M, F>& task_;
   const StateView<T>& state_;
+  const Panels<T>& panels_;
+  Index n_blocks_, head_, query_, n_queries_;
   detail::Carver carver_;
-  TiledScratch<T> s_;
-  Index kv_head_, query_, n_queries_;
-  bool finite_ = true;
+  TiledScratch<T> scratch_;
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -1,0 +1,68 @@
+// kernel/lanes.hpp — masks and scores for a register of queries against one key.
+//
+//     lane i is the query at row `query + i`; the key is the same for all lanes
+//
+// What a mask allows is often one interval of queries (causal, windows, prefixes, lengths, and what & and | make of
+// them): `seen_by` asks for it and one comparison per register does the rest. Other masks are asked lane by lane. The
+// library's own scores work on the register; a function of the user's is called for every lane, inlined.
+//
+// Before: kernel/panels.hpp   Next: kernel/tiled.hpp
+#pragma once
+
+#include <numbers>
+
+#include "../mask.hpp"
+#include "../score.hpp"
+#include "simd.hpp"
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// The pairs of one key with the queries query, query + 1, …: At for lane 0, and how many lanes are queries at all.
+struct LaneAt {
+  At first;
+  Index lanes;
+
+  At at(Index lane) const {
+    At a = first;
+    a.query += lane;
+    a.query_position += lane;
+    return a;
+  }
+};
+
+template <class F>
+inline constexpr bool is_alibi = false;
+template <class U>
+inline constexpr bool is_alibi<Alibi<U>> = true;
+template <class F>
+inline constexpr bool is_then = false;
+template <class A, class B>
+inline constexpr bool is_then<Then<A, B>> = true;
+
+/// f of a register of scores.
+template <class T, class F>
+EIGEN_ALWAYS_INLINE typename Simd<T>::Vec score_lanes(const F& f, typename Simd<T>::Vec s, const LaneAt& at) {
+  using V = Simd<T>;
+  if constexpr (std::is_same_v<F, Plain>) {
+    return s;
+  } else if constexpr (std::is_same_v<F, SoftCap>) {
+    const auto cap = V::broadcast(static_cast<T>(f.cap));
+    return V::mul(cap, V::tanh(V::div(s, cap)));
+  } else if constexpr (is_alibi<F>) {
+    const T slope = static_cast<T>(f.slopes[static_cast<std::size_t>(at.first.head)]);
+    const T distance = static_cast<T>(at.first.key_position - at.first.query_position);
+    return V::fma(V::broadcast(slope), V::sub(V::broadcast(distance), V::iota()), s);
+  } else if constexpr (is_then<F>) {
+    return score_lanes<T>(f.b, score_lanes<T>(f.a, s, at), at);
+  } else {  // a user's: lane by lane
+    T lanes[V::lanes];
+    V::store(lanes, s);
+    if (at.lanes >= V::width)
+      for (Index i = 0; i < V::width; ++i) lanes[i] = f(lanes[i], at.at(i));
+    else
+      for (Index i = 0; i < at.lanes; ++i) lanes[i] = f(lanes[i], at.at(i));
+    return V::load(lanes);
+  }
+}
+
+}  // namespace qkv::inline QKV_ABI::kernel
