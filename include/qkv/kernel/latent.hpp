@@ -13,7 +13,7 @@
 // Before: multi_head_attention.hpp   Next: latent_attention.hpp
 #pragma once
 
-#include "../detail/launch.hpp"
+#include "../detail/layer.hpp"
 #include "../latent_cache.hpp"
 #include "../projection.hpp"
 
