@@ -48,7 +48,7 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
     case Kernel::decode:
       return state + kernel::decode_scratch_bytes<T>(n_queries, heads.group_size(), head_dim, v_head_dim);
     default:
-      return state + static_cast<std::size_t>(n_keys) * (sizeof(T) + sizeof(bool));
+      return state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim);
   }
 }
 

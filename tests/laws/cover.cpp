@@ -16,13 +16,16 @@ namespace {
 struct AnyMask {
   std::function<bool(const At&)> see;
   std::function<Cover(const Block&)> answer;
+  std::function<SeenBy(const Block&)> interval = [](const Block&) { return SeenBy{0, 0, false}; };
   bool sees(const At& at) const { return see(at); }
   Cover cover(const Block& block) const { return answer(block); }
+  SeenBy seen_by(const Block& block) const { return interval(block); }
 };
 template <Mask M>
 AnyMask any(const M& mask) {
   return {[mask](const At& at) { return mask.sees(at); },
-          [mask](const Block& block) { return detail::cover(mask, block); }};
+          [mask](const Block& block) { return detail::cover(mask, block); },
+          [mask](const Block& block) { return detail::seen_by(mask, block); }};
 }
 
 struct Random {
@@ -65,6 +68,21 @@ void check_block(const M& mask, const Block& block, bool exact = false) {
   FAIL("cover " << static_cast<int>(said) << " but brute force " << static_cast<int>(true_cover) << ": queries "
                 << block.query_position << "+" << block.n_queries << ", keys " << block.key_position << "+"
                 << block.n_keys << ", rows " << block.query << ", " << block.key);
+}
+
+/// The queries of the block that see its first key are the interval that the mask names, if it names one.
+template <class M>
+bool check_interval(const M& mask, Block block) {
+  block.n_keys = 1;
+  const SeenBy said = detail::seen_by(mask, block);
+  if (!said.exact) return false;
+  for (Index i = 0; i < block.n_queries; ++i) {
+    const At at{block.sequence, block.head, block.query + i, block.key, block.query_position + i, block.key_position};
+    if (mask.sees(at) != (i >= said.begin && i < said.end))
+      FAIL("seen by [" << said.begin << ", " << said.end << "), but not so row " << i << " at position "
+                       << at.query_position << ", key position " << at.key_position);
+  }
+  return true;
 }
 
 /// Operands that every random mask may look at.
@@ -173,6 +191,24 @@ TEST_CASE("cover of a block never contradicts brute force under & and |", "[mask
   CHECK(all > 1000);
 }
 
+TEST_CASE("the queries that see a key are the interval that a mask names", "[mask][laws]") {
+  Random pick{std::mt19937(16)};
+  int named = 0;
+  for (int trial = 0; trial < 6000; ++trial) {
+    const Operands o(pick);
+    const Block low = random_block(pick, -20), block = random_block(pick, 0);
+    for (const Window& w : {causal, window(pick(0, 25), pick(0, 25)), window(infinite, pick(0, 25)),
+                            window(pick(0, 25), infinite), window(infinite, infinite)})
+      REQUIRE(check_interval(w, low));
+    REQUIRE(check_interval(full, low));
+    REQUIRE(check_interval(prefix(pick(0, n_positions)), low));
+    REQUIRE(check_interval(lengths(o.valid), low));
+    REQUIRE(check_interval(causal & lengths(o.valid), low));
+    for (int depth = 1; depth < 4; ++depth) named += check_interval(random_mask(pick, o, depth), block);
+  }
+  CHECK(named > 5000);
+}
+
 TEST_CASE("& sees what both see and | sees what either sees, and blocks are skipped accordingly", "[mask][laws]") {
   Random pick{std::mt19937(15)};
   const std::pair<Cover, Cover> cases[] = {{Cover::none, Cover::none}, {Cover::none, Cover::some},
@@ -206,5 +242,6 @@ TEST_CASE("windows without bounds and positions far from zero do not overflow", 
         if (p == -most / 2 && offset < 0) continue;
         const Block block{0, 0, 0, 5, p, 0, 4, std::max<Index>(0, p + offset)};
         check_block(w, block, true);
+        CHECK(check_interval(w, block));
       }
 }

@@ -66,19 +66,15 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
   } else {
     const Index dv = task.v_head_dim();
     executor(heads.heads, [&](Index head) {
-      Carver sizes(nullptr);
-      sizes.take<T>(task.keys.rows), sizes.take<bool>(task.keys.rows), sizes.take<T>(dv);
-      const auto scratch = workspace.lease(sizes.used());
-      Carver carver(scratch.data());
-      T* row = carver.take<T>(task.keys.rows);
-      bool* seen = carver.take<bool>(task.keys.rows);
-      T* out = carver.take<T>(dv);
+      const auto memory = workspace.lease(kernel::ReferenceScratch<T>::bytes(task.keys.rows, dv));
+      Carver carver(memory.data());
+      const kernel::ReferenceScratch<T> scratch(carver, task.keys.rows, dv);
       if (start == Start::empty) state.clear(0, n, head, 1, dv);
       for (Index i = 0; i < n; ++i) {
         // A finished output is a state too: maximum = log-sum-exp, sum = 1.
-        const T lse = kernel::reference(task, head, i, minus_infinity<T>, row, seen, out);
+        const T lse = kernel::reference(task, head, i, minus_infinity<T>, scratch.row, scratch.seen, scratch.out);
         const T sum = lse == minus_infinity<T> ? T(0) : T(1);
-        merge_row(state.m(i, head), state.l(i, head), state.o(i, head, dv), lse, sum, out, dv);
+        merge_row(state.m(i, head), state.l(i, head), state.o(i, head, dv), lse, sum, scratch.out, dv);
       }
       done(Index(0), n, head, Index(1));
     });

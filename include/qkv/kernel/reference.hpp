@@ -18,6 +18,23 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
+/// Scratch of one head.
+template <class T>
+struct ReferenceScratch {
+  T* row;      // [n_keys]
+  bool* seen;  // [n_keys]
+  T* out;      // [v_head_dim]
+
+  ReferenceScratch(detail::Carver& carver, Index n_keys, Index v_head_dim)
+      : row(carver.take<T>(n_keys)), seen(carver.take<bool>(n_keys)), out(carver.take<T>(v_head_dim)) {}
+
+  static std::size_t bytes(Index n_keys, Index v_head_dim) {
+    detail::Carver carver(nullptr);
+    ReferenceScratch(carver, n_keys, v_head_dim);
+    return carver.used();
+  }
+};
+
 /// One row of the matrix of weights, at any stage, as ONNX orders the steps.
 /// row [n_keys] is written; returns the log-sum-exp (only where stage is probabilities).
 template <class T, StorageType S, class M, class F>

@@ -1,0 +1,159 @@
+// laws/bits.cpp — within one build the bits of a result depend on its inputs alone: not on the executor, not on how a
+// prompt arrives, not on how a cache holds its rows.
+#include <qkv/attention.hpp>
+
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
+#include "support/attention_case.hpp"
+#include "support/executors.hpp"
+#include "support/key_source.hpp"
+
+using namespace support;
+using namespace qkv;
+
+namespace {
+
+const Case prompt{.n_queries = 203, .n_keys = 340, .heads = {6, 2}, .head_dim = 21, .v_head_dim = 13};
+const Case step{.n_queries = 3, .n_keys = 531, .heads = {7, 1}, .head_dim = 40, .v_head_dim = 24};
+
+/// Output and log-sum-exp side by side.
+template <class T, class... Operands>
+Matrix<T> run(Options<T> options, const Operands&... operands) {
+  Matrix<T> log_sum_exp;
+  options.log_sum_exp = &log_sum_exp;
+  const Matrix<T> out =
+      std::apply([&](const auto&... first) { return attention(first..., options); }, std::tie(operands...));
+  Matrix<T> both(out.rows(), out.cols() + log_sum_exp.cols());
+  both << out, log_sum_exp;
+  return both;
+}
+
+const auto odd = [](const At& at) { return at.key_position <= at.query_position && at.key_position % 5 != 2; };
+const auto distance = [](auto s, const At& at) {
+  return s - decltype(s)(0.125) * static_cast<decltype(s)>(at.query_position - at.key_position);
+};
+
+template <class T, class M, class F>
+void check_pieces(const Case& c, const M& mask, const F& score) {
+  const Inputs<T> in(c);
+  const Index first = c.n_keys - c.n_queries;
+  for (const Kernel kernel : kernels) {
+    const Matrix<T> whole = run<T>({.kernel = kernel}, in.q, in.k, in.v, c.heads, mask, score);
+    for (const std::vector<Index>& sizes : {std::vector<Index>{1}, {64}, {2, 65, 1, 17}, {100, 3}}) {
+      if (kernel == Kernel::reference && sizes[0] == 1) continue;  // slow, and rows are computed one by one anyway
+      for (Index at = 0, i = 0; at < c.n_queries; ++i) {
+        const Index n = std::min(sizes[static_cast<std::size_t>(i) % sizes.size()], c.n_queries - at);
+        const Matrix<T> q = in.q.middleRows(at, n), expected = whole.middleRows(at, n);
+        INFO("kernel " << name(kernel) << ", queries " << at << "+" << n);
+        // All keys are there, the later ones masked; or only those that have been appended so far.
+        REQUIRE(same_bits(run<T>({.first_position = first + at, .kernel = kernel}, q, in.k, in.v, c.heads, mask, score),
+                          expected));
+        const Index held = first + at + n;
+        const Matrix<T> k = in.k.topRows(held), v = in.v.topRows(held);
+        REQUIRE(same_bits(run<T>({.kernel = kernel}, q, k, v, c.heads, mask, score), expected));
+        at += n;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a prompt in pieces gives the bits of the whole prompt", "[attention][bits]") {
+  check_pieces<float>(prompt, causal, plain);
+  check_pieces<double>(prompt, causal, plain);
+  check_pieces<float>(prompt, odd, distance);
+  check_pieces<float>(prompt, causal & window(70, infinite), plain);
+}
+
+TEST_CASE("tokens that come later never change a bit of earlier outputs", "[attention][bits]") {
+  for (const Kernel kernel : kernels) {
+    INFO("kernel " << name(kernel));
+    Inputs<float> in(prompt);
+    const Matrix<float> before = run<float>({.kernel = kernel}, in.q, in.k, in.v, prompt.heads, causal, plain);
+    const Index first = prompt.n_keys - prompt.n_queries, changed = first + 90;
+    in.k.bottomRows(prompt.n_keys - changed) *= 3.0F;
+    in.v.bottomRows(prompt.n_keys - changed).setConstant(17);
+    in.q.bottomRows(prompt.n_queries - 90) *= -2.0F;
+    const Matrix<float> after = run<float>({.kernel = kernel}, in.q, in.k, in.v, prompt.heads, causal, plain);
+    CHECK(same_bits(after.topRows(90), before.topRows(90)));
+    CHECK((after.bottomRows(113).array() != before.bottomRows(113).array()).any());
+  }
+}
+
+TEST_CASE("the same call gives the same bits again", "[attention][bits]") {
+  const Inputs<float> in(prompt);
+  Workspace workspace;
+  for (const Kernel kernel : kernels) {
+    const Options<float> options{.kernel = kernel, .workspace = &workspace};
+    const Matrix<float> once = run(options, in.q, in.k, in.v, prompt.heads, causal, plain);
+    CHECK(same_bits(run(options, in.q, in.k, in.v, prompt.heads, causal, plain), once));
+  }
+}
+
+TEST_CASE("rows give the same bits at any distance from each other", "[attention][bits]") {
+  const Inputs<float> in(prompt);
+  Matrix<float> wide = Matrix<float>::Constant(prompt.n_keys, 300, std::numeric_limits<float>::quiet_NaN());
+  auto q = wide.block(5, 3, in.q.rows(), in.q.cols());
+  auto k = wide.middleCols(150, in.k.cols());
+  auto v = wide.middleCols(201, in.v.cols());
+  q = in.q, k = in.k, v = in.v;
+  for (const Kernel kernel : kernels)
+    CHECK(same_bits(run<float>({.kernel = kernel}, q, k, v, prompt.heads, causal, plain),
+                    run<float>({.kernel = kernel}, in.q, in.k, in.v, prompt.heads, causal, plain)));
+}
+
+TEST_CASE("every executor gives the bits of the serial one", "[attention][bits]") {
+  Eigen::ThreadPool threads(3);
+  const PoolExecutor pool(threads);
+  for (const Case& c : {prompt, step})
+    for (const Kernel kernel : kernels) {
+      INFO("kernel " << name(kernel));
+      const Inputs<float> in(c);
+      Matrix<float> lse, expected_lse;
+      const Matrix<float> expected =
+          attention(in.q, in.k, in.v, c.heads, causal, plain, {.kernel = kernel, .log_sum_exp = &expected_lse});
+      const auto check = [&](const auto& executor) {
+        Workspace workspace;
+        for (int again = 0; again < 3; ++again) {
+          const Matrix<float> out =
+              attention(in.q, in.k, in.v, c.heads, causal, plain,
+                        {.kernel = kernel, .log_sum_exp = &lse, .workspace = &workspace}, executor);
+          CHECK(same_bits(out, expected));
+          CHECK(same_bits(lse, expected_lse));
+        }
+      };
+      check(Shuffled{1});
+      check(Threaded{3});
+      check(pool);
+      const auto state = attention_state(in.q, in.k, in.v, c.heads, causal, plain, {.kernel = kernel});
+      const auto other = attention_state(in.q, in.k, in.v, c.heads, causal, plain, {.kernel = kernel}, pool);
+      CHECK(same_bits(state.maximum, other.maximum));
+      CHECK(same_bits(state.sum, other.sum));
+      CHECK(same_bits(state.weighted, other.weighted));
+    }
+}
+
+TEST_CASE("an exception of a mask reaches the caller from every executor, and the next call is as ever",
+          "[attention][bits]") {
+  Eigen::ThreadPool threads(2);
+  const PoolExecutor pool(threads);
+  const Inputs<float> in(prompt);
+  const auto fails = [](const At& at) {
+    if (at.query == 71 && at.key == 200) throw std::runtime_error("from the mask");
+    return true;
+  };
+  Workspace workspace;
+  for (const Kernel kernel : kernels) {
+    const Options<float> options{.kernel = kernel, .workspace = &workspace};
+    const auto said = [&](const auto& executor) {
+      return message_of<std::runtime_error>(
+          [&] { attention(in.q, in.k, in.v, prompt.heads, fails, plain, options, executor); });
+    };
+    CHECK(said(serial) == "from the mask");
+    CHECK(said(Threaded{2}) == "from the mask");
+    CHECK(said(pool) == "from the mask");
+    CHECK(same_bits(run(options, in.q, in.k, in.v, prompt.heads, causal, plain),
+                    run<float>({.kernel = kernel}, in.q, in.k, in.v, prompt.heads, causal, plain)));
+  }
+}

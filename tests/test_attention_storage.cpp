@@ -1,0 +1,98 @@
+#include <qkv/attention.hpp>
+
+#include "support/attention_case.hpp"
+#include "support/key_source.hpp"
+
+// Keys and values stored in fewer bits: attention is exact on what is stored.
+
+using namespace support;
+using namespace qkv;
+
+namespace {
+
+bool before(const At& at) { return at.key_position <= at.query_position; }
+
+/// What storage S makes of the rows, one head after the other.
+template <class S>
+Matrix<double> stored(const Matrix<float>& x, Index kv_heads) {
+  const Index d = x.cols() / kv_heads;
+  Matrix<double> y(x.rows(), x.cols());
+  std::vector<S> row(static_cast<std::size_t>(d));
+  float scale = 1;
+  for (Index i = 0; i < x.rows(); ++i)
+    for (Index h = 0; h < kv_heads; ++h) {
+      store_row(&x.coeffRef(i, h * d), d, row.data(), &scale);
+      load_row(row.data(), d, scale, &y.coeffRef(i, h * d));
+    }
+  return y;
+}
+
+const std::vector<Case>& some_shapes() {
+  static const std::vector<Case> cases = {
+      {.n_queries = 1, .n_keys = 277, .heads = {14, 2}, .head_dim = 40, .v_head_dim = 24},
+      {.n_queries = 3, .n_keys = 9, .heads = {2, 1}, .head_dim = 5, .v_head_dim = 1},
+      {.n_queries = 67, .n_keys = 131, .heads = {4, 2}, .head_dim = 17, .v_head_dim = 33},
+  };
+  return cases;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8", "[attention][storage]", half,
+                   bfloat16, std::int8_t, float) {
+  for (const Case& c : some_shapes()) {
+    const Inputs<float> in(c);
+    const PagedKeys<TestType> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+    const Expected expected =
+        attention_by_formula(in.q, stored<TestType>(in.k, c.heads.kv_heads), stored<TestType>(in.v, c.heads.kv_heads),
+                             {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged);
+    for (const Kernel kernel : kernels) {
+      INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries");
+      Matrix<float> lse;
+      const auto out = attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel, .log_sum_exp = &lse});
+      CHECK(max_error(out, expected.out) <= tolerance<float>);
+      CHECK(max_error(lse, expected.log_sum_exp) <= 5 * tolerance<float>);
+    }
+    CHECK(max_error(attention_weights(in.q, cache, c.heads, causal), expected.probabilities) <= tolerance<float>);
+  }
+}
+
+TEMPLATE_TEST_CASE("matrices of half or bfloat16 are read as they are", "[attention][storage]", half, bfloat16) {
+  for (const Case& c : some_shapes()) {
+    const Inputs<float> in(c);
+    const Matrix<TestType> k = in.k.template cast<TestType>(), v = in.v.template cast<TestType>();
+    const PagedKeys<TestType> cache(in.k, in.v, c.heads.kv_heads, {{c.n_keys, 0}});
+    for (const Kernel kernel : kernels)
+      CHECK(same_bits(attention(in.q, k, v, c.heads, causal, plain, {.kernel = kernel}),
+                      attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel})));
+  }
+}
+
+TEST_CASE("double queries read float keys without loss", "[attention][storage]") {
+  for (const Case& c : some_shapes()) {
+    const Inputs<float> in(c);
+    const Inputs<double> wide(c);  // the same numbers
+    for (const Kernel kernel : kernels)
+      CHECK(same_bits(attention(wide.q, in.k, in.v, c.heads, causal, plain, {.kernel = kernel}),
+                      attention(wide.q, wide.k, wide.v, c.heads, causal, plain, {.kernel = kernel})));
+  }
+}
+
+TEST_CASE("an int8 row that was not finite is NaN for those who see it", "[attention][storage]") {
+  for (const Case& c : some_shapes()) {
+    Inputs<float> in(c);
+    const PagedKeys<std::int8_t> clean(in.k, in.v, c.heads.kv_heads, {{c.n_keys, 0}});
+    const Index bad = c.n_keys - 1;  // the last query alone sees it
+    in.v(bad, 0) = std::numeric_limits<float>::infinity();
+    const PagedKeys<std::int8_t> spoiled(in.k, in.v, c.heads.kv_heads, {{c.n_keys, 0}});
+    for (const Kernel kernel : kernels) {
+      INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries");
+      const auto expected = attention(in.q, clean, c.heads, causal, plain, {.kernel = kernel});
+      const auto out = attention(in.q, spoiled, c.heads, causal, plain, {.kernel = kernel});
+      const Index others = c.n_queries - 1, width = c.heads.group_size() * c.v_head_dim;
+      CHECK(same_bits(out.topRows(others), expected.topRows(others)));
+      CHECK(out.bottomRows(1).leftCols(width).array().isNaN().all());
+      CHECK(out.bottomRows(1).rightCols(out.cols() - width).array().isFinite().all());
+    }
+  }
+}
