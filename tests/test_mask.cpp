@@ -1,3 +1,4 @@
+#include <qkv/data_masks.hpp>
 #include <qkv/mask.hpp>
 
 #include "support/catch.hpp"

@@ -19,6 +19,7 @@
 
 #include <algorithm>
 
+#include "data_masks.hpp"
 #include "detail/launch.hpp"
 
 namespace qkv::inline QKV_ABI {

@@ -55,10 +55,13 @@ struct Explanation {
 
 namespace detail {
 
-template <class T, StorageType S, class M>
+template <class T, StorageType S, class M, class F>
 Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, Heads heads, const M& mask,
-                         const Options<T>& options) {
+                         const F& score, const Options<T>& options) {
   check_query(q_cols, heads, keys.kv_heads, keys.head_dim);
+  check_options(options, heads);
+  const Index first = first_position(mask, keys, 0, n_queries, options);
+  check_call(mask, score, keys, {.heads = heads.heads, .n_queries = n_queries, .first_position = first});
   Explanation e;
   e.kernel = choose_kernel<T>(options.kernel, n_queries);
   e.why = options.kernel != Kernel::automatic ? "asked for by options.kernel"
@@ -68,23 +71,22 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
   e.heads = heads, e.n_queries = n_queries, e.n_keys = keys.rows;
   e.head_dim = keys.head_dim, e.v_head_dim = keys.v_head_dim, e.storage = storage_name<S>;
 
-  const Plain score;
-  const kernel::Task<T, S, M, Plain> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)),
-                                          keys,
-                                          heads,
-                                          T(1),
-                                          0,
-                                          first_position(mask, keys, 0, n_queries, options),
-                                          &mask,
-                                          &score};
+  const kernel::Task<T, S, M, F> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)),
+                                      keys,
+                                      heads,
+                                      T(1),
+                                      0,
+                                      first,
+                                      &mask,
+                                      &score};
   double pairs = 0;
   for (Index h = 0; h < heads.heads; ++h)
     for (Index q = 0; q < n_queries; q += kernel::tile_queries) {
       const Index n = std::min(kernel::tile_queries, n_queries - q);
-      kernel::for_each_chunk(keys, kernel::tile_keys, [&](Index first, std::size_t r, Index base, Index row) {
+      kernel::for_each_chunk(keys, kernel::tile_keys, [&](Index grid, std::size_t r, Index base, Index row) {
         Cover least = Cover::all, most = Cover::none;
         Index count = 0;
-        kernel::for_each_piece(keys, kernel::tile_keys, first, r, base, row,
+        kernel::for_each_piece(keys, kernel::tile_keys, grid, r, base, row,
                                [&](const KeyRun<S>& run, Index run_base, Index run_row, Index rows, Index) {
                                  const Cover c = cover(mask, task.block(h, q, n, run, run_base, run_row, rows));
                                  least = std::min(least, c), most = std::max(most, c);
@@ -104,9 +106,10 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
 
 }  // namespace detail
 
-/// What attention(q, k, v, heads, mask, score, options) will do. Nothing of q, k, v is read but the shapes.
+/// What attention(q, k, v, heads, mask, score, options) will do. Nothing of q, k, v is read but the shapes; what the call
+/// would refuse is refused.
 template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain>
-Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full, const F& = plain,
+Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full, const F& score = plain,
                     const Options<ScalarOf<Q>>& options = {}) {
   using S = ScalarOf<K>;
   detail::check_functions<M, F, ScalarOf<Q>>();
@@ -118,15 +121,16 @@ Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const 
                         .kv_heads = heads.kv_heads,
                         .head_dim = k.cols() / heads.kv_heads,
                         .v_head_dim = v.cols() / heads.kv_heads};
-  return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), rows, heads, detail::as_mask(mask), options);
+  return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), rows, heads, detail::as_mask(mask), score, options);
 }
 
 /// What attention(q, cache, heads, mask, score, options) will do.
 template <MatrixLike Q, KeySource C, class M = Full, class F = Plain>
-Explanation explain(const Q& q, const C& cache, Heads heads = {}, const M& mask = full, const F& = plain,
+Explanation explain(const Q& q, const C& cache, Heads heads = {}, const M& mask = full, const F& score = plain,
                     const Options<ScalarOf<Q>>& options = {}) {
   detail::check_functions<M, F, ScalarOf<Q>>();
-  return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), cache.key_rows(), heads, detail::as_mask(mask), options);
+  return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), cache.key_rows(), heads, detail::as_mask(mask), score,
+                                           options);
 }
 
 }  // namespace qkv::inline QKV_ABI

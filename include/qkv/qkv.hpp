@@ -24,6 +24,7 @@
 
 // Attention
 #include "mask.hpp"                     // who may see whom
+#include "data_masks.hpp"               // masks over lengths, documents, boolean matrices
 #include "score.hpp"                    // what happens to q·k
 #include "softmax.hpp"                  // softmax, and the state (m, l, o) that merges
 #include "options.hpp"                  // what a call may ask for; which kernel serves it

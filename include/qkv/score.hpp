@@ -9,7 +9,7 @@
 // The order is ONNX's (Attention, opset 25): scale, scores from left to right, mask, softmax. A score of -inf is masked.
 // Scores hold views of slopes and matrices: those must outlive the call.
 //
-// Before: mask.hpp   Next: softmax.hpp
+// Before: data_masks.hpp   Next: softmax.hpp
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,5 @@
 // laws/cover.cpp — what a mask says of a block is what it says of every pair in it, alone and under & and |.
+#include <qkv/data_masks.hpp>
 #include <qkv/mask.hpp>
 
 #include <functional>

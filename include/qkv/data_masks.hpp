@@ -1,0 +1,123 @@
+// data_masks.hpp — masks that read an operand: how long sequences are, which documents they hold, who may see whom.
+//
+//     lengths(n)         key < n[sequence]: padding at the end of each sequence
+//     documents(ids)     ids[query_position] == ids[key_position]: several documents packed into one sequence
+//     boolean(matrix)    matrix(query, key), true = may see; boolean_per_head: one matrix per head
+//
+// They compose with all others. They hold views of their operands, which must outlive the call; a matrix that would not
+// is a compile error. Operands that do not fit the call are refused before anything is written.
+//
+// Before: mask.hpp   Next: score.hpp
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+#include "mask.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// Padding: in sequence s only the first lengths[s] key rows are real. They also define where the queries stand when
+/// options.first_position is not given: the last query is at position lengths[s] - 1.
+struct Lengths {
+  std::span<const Index> n;
+
+  bool sees(const At& at) const { return at.key < n[static_cast<std::size_t>(at.sequence)]; }
+  Cover cover(const Block& b) const {
+    const Index valid = n[static_cast<std::size_t>(b.sequence)];
+    return b.key + b.n_keys <= valid ? Cover::all : b.key >= valid ? Cover::none : Cover::some;
+  }
+  SeenBy seen_by(const Block& b) const {
+    return {0, b.key < n[static_cast<std::size_t>(b.sequence)] ? b.n_queries : 0};
+  }
+  Index valid_keys(Index sequence, Index n_keys) const {
+    const auto s = static_cast<std::size_t>(sequence);
+    return s < n.size() ? std::clamp<Index>(n[s], 0, n_keys) : n_keys;  // check() refuses what is out of range
+  }
+  void check(const CallShape& call) const {
+    detail::require(static_cast<Index>(n.size()) == call.sequences, "lengths needs one length per sequence; given ",
+                    n.size(), " for ", call.sequences, " sequences");
+    const Index valid = n[static_cast<std::size_t>(call.sequence)];
+    detail::require(valid >= 0 && valid <= call.n_keys, "a length must satisfy 0 <= length <= n_keys; sequence ",
+                    call.sequence, " has length ", valid, ", n_keys ", call.n_keys);
+  }
+};
+inline Lengths lengths(std::span<const Index> n) { return {n}; }
+
+/// Several documents packed into one sequence: ids[position] names the document a position belongs to.
+struct Documents {
+  std::span<const Index> ids;
+
+  bool sees(const At& at) const { return id(at.query_position) == id(at.key_position); }
+  /// One pass over the ids of the block's rows and columns: all of one id, or ranges that do not meet.
+  Cover cover(const Block& b) const {
+    const auto [q_low, q_high] = range(b.query_position, b.n_queries);
+    const auto [k_low, k_high] = range(b.key_position, b.n_keys);
+    if (q_high < k_low || k_high < q_low) return Cover::none;
+    return q_low == q_high && k_low == k_high ? Cover::all : Cover::some;
+  }
+  void check(const CallShape& call) const {
+    const Index last = std::max(call.first_position + call.n_queries - 1, call.last_key_position);
+    detail::require(call.n_queries == 0 || call.first_position >= 0,
+                    "documents needs positions >= 0; the first query is at ", call.first_position);
+    detail::require(last < static_cast<Index>(ids.size()), "documents needs an id for every position; given ",
+                    ids.size(), " ids, the last position is ", last);
+  }
+
+ private:
+  Index id(Index position) const { return ids[static_cast<std::size_t>(position)]; }
+  std::pair<Index, Index> range(Index position, Index count) const {
+    Index low = id(position), high = low;
+    for (Index i = 1; i < count; ++i) {
+      low = std::min(low, id(position + i));
+      high = std::max(high, id(position + i));
+    }
+    return {low, high};
+  }
+};
+inline Documents documents(std::span<const Index> ids) { return {ids}; }
+
+/// matrix(query, key) is true where the query may see the key; rows and columns of the call, not positions.
+/// [n_queries, n_keys], or [heads·n_queries, n_keys] with one block of rows per head.
+struct Boolean {
+  ConstView<bool> matrix;
+  Index n_queries = 0;  // rows per head; 0: one matrix for all heads
+
+  bool sees(const At& at) const { return matrix(at.head * n_queries + at.query, at.key); }
+  void check(const CallShape& call) const {
+    detail::require(
+        matrix.cols() == call.n_keys &&
+            matrix.rows() == (n_queries == 0 ? call.n_queries : call.heads * call.n_queries) &&
+            (n_queries == 0 || n_queries == call.n_queries),
+        "a boolean mask must be [n_queries, n_keys], or [heads*n_queries, n_keys] for boolean_per_head; given ",
+        detail::Shape{matrix.rows(), matrix.cols()}, " for n_queries ", call.n_queries, ", n_keys ", call.n_keys,
+        ", heads ", call.heads);
+  }
+};
+
+template <MatrixLike X>
+Boolean boolean(const X& matrix) {
+  static_assert(std::same_as<ScalarOf<X>, bool>,
+                "qkv: boolean(matrix) needs a matrix of bool; scores to add go through bias(matrix)");
+  return {view(matrix), 0};
+}
+template <MatrixLike X>
+requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Boolean boolean(X&& matrix)
+= delete;  // the mask holds a view: the matrix must outlive it
+
+/// [heads·n_queries, n_keys]: head h uses rows h·n_queries …
+template <MatrixLike X>
+Boolean boolean_per_head(const X& matrix, Index heads) {
+  static_assert(std::same_as<ScalarOf<X>, bool>, "qkv: boolean_per_head(matrix, heads) needs a matrix of bool");
+  detail::require(heads >= 1 && matrix.rows() % heads == 0, "boolean_per_head needs heads*n_queries rows; given ",
+                  matrix.rows(), " rows, heads ", heads);
+  return {view(matrix), matrix.rows() / heads};
+}
+template <MatrixLike X>
+requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Boolean boolean_per_head(X&& matrix, Index heads)
+= delete;
+
+}  // namespace qkv::inline QKV_ABI
