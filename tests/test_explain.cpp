@@ -1,0 +1,104 @@
+#include <qkv/explain.hpp>
+
+#include "support/attention_case.hpp"
+#include "support/key_source.hpp"
+
+using namespace support;
+using namespace qkv;
+
+namespace {
+
+const Heads heads{8, 2};
+const Matrix<float> q = Matrix<float>::Zero(1000, 8 * 24), k = Matrix<float>::Zero(1300, 2 * 24),
+                    v = Matrix<float>::Zero(1300, 2 * 40);
+
+Index blocks(const Explanation& e) { return e.blocks_all + e.blocks_some + e.blocks_none; }
+
+}  // namespace
+
+TEST_CASE("explain names the kernel that the rule picks, and why", "[explain]") {
+  const auto e = explain(q, k, v, heads, causal);
+  CHECK(e.kernel == choose_kernel<float>(Kernel::automatic, 1000));
+  CHECK(e.kernel == Kernel::tiled);
+  CHECK(e.why == "1000 queries > 4");
+  CHECK(explain(q.topRows(3), k, v, heads).kernel == Kernel::decode);
+  CHECK(explain(q.topRows(3), k, v, heads).why == "3 queries <= 4");
+  const auto asked = explain(q, k, v, heads, causal, plain, {.kernel = Kernel::reference});
+  CHECK(asked.kernel == Kernel::reference);
+  CHECK(asked.why == "asked for by options.kernel");
+  const Matrix<long double> wide = Matrix<long double>::Zero(9, 4);
+  CHECK(explain(wide, wide, wide).kernel == Kernel::reference);
+  CHECK(explain(wide, wide, wide).why == "the scalar is neither float nor double");
+}
+
+TEST_CASE("explain counts flops, bytes and scratch as the definition does", "[explain]") {
+  const auto e = explain(q, k, v, heads);
+  CHECK(e.flops == 2.0 * 1000 * 1300 * 8 * (24 + 40));
+  CHECK(e.bytes == 4.0 * (1000 * 8 * (24 + 40) + 1300 * 2 * (24 + 40)));
+  CHECK(e.workspace_bytes == required_bytes<float>(Kernel::automatic, 1000, 1300, heads, 24, 40));
+  CHECK(e.n_queries == 1000);
+  CHECK(e.n_keys == 1300);
+  CHECK(e.head_dim == 24);
+  CHECK(e.v_head_dim == 40);
+  CHECK(std::string(e.storage) == "f32");
+
+  const PagedKeys<std::int8_t> cache(k, v, 2, consecutive_pages(1300, {100}));
+  const auto c = explain(q, cache, heads);
+  CHECK(std::string(c.storage) == "int8");
+  CHECK(c.bytes == 4.0 * 1000 * 8 * (24 + 40) + 1300.0 * 2 * (24 + 4 + 40 + 4));
+  CHECK(c.flops == e.flops);
+}
+
+TEST_CASE("explain counts the blocks that are skipped", "[explain]") {
+  const auto all = explain(q, k, v, heads);
+  CHECK(all.blocks_all == blocks(all));
+  CHECK(blocks(all) > 0);
+
+  const auto half = explain(q.topRows(1000), k.topRows(1000), v.topRows(1000), heads, causal);
+  const double useful = 1000.0 * 1001 * 8 * (24 + 40);
+  CHECK(half.blocks_none > 0);
+  CHECK(half.blocks_some > 0);
+  CHECK(half.blocks_all > 0);
+  CHECK(half.flops >= useful);
+  CHECK(half.flops < 1.5 * useful);
+  CHECK(blocks(half) == blocks(explain(q, k.topRows(1000), v.topRows(1000), heads)));
+
+  const auto none = explain(q, k, v, heads, causal, plain, {.first_position = -5000});
+  CHECK(none.blocks_none == blocks(none));
+  CHECK(none.flops == 0);
+
+  // A predicate says nothing of blocks.
+  const auto unknown = explain(q, k, v, heads, [](const At&) { return false; });
+  CHECK(unknown.blocks_some == blocks(unknown));
+  CHECK(unknown.flops == all.flops);
+}
+
+TEST_CASE("explain prints one line", "[explain]") {
+  const std::string text = explain(q, k, v, heads, causal).text();
+  for (const char* part : {"tiled kernel (1000 queries > 4)", "1000 queries x 1300 keys", "8/2 heads of 24/40",
+                           "f32 keys", "% skipped", "Gflop", "MB", "kB scratch", isa_name})
+    CHECK(contains(text, part));
+  CHECK(!contains(text, "\n"));
+  CHECK(contains(text, "WARNING: built for plain SSE2") == (std::string(isa_name) == "sse2"));
+}
+
+TEST_CASE("explain takes calls of any size", "[explain]") {
+  CHECK(blocks(explain(q.topRows(0), k, v, heads)) == 0);
+  CHECK(blocks(explain(q, k.topRows(0), v.topRows(0), heads)) == 0);
+  CHECK(contains(explain(q, k.topRows(0), v.topRows(0), heads).text(), "(0% skipped)"));
+}
+
+TEST_CASE("explain refuses what the call would refuse", "[explain]") {
+  const std::vector<Index> ids = {0, 0, 1}, two = {1, 2}, offsets = {0, 1000};
+  const std::vector<float> sinks = {1};
+  CHECK(contains(message_of([&] { explain(q, k, v, heads, documents(ids)); }), "an id for every position"));
+  CHECK(contains(message_of([&] { explain(q, k, v, heads, causal & lengths(two)); }), "one length per sequence"));
+  CHECK(contains(message_of([&] { explain(q, k, v, heads, lengths({})); }), "one length per sequence"));
+  const Matrix<float> added(3, 3);
+  CHECK(contains(message_of([&] { explain(q, k, v, heads, full, bias(added)); }), "a bias must be"));
+  CHECK(contains(message_of([&] { explain(q, k, v, heads, full, plain, {.sinks = sinks}); }), "sinks needs one logit"));
+  CHECK(contains(message_of([&] { explain(q, k, v, {4, 2}); }), "q must have heads*head_dim columns"));
+  CHECK(contains(message_of([&] { explain(q, k, v, {8, 3}); }), "positive multiple"));
+  CHECK(
+      contains(message_of([&] { explain(q, k, v, heads, full, plain, {.query_offsets = offsets}); }), "one sequence"));
+}
