@@ -49,14 +49,17 @@ struct Panels {
   static Panels carve(detail::Carver& carver, Index n_blocks, Index head_dim, Index v_head_dim) {
     Panels p;
     p.blocks = carver.take<KeyBlock>(n_blocks);
-    p.keys = carver.take<T>(n_blocks * tile_keys * head_dim + pack_slack<T>);
-    p.values = carver.take<T>(n_blocks * tile_keys * v_head_dim + pack_slack<T>);
+    p.keys = carver.take<T>(n_blocks * p.key_stride(head_dim));
+    p.values = carver.take<T>(n_blocks * tile_keys * v_head_dim);
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
     p.head_dim = head_dim, p.v_head_dim = v_head_dim;
     return p;
   }
 
-  T* block_keys(Index b) const { return keys + b * tile_keys * head_dim; }
+  /// From one block to the next. Packing runs over the end of a block by up to pack_slack, and blocks are packed in any
+  /// order.
+  static Index key_stride(Index head_dim) { return tile_keys * head_dim + pack_slack<T>; }
+  T* block_keys(Index b) const { return keys + b * key_stride(head_dim); }
   T* block_values(Index b) const { return values + b * tile_keys * v_head_dim; }
 };
 
