@@ -94,7 +94,7 @@ int write_story(const Settings& settings) {
   if (!settings.check) return 0;
 
   const Matrix<float> whole = model.forward(std::span(tokens).first(static_cast<std::size_t>(position)));
-  const float difference = (whole - seen.topRows(position)).cwiseAbs().maxCoeff();
+  const float difference = (whole - seen.topRows(position)).cwiseAbs().maxCoeff<Eigen::PropagateNaN>();
   const bool equal = difference <= 1e-3F;
   std::printf("cache in %s against recomputation of %td positions without it: largest difference of logits %.1e%s\n",
               qkv::storage_name<S>, position, static_cast<double>(difference),

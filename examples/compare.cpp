@@ -126,7 +126,7 @@ Row measure(Row row, const Layer& layer, Cache cache, const Recompute& recompute
             Index n_decode, const Progress& progress) {
   progress(row.name + ": recomputation without a cache");
   const Matrix<float> expected = recompute(x);
-  row.largest = expected.cwiseAbs().maxCoeff();
+  row.largest = expected.cwiseAbs().maxCoeff<Eigen::PropagateNaN>();
   row.bytes_per_token = static_cast<double>(cache.bytes()) / static_cast<double>(cache.capacity());
 
   const Index n_prefill = x.rows() - n_decode;
@@ -139,7 +139,7 @@ Row measure(Row row, const Layer& layer, Cache cache, const Recompute& recompute
     in_decode += seconds([&] { decoded.row(i) = layer.forward(x.middleRows(n_prefill + i, 1), cache); });
   }
   row.decode = static_cast<double>(n_decode) / in_decode;
-  row.difference = (decoded - expected.bottomRows(n_decode)).cwiseAbs().maxCoeff();
+  row.difference = (decoded - expected.bottomRows(n_decode)).cwiseAbs().maxCoeff<Eigen::PropagateNaN>();
   return row;
 }
 

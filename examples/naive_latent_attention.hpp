@@ -25,8 +25,17 @@ class NaiveLatentAttention {
         {.kv_heads = c.heads, .head_dim = c.head_dim(), .v_head_dim = c.v_head_dim, .capacity = capacity});
   }
 
-  /// latents [n, latent_dim + rope_dim] -> keys [n, heads·(nope_dim + rope_dim)]: the rope key is repeated for each head.
-  qkv::Matrix<T> keys(const qkv::Matrix<T>& latents) const {
+  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  template <qkv::MatrixLike X>
+  qkv::Matrix<T> queries(const X& x, qkv::Index first_position = 0) const {  // [n, heads·(nope_dim + rope_dim)]
+    return layer_.queries(x, first_position);
+  }
+  template <qkv::MatrixLike X>
+  qkv::Matrix<T> latents(const X& x, qkv::Index first_position = 0) const {  // [n, latent_dim + rope_dim]
+    return layer_.latents(x, first_position);
+  }
+  /// The rope key is repeated for each head.
+  qkv::Matrix<T> keys(const qkv::Matrix<T>& latents) const {  // [n, heads·(nope_dim + rope_dim)]
     const auto& c = layer_.config();
     const qkv::Matrix<T> nope = layer_.restored_keys(latents.leftCols(c.latent_dim));
     qkv::Matrix<T> k(latents.rows(), c.heads * c.head_dim());
@@ -37,35 +46,29 @@ class NaiveLatentAttention {
   qkv::Matrix<T> values(const qkv::Matrix<T>& latents) const {  // [n, heads·v_head_dim]
     return layer_.restored_values(latents.leftCols(layer_.config().latent_dim));
   }
+  qkv::Matrix<T> output(const qkv::Matrix<T>& context) const {  // [n, heads·v_head_dim] -> [n, model_dim]
+    return layer_.weights().output.forward(context);
+  }
+  qkv::Heads heads() const { return {layer_.config().heads, layer_.config().heads}; }
+  double scale() const { return layer_.scale(); }  // of nope_dim + rope_dim features, with YaRN's factor
 
   /// A whole text without any cache. x [n, model_dim] -> [n, model_dim]
   template <qkv::MatrixLike X>
-  qkv::Matrix<T> forward(const X& x, const qkv::LayerOptions& options = {}) const {
-    const qkv::Matrix<T> latents = layer_.latents(x);
-    return layer_.weights().output.forward(qkv::attention(layer_.queries(x), keys(latents), values(latents), heads(),
-                                                          qkv::causal, qkv::plain, call_options(options)));
+  qkv::Matrix<T> forward(const X& x) const {
+    const qkv::Matrix<T> c = latents(x);
+    return output(qkv::attention(queries(x), keys(c), values(c), heads(), qkv::causal, qkv::plain, {.scale = scale()}));
   }
 
   /// The next tokens of the cache's sequence.
   template <qkv::MatrixLike X, qkv::StorageType S>
-  qkv::Matrix<T> forward(const X& x, qkv::KvCache<S>& cache, const qkv::LayerOptions& options = {}) const {
+  qkv::Matrix<T> forward(const X& x, qkv::KvCache<S>& cache) const {
     const qkv::Index position = cache.position();
-    const qkv::Matrix<T> latents = layer_.latents(x, position);
-    cache.append(keys(latents), values(latents));
-    auto call = call_options(options);
-    call.workspace = &cache.workspace();
-    return layer_.weights().output.forward(
-        qkv::attention(layer_.queries(x, position), cache, heads(), qkv::causal, qkv::plain, call));
+    const qkv::Matrix<T> c = latents(x, position);
+    cache.append(keys(c), values(c));
+    return output(qkv::attention(queries(x, position), cache, heads(), qkv::causal, qkv::plain,
+                                 {.scale = scale(), .workspace = &cache.workspace()}));
   }
 
  private:
-  qkv::Heads heads() const { return {layer_.config().heads, layer_.config().heads}; }
-  qkv::Options<T> call_options(const qkv::LayerOptions& options) const {
-    qkv::Options<T> call;
-    call.scale = layer_.scale();  // of nope_dim + rope_dim features, and YaRN's factor: not of the latent
-    call.kernel = options.kernel;
-    return call;
-  }
-
   qkv::LatentAttention<T> layer_;
 };
