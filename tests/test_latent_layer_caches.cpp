@@ -1,0 +1,171 @@
+#include <qkv/latent_attention.hpp>
+
+#include <thread>
+
+#include "support/batches.hpp"
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+
+using namespace support;
+using qkv::Kernel, qkv::LatentCache, qkv::LatentForm, qkv::LayerOptions;
+
+namespace {
+
+template <class Computed, class Stored>
+struct In {
+  using T = Computed;
+  using S = Stored;
+};
+using F32 = In<float, float>;
+using F16 = In<float, qkv::half>;
+using BF16 = In<float, qkv::bfloat16>;
+using Int8 = In<float, std::int8_t>;
+using F64 = In<double, double>;
+using WideInt8 = In<double, std::int8_t>;
+
+inline constexpr Index n_rows = 263;  // across the border of a latent chunk
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("a prompt in pieces gives latent attention's bits at once, where kernel and form are fixed",
+                   "[layer]", F32, F16, BF16, Int8, F64, WideInt8) {
+  using T = typename TestType::T;
+  using S = typename TestType::S;
+  const auto layer = latent_layer<T>(small_mla);
+  const Matrix<T> x = normals<T>(n_rows, 29, 1);
+  for (const LatentForm form : {LatentForm::naive, LatentForm::absorbed})
+    for (const Kernel kernel : {Kernel::tiled, Kernel::decode}) {
+      CAPTURE(name(kernel), form == LatentForm::naive);
+      const auto fed = [&](const std::vector<Index>& sizes) {
+        auto cache = layer.template make_cache<S>(n_rows);
+        return feed(layer, cache, x, sizes, qkv::causal, qkv::plain, LayerOptions{.kernel = kernel, .form = form});
+      };
+      const Matrix<T> whole = fed({n_rows});
+      CHECK(same_bits(fed({67, 1, 53, 9}), whole));
+      CHECK(same_bits(fed({n_rows - 5, 1}), whole));
+    }
+}
+
+TEMPLATE_TEST_CASE("latent attention attends what its cache holds, the rows of this call included", "[layer]", F32, F16,
+                   BF16, Int8, F64, WideInt8) {
+  using T = typename TestType::T;
+  using S = typename TestType::S;
+  const auto layer = latent_layer<T>(small_mla);
+  const auto& c = layer.config();
+  const Matrix<T> x = normals<T>(61, 29, 2);
+  auto cache = layer.template make_cache<S>(64);
+  const Matrix<T> out = feed(layer, cache, x, {40, 1, 1, 10, 3});
+  const Wide latent = cache.template latent<long double>(), rope = cache.template rope_keys<long double>();
+  const Wide nope = project(latent, layer.weights().key_up), v = project(latent, layer.weights().value_up);
+  Wide k(61, c.heads * c.head_dim());
+  for (Index h = 0; h < c.heads; ++h) {
+    k.middleCols(h * c.head_dim(), c.nope_dim) = nope.middleCols(h * c.nope_dim, c.nope_dim);
+    k.middleCols(h * c.head_dim() + c.nope_dim, c.rope_dim) = rope;
+  }
+  const Wide context =
+      attention_by_formula(layer.queries(x), k, v, {.heads = {c.heads, c.heads}}, causally, unchanged).out;
+  CHECK(max_error(out, project(context, layer.weights().output)) <= layer_tolerance<T>);
+  const double lost = qkv::has_row_scale<S> ? 0.1 : sizeof(S) == 2 ? 0.03 : layer_tolerance<T>;
+  CHECK(max_error(out, latent_by_formula(layer, x)) <= lost);
+}
+
+TEMPLATE_TEST_CASE("a latent cache goes back and on as if it had never been there", "[layer]", F32, F16, Int8, F64) {
+  using T = typename TestType::T;
+  using S = typename TestType::S;
+  const auto layer = latent_layer<T>(small_mla);
+  const Matrix<T> x = normals<T>(21, 29, 3), astray = normals<T>(9, 29, 4);
+  auto straight = layer.template make_cache<S>(24), winding = straight;
+  layer.forward(x.topRows(12), straight), layer.forward(x.topRows(12), winding);
+  for (const Index back : {12, 7, 0}) {
+    layer.forward(astray, winding);
+    winding.truncate(back);
+    if (back < 12) layer.forward(x.middleRows(back, 12 - back), winding);
+  }
+  auto copy = winding;
+  const Matrix<T> expected = layer.forward(x.bottomRows(9), straight);
+  CHECK(same_bits(layer.forward(x.bottomRows(9), winding), expected));
+  CHECK(same_bits(layer.forward(x.bottomRows(9), copy), expected));
+}
+
+TEMPLATE_TEST_CASE("in a batch each sequence of latent attention has the bits it has alone", "[layer]", F32, Int8,
+                   F64) {
+  using T = typename TestType::T;
+  using S = typename TestType::S;
+  const auto layer = latent_layer<T>(small_mla);
+  std::vector<LatentCache<S>> together(4, layer.template make_cache<S>(90)), alone = together;
+  CHECK(batch_equals_alone<T>(layer, together, alone));
+  for (auto* caches : {&together, &alone})
+    for (auto& cache : *caches) cache.clear();
+  CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, Threaded{2}));
+}
+
+TEST_CASE("one full latent cache stops the whole batch before it begins", "[layer]") {
+  const auto layer = latent_layer<float>(small_mla);
+  std::vector<LatentCache<float>> caches(3, layer.make_cache(10));
+  caches.push_back(LatentCache<float>({.latent_dim = 19, .rope_dim = 8, .capacity = 10}));
+  for (std::size_t s = 0; s < 3; ++s) layer.forward(normals<float>(static_cast<Index>(4 + s), 29, s), caches[s]);
+  const Matrix<float> x = normals<float>(12, 29, 5);
+  Matrix<float> out = Matrix<float>::Constant(12, 29, 7);
+  auto pointers = pointers_to(caches);
+  const auto complaint = [&]<class Error>(Error, const std::vector<Index>& offsets) {
+    const std::span<LatentCache<float>* const> all(pointers.data(), offsets.size() - 1);
+    const std::string text =
+        message_of<Error>([&] { layer.forward_into(out, x, std::span<const Index>(offsets), all); });
+    REQUIRE((out.array() == 7).all());
+    for (std::size_t s = 0; s < 3; ++s) REQUIRE(caches[s].rows() == static_cast<Index>(4 + s));
+    return text;
+  };
+  CHECK(contains(complaint(std::length_error(""), {0, 2, 7, 12}), "caches[2] takes at most 4 more rows"));
+  CHECK(contains(complaint(std::invalid_argument(""), {0, 2, 4, 8, 12}), "rope_dim 6; it has 19 and 8"));
+  CHECK(contains(complaint(std::invalid_argument(""), {0, 2, 4, 8}), "end with n 12"));
+}
+
+TEST_CASE("latent attention says what is wrong before the cache changes", "[layer]") {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(5, 29, 6);
+  auto cache = layer.make_cache(7);
+  layer.forward(x.topRows(3), cache);
+  const Matrix<float> held = cache.latent();
+  Matrix<float> buffer = Matrix<float>::Constant(5, 70, 7);
+  auto out = buffer.middleCols(2, 29);
+  const auto complains = [&](const std::string& text, const std::string& part) {
+    CAPTURE(text);
+    return contains(text, part) && (buffer.array() == 7).all() && cache.rows() == 3 && same_bits(cache.latent(), held);
+  };
+  CHECK(complains(message_of([&] { layer.forward_into(out, x.leftCols(28), cache); }), "model_dim 29]; given [5, 28]"));
+  CHECK(complains(message_of([&] { layer.forward_into(out.topRows(4), x, cache); }),
+                  "out must be [5, 29]; given [4, 29]"));
+  CHECK(complains(message_of<std::length_error>([&] { layer.forward_into(out, x, cache); }), "at most 4 more rows"));
+  CHECK(complains(message_of([&] { layer.forward_into(buffer.block(0, 28, 4, 29), buffer.block(0, 0, 4, 29), cache); }),
+                  "must not share elements with the input x"));
+  const std::vector<Index> ids(6, 0);
+  const Matrix<bool> sees = Matrix<bool>::Constant(4, 6, true);
+  const auto four = [&](const auto& mask) {
+    return message_of([&] { layer.forward_into(out.topRows(4), x.topRows(4), cache, mask); });
+  };
+  CHECK(complains(four(qkv::documents(ids)), "6 ids"));
+  CHECK(complains(four(qkv::boolean(sees)), "n_keys 7"));
+
+  buffer.middleCols(31, 29) = x;
+  layer.forward_into(buffer.block(0, 2, 4, 29), buffer.block(0, 31, 4, 29), cache);
+  auto again = layer.make_cache(7);
+  layer.forward(x.topRows(3), again);
+  CHECK(same_bits(buffer.block(0, 2, 4, 29), layer.forward(x.topRows(4), again)));
+}
+
+TEST_CASE("a const latent layer serves two threads at once", "[layer]") {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> a = normals<float>(80, 29, 7), b = normals<float>(80, 29, 8);
+  const auto run = [&](const Matrix<float>& x) {
+    auto cache = layer.make_cache(80);
+    return feed(layer, cache, x, {31, 1, 1, 5, 8});
+  };
+  const Matrix<float> alone_a = run(a), alone_b = run(b);
+  for (int round = 0; round < 5; ++round) {
+    Matrix<float> of_a, of_b;
+    std::thread first([&] { of_a = run(a); }), second([&] { of_b = run(b); });
+    first.join(), second.join();
+    CHECK(same_bits(of_a, alone_a));
+    CHECK(same_bits(of_b, alone_b));
+  }
+}
