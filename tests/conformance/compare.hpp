@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
 
 #include "case.hpp"
 
@@ -32,9 +33,11 @@ inline Verdict compare(const std::string& name, const Tensor& got, const Tensor&
     else if (a != b)
       error = std::abs(a - b) / (atol + rtol * std::abs(b));
     verdict.worst = std::max(verdict.worst, error);
-    if (error > 1 && verdict.failure.empty())
-      verdict.failure =
-          name + " element " + std::to_string(i) + " is " + std::to_string(a) + ", expected " + std::to_string(b);
+    if (error > 1 && verdict.failure.empty()) {
+      char text[96];
+      std::snprintf(text, sizeof text, " element %td is %.9g, expected %.9g", i, a, b);
+      verdict.failure = name + text;
+    }
   }
   return verdict;
 }

@@ -18,7 +18,7 @@ Results llama2c_model(const Case& c) {
 
   std::vector<story::Token> tokens;
   const Tensor& prompt = c.in("prompt_tokens");
-  for (Index i = 0; i < prompt.size(); ++i) tokens.push_back(static_cast<story::Token>(prompt[i]));
+  for (Index i = 0; i < prompt.size(); ++i) tokens.push_back(static_cast<story::Token>(prompt.integer(i)));
   const auto n_prompt = static_cast<Index>(tokens.size());
   expect(n_prompt >= 1 && n_prompt <= steps + 1 && n_prompt == c.integer("n_prompt_tokens", n_prompt),
          "prompt_tokens must hold n_prompt_tokens tokens, 1 to steps + 1; given ", n_prompt);

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
@@ -40,9 +41,18 @@ struct Tensor {
   std::string dtype = {};
 
   Index rank() const { return static_cast<Index>(shape.size()); }
+  /// Negative: from the end.
   Index dim(Index i) const {
-    return shape[static_cast<std::size_t>(i < 0 ? i + rank() : i)];
-  }  // negative: from the end
+    const Index axis = i < 0 ? i + rank() : i;
+    expect(axis >= 0 && axis < rank(), "a tensor of shape ", shape_text(shape), " has no dimension ", i);
+    return shape[static_cast<std::size_t>(axis)];
+  }
+  /// A position, a length, a token.
+  Index integer(Index i) const {
+    const double value = (*this)[i];
+    expect(std::abs(value) <= 0x1p53 && std::floor(value) == value, value, " is not an integer");
+    return static_cast<Index>(value);
+  }
   Index size() const { return static_cast<Index>(values.size()); }
   bool is_bool() const { return dtype == "|b1"; }
   double operator[](Index i) const { return values[static_cast<std::size_t>(i)]; }

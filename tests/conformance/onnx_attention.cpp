@@ -124,7 +124,7 @@ Results onnx_attention(const Case& c) {
       set_heads_first<T>(present_value, b, cache.values());
     }
 
-    const std::vector<Index> valid{nonpad ? static_cast<Index>((*nonpad)[b]) : n_keys};
+    const std::vector<Index> valid{nonpad ? nonpad->integer(b) : n_keys};
     qkv::Options<T> options;
     options.scale = static_cast<double>(static_cast<float>(c.number("scale", 0)));  // an ONNX attribute is a float
     options.first_position = nonpad ? valid[0] - n_queries : n_past;

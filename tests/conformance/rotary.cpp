@@ -35,7 +35,7 @@ Results rotary_embedding(const Case& c) {
     Matrix<T> rows = onnx_sequence<T>(x, b);
     if (ids) {
       std::vector<Index> positions;
-      for (Index i = 0; i < tokens; ++i) positions.push_back(static_cast<Index>((*ids)[b * tokens + i]));
+      for (Index i = 0; i < tokens; ++i) positions.push_back(ids->integer(b * tokens + i));
       qkv::apply_rope_into(rows, rows, heads, matrix<T>(cos), matrix<T>(sin), pairing, positions);
     } else {
       qkv::apply_rope_into(rows, rows, heads, sequence<T>(cos, b), sequence<T>(sin, b), pairing);

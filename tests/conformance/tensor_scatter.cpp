@@ -42,7 +42,7 @@ Results tensor_scatter(const Case& c) {
     qkv::KvCache<T> cache({.kv_heads = outer, .head_dim = inner, .v_head_dim = inner, .capacity = capacity});
     const Matrix<T> held = heads_first<T>(old, b), rows = heads_first<T>(fresh, b);
     cache.append(held, held);
-    const Index position = indices ? static_cast<Index>((*indices)[b]) : 0;
+    const Index position = indices ? indices->integer(b) : 0;
     cache.scatter_rows(position, rows, rows, mode == "circular" ? qkv::Wrap::circular : qkv::Wrap::none);
     set_heads_first<T>(by_keys, b, cache.keys());
     set_heads_first<T>(by_values, b, cache.values());
