@@ -52,7 +52,7 @@ const Matrix<T>& get_tensor(const Tensors<T>& tensors, std::initializer_list<std
   }
   const auto& [name, m] = *found;
   require((rows < 0 || m.rows() == rows) && (cols < 0 || m.cols() == cols), "tensor `", name, "` must be ",
-          Shape{rows, cols}, " (-1: any); given ", Shape{m.rows(), m.cols()});
+          Shape{rows, cols}, rows < 0 || cols < 0 ? " (-1: any)" : "", "; given ", Shape{m.rows(), m.cols()});
   return m;
 }
 
