@@ -41,8 +41,8 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
   const auto state = static_cast<std::size_t>(2 * n_queries * heads.heads) * sizeof(T);
   switch (choose_kernel<T>(kernel, n_queries)) {
     case Kernel::tiled: {
-      const std::size_t per_head =
-          kernel::panel_bytes<T>((n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
+      const std::size_t per_head = kernel::panel_bytes<kernel::Exact<T>>(
+          (n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
       const auto at_once = static_cast<std::size_t>(kernel::heads_at_once(per_head, heads.kv_heads));
       return state + per_head * at_once + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
     }

@@ -258,6 +258,7 @@ class MultiHeadAttention {
     o.scale = config_.scale;
     o.first_position = first_position;
     o.kernel = options.kernel;
+    o.arithmetic = options.arithmetic;
     if (weights_.sinks.size() > 0) o.sinks = {weights_.sinks.data(), static_cast<std::size_t>(weights_.sinks.size())};
     return o;
   }

@@ -45,6 +45,13 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
   return n_queries <= decode_max_queries ? Kernel::decode : Kernel::tiled;
 }
 
+/// In which numbers the tiled kernel multiplies. Sums are always of the scalar of q, or wider.
+enum class Arithmetic {
+  automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
+              // has the instructions and q is float; otherwise exact
+  exact,      // everything widened to the scalar of q
+};
+
 /// The two ways of latent attention; see kernel/latent.hpp.
 enum class LatentForm { automatic, naive, absorbed };
 
@@ -52,6 +59,7 @@ enum class LatentForm { automatic, naive, absorbed };
 /// as at once.
 struct LayerOptions {
   Kernel kernel = Kernel::automatic;
+  Arithmetic arithmetic = Arithmetic::automatic;
   LatentForm form = LatentForm::automatic;  // LatentAttention only
 };
 
@@ -65,12 +73,13 @@ enum class Stage {
 
 template <class T>
 struct Options {
-  double scale = 0;                          // 0: 1/√head_dim
-  std::optional<Index> first_position = {};  // of the first query; default: the queries are the last valid tokens
-  std::span<const T> sinks = {};             // none, or one learned logit per head
-  Kernel kernel = Kernel::automatic;         // force one
-  Matrix<T>* log_sum_exp = nullptr;          // where to write log Σ exp(score) [n_queries, heads]; resized
-  Workspace* workspace = nullptr;            // scratch memory to reuse; default: allocated by the call
+  double scale = 0;                               // 0: 1/√head_dim
+  std::optional<Index> first_position = {};       // of the first query; default: the queries are the last valid tokens
+  std::span<const T> sinks = {};                  // none, or one learned logit per head
+  Kernel kernel = Kernel::automatic;              // force one
+  Arithmetic arithmetic = Arithmetic::automatic;  // of the tiled kernel
+  Matrix<T>* log_sum_exp = nullptr;               // where to write log Σ exp(score) [n_queries, heads]; resized
+  Workspace* workspace = nullptr;                 // scratch memory to reuse; default: allocated by the call
   // Batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) and key rows likewise. Both or none.
   std::span<const Index> query_offsets = {};
   std::span<const Index> key_offsets = {};

@@ -12,6 +12,7 @@
 #include "kernel/simd.hpp"              // a register of numbers on every instruction set
 #include "kernel/register_tile.hpp"     // the one inner loop of every product
 #include "kernel/gemm.hpp"              // matrix products with one order of summation
+#include "kernel/words.hpp"             // products of bfloat16 and int8, 32 bits at a time
 
 // Into attention
 #include "embedding.hpp"                // tokens -> vectors

@@ -13,15 +13,16 @@ namespace qkv::inline QKV_ABI::detail {
 enum class Start { empty, merge };
 
 /// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
-template <class T, StorageType S, class M, class F, class E, class Done>
+template <class A, class T, StorageType S, class M, class F, class E, class Done>
 void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
                   const E& executor, const Done& done, Start start) {
-  using Panels = kernel::Panels<T>;
+  using Panels = kernel::Panels<A>;
   const Index n = task.n_queries(), d = task.head_dim(), dv = task.v_head_dim(), group = task.heads.group_size();
   const Index n_blocks = kernel::count_blocks(task.keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
-  const std::size_t per_head = kernel::panel_bytes<T>(n_blocks, d, dv);
-  const Index at_once = kernel::heads_at_once(per_head, task.heads.kv_heads);
+  const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
+  const Index at_once =
+      kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
   for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
     const Index count = std::min(at_once, task.heads.kv_heads - first);
@@ -32,7 +33,8 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
     for (Index kv_head = first; kv_head < first + count; ++kv_head)
       kernel::describe_blocks(panels_of(kv_head), task.keys);
     executor(count * n_blocks, [&](Index item) {
-      kernel::pack_block(panels_of(first + item / n_blocks), task.keys, first + item / n_blocks, item % n_blocks);
+      const Panels panels = panels_of(first + item / n_blocks);
+      kernel::BlockPacker<A, S>(panels, task.keys, first + item / n_blocks, item % n_blocks).run();
     });
     executor(count * group * query_blocks, [&](Index item) {
       const Index head = first * group + item / query_blocks, query = item % query_blocks * kernel::tile_queries;
@@ -40,7 +42,7 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
       const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
       if (start == Start::empty) state.clear(query, rows, head, 1, dv);
       const Panels panels = panels_of(task.heads.kv_head(head));
-      kernel::Tiled(task, state, panels, n_blocks, head, query, scratch.data()).run();
+      kernel::Tiled<A, T, S, M, F>(task, state, panels, n_blocks, head, query, scratch.data()).run();
       done(query, rows, head, Index(1));
     });
   }
@@ -54,7 +56,11 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
   const Index n = task.n_queries(), group = heads.group_size();
   if (n == 0) return;
   if (kernel == Kernel::tiled) {
-    launch_tiled(task, state, workspace, executor, done, start);
+    using Narrow = kernel::NarrowArithmetic<T, S>;
+    if constexpr (!std::is_same_v<Narrow, kernel::Exact<T>>)
+      if (task.arithmetic == Arithmetic::automatic)
+        return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
+    launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
   } else if (kernel == Kernel::decode) {
     executor(heads.kv_heads, [&](Index kv_head) {
       const auto scratch =
@@ -115,10 +121,15 @@ void attend(const kernel::Task<T, S, M, F>& task, const View<T>& out, Index firs
 template <class T, StorageType S, class M, class F>
 kernel::Task<T, S, M, F> make_task(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask,
                                    const F& score, const Options<T>& options, Index sequence) {
-  return {q,        keys,
-          heads,    scale_of(options, keys.head_dim),
-          sequence, first_position(mask, keys, sequence, q.rows(), options),
-          &mask,    &score};
+  return {q,
+          keys,
+          heads,
+          scale_of(options, keys.head_dim),
+          sequence,
+          first_position(mask, keys, sequence, q.rows(), options),
+          &mask,
+          &score,
+          options.arithmetic};
 }
 
 }  // namespace qkv::inline QKV_ABI::detail

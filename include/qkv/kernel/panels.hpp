@@ -1,9 +1,12 @@
-// kernel/panels.hpp — one kv head's keys and values as the tiled kernel reads them: widened to T and packed once.
+// kernel/panels.hpp — one kv head's keys and values as the tiled kernel reads them, packed once.
 //
 //     block b: the keys at positions [first, first + tile_keys) of the grid, `count` columns up to the last one held
 //
 //       keys    [tile][head_dim][height]     tile t holds columns t·R … t·R + height-1;   height ≤ R rows of registers
 //       values  [slice][count][height]       slice x holds features x·R … x·R + height-1
+//
+// In narrow arithmetic (kernel/words.hpp) a word takes the place of a number: 2 (bfloat16) or 4 (int8) features of a key,
+// two keys of a value. Values of int8 are restored and rounded to bfloat16.
 //
 // The broadcast operand of both products then lies in memory in the order in which it is read. Columns that hold no row
 // (gaps between runs) are zeros. A value row that is not finite is packed as zeros and listed, because a weight of zero
@@ -13,10 +16,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 
 #include "../workspace.hpp"
 #include "register_tile.hpp"
 #include "task.hpp"
+#include "words.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
@@ -34,40 +40,70 @@ struct KeyBlock {
   bool gaps = false;     // a column in between holds no row
 };
 
-/// Packed keys and values of one kv head.
+/// In which numbers the tiled kernel multiplies.
 template <class T>
+struct Exact {  // everything widened to T
+  using Scalar = T;
+  using Number = T;
+  static constexpr bool words = false, quads = false;
+  static constexpr Index features = 1, keys = 1;  // in one number
+};
+struct Pairs {  // bfloat16 throughout, sums in float
+  using Scalar = float;
+  using Number = Word;
+  static constexpr bool words = true, quads = false;
+  static constexpr Index features = 2, keys = 2;
+};
+struct Quads {  // int8 queries and keys, bfloat16 weights and values
+  using Scalar = float;
+  using Number = Word;
+  static constexpr bool words = true, quads = true;
+  static constexpr Index features = 4, keys = 2;
+};
+
+/// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
+template <class T, StorageType S>
+using NarrowArithmetic = std::conditional_t<
+    !words_available || !std::is_same_v<T, float>, Exact<T>,
+    std::conditional_t<std::is_same_v<S, bfloat16>, Pairs, std::conditional_t<has_row_scale<S>, Quads, Exact<T>>>>;
+
+/// Packed keys and values of one kv head.
+template <class A>
 struct Panels {
+  using T = typename A::Scalar;
+  using Number = typename A::Number;
   static constexpr Index rows = TileShape<T>::rows;
   static_assert(tile_keys % rows == 0);
 
   KeyBlock* blocks = nullptr;
-  T *keys = nullptr, *values = nullptr;
-  Index* not_finite = nullptr;  // [blocks][tile_keys]: columns
+  Number *keys = nullptr, *values = nullptr;
+  Index* not_finite = nullptr;          // [blocks][tile_keys]: columns
+  float* key_scales = nullptr;          // Quads [blocks][tile_keys]
+  std::int32_t* key_offsets = nullptr;  // Quads [blocks][tile_keys]: -128·Σ row
   Index head_dim = 0, v_head_dim = 0;
 
-  /// Numbers of scratch for `n_blocks` blocks; `base` null: only counts.
+  /// Scratch for `n_blocks` blocks; a carver without memory only counts.
   static Panels carve(detail::Carver& carver, Index n_blocks, Index head_dim, Index v_head_dim) {
     Panels p;
-    p.blocks = carver.take<KeyBlock>(n_blocks);
-    p.keys = carver.take<T>(n_blocks * p.key_stride(head_dim));
-    p.values = carver.take<T>(n_blocks * tile_keys * v_head_dim);
-    p.not_finite = carver.take<Index>(n_blocks * tile_keys);
     p.head_dim = head_dim, p.v_head_dim = v_head_dim;
+    p.blocks = carver.take<KeyBlock>(n_blocks);
+    p.keys = carver.take<Number>(n_blocks * p.key_stride());
+    p.values = carver.take<Number>(n_blocks * (tile_keys / A::keys) * v_head_dim);
+    p.not_finite = carver.take<Index>(n_blocks * tile_keys);
+    if constexpr (A::quads) {
+      p.key_scales = carver.take<float>(n_blocks * tile_keys);
+      p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
+    }
     return p;
   }
 
+  Index key_depth() const { return (head_dim + A::features - 1) / A::features; }
   /// From one block to the next. Packing runs over the end of a block by up to pack_slack, and blocks are packed in any
   /// order.
-  static Index key_stride(Index head_dim) { return tile_keys * head_dim + pack_slack<T>; }
-  T* block_keys(Index b) const { return keys + b * key_stride(head_dim); }
-  T* block_values(Index b) const { return values + b * tile_keys * v_head_dim; }
+  Index key_stride() const { return tile_keys * key_depth() + pack_slack<T>; }
+  Number* block_keys(Index b) const { return keys + b * key_stride(); }
+  Number* block_values(Index b) const { return values + b * (tile_keys / A::keys) * v_head_dim; }
 };
-
-/// How many kv heads are packed at a time: as many as fit 32 MB, so that threads meet seldom and memory stays bounded.
-inline Index heads_at_once(std::size_t bytes_per_head, Index kv_heads) {
-  constexpr std::size_t budget = std::size_t{32} << 20;
-  return std::clamp<Index>(static_cast<Index>(budget / std::max<std::size_t>(bytes_per_head, 1)), 1, kv_heads);
-}
 
 /// Blocks of the grid that hold a key of `keys`.
 template <StorageType S>
@@ -77,9 +113,23 @@ Index count_blocks(const KeyRows<S>& keys) {
   return n;
 }
 
-/// Fills block b's description, in order.
-template <class T, StorageType S>
-void describe_blocks(const Panels<T>& panels, const KeyRows<S>& keys) {
+/// How many kv heads are packed at a time: as many as fit 32 MB, so that threads meet seldom and memory stays bounded.
+inline Index heads_at_once(std::size_t bytes_per_head, Index kv_heads) {
+  constexpr std::size_t budget = std::size_t{32} << 20;
+  return std::clamp<Index>(static_cast<Index>(budget / std::max<std::size_t>(bytes_per_head, 1)), 1, kv_heads);
+}
+
+/// Scratch of the packed keys and values of one kv head.
+template <class A>
+std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
+  detail::Carver carver(nullptr);
+  Panels<A>::carve(carver, n_blocks, head_dim, v_head_dim);
+  return carver.used();
+}
+
+/// Fills the blocks' descriptions, in order.
+template <class A, StorageType S>
+void describe_blocks(const Panels<A>& panels, const KeyRows<S>& keys) {
   KeyBlock* block = panels.blocks;
   for_each_chunk(keys, tile_keys, [&](Index first, std::size_t r, Index base, Index row) {
     *block = {.first = first, .begin = tile_keys, .run = r, .base = base, .row = row};
@@ -95,61 +145,157 @@ void describe_blocks(const Panels<T>& panels, const KeyRows<S>& keys) {
   });
 }
 
-/// Packs block b of kv head `kv_head`.
-template <class T, StorageType S>
-void pack_block(const Panels<T>& panels, const KeyRows<S>& keys, Index kv_head, Index b) {
-  constexpr Index R = Panels<T>::rows;
-  KeyBlock& block = panels.blocks[b];
-  const Index d = panels.head_dim, dv = panels.v_head_dim, count = block.count;
-  T* const k = panels.block_keys(b);
-  T* const v = panels.block_values(b);
-  block.not_finite = 0;
-  if (block.gaps) {
-    std::fill_n(k, count * d, T(0));
-    std::fill_n(v, count * dv, T(0));
+/// Packs one block of one kv head.
+template <class A, StorageType S>
+class BlockPacker {
+  using T = typename A::Scalar;
+  using V = Simd<T>;
+  static constexpr Index R = Panels<A>::rows;
+
+ public:
+  BlockPacker(const Panels<A>& panels, const KeyRows<S>& keys, Index kv_head, Index b)
+      : panels_(panels), keys_(keys), kv_head_(kv_head), b_(b), block_(panels.blocks[b]) {}
+
+  void run() {
+    block_.not_finite = 0;
+    if (block_.gaps) {
+      std::fill_n(panels_.block_keys(b_), panels_.key_stride(), 0);
+      std::fill_n(panels_.block_values(b_), tile_keys / A::keys * panels_.v_head_dim, 0);
+      if constexpr (A::quads) {
+        std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
+        std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
+      }
+    }
+    for_each_piece(keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
+                   [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
+                     for (Index i = 0; i < n;) i += pack_keys(run, row + i, n - i, column + i);
+                     if constexpr (!A::words)
+                       for (Index i = 0; i < n; ++i) pack_value(run, row + i, column + i);
+                   });
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) pack_value_pairs();
+#endif
   }
-  for_each_piece(keys, tile_keys, block.first, block.run, block.base, block.row,
-                 [&](const KeyRun<S>& run, Index, Index run_row, Index n, Index column) {
-                   for (Index i = 0; i < n;) {  // tile by tile
-                     const Index c = column + i, tile = c / R, height = std::min(R, count - tile * R);
-                     const Index some = std::min(n - i, tile * R + height - c);
-                     T* const to = k + tile * R * d;
-                     const S* const from = keys.key(run, kv_head, run_row + i);
-                     if (some == height && !has_row_scale<S>) {
-                       pack_rows(from, keys.key_row_stride, height, d, to);
-                     } else {
-                       for (Index j = 0; j < some; ++j) {
-                         const T scale = static_cast<T>(keys.key_scale(run, kv_head, run_row + i + j));
-                         for (Index x = 0; x < d; ++x)
-                           to[x * height + c + j - tile * R] =
-                               static_cast<T>(from[j * keys.key_row_stride + x]) * scale;
-                       }
-                     }
-                     i += some;
-                   }
-                   for (Index i = 0; i < n; ++i) {
-                     const S* const from = keys.value(run, kv_head, run_row + i);
-                     const T scale = static_cast<T>(keys.value_scale(run, kv_head, run_row + i));
-                     const Index c = column + i;
-                     T zero = 0;  // 0·x is 0 for finite x and NaN otherwise
-                     for (Index slice = 0; slice < dv; slice += R) {
-                       const Index height = std::min(R, dv - slice);
-                       T* const to = v + slice * count + c * height;
-                       for (Index x = 0; x < height; ++x) {
-                         T value = static_cast<T>(from[slice + x]);
-                         if constexpr (has_row_scale<S>) value *= scale;
-                         to[x] = value;
-                         zero += 0 * value;
-                       }
-                     }
-                     if (zero == 0) continue;
-                     panels.not_finite[b * tile_keys + block.not_finite++] = c;
-                     for (Index slice = 0; slice < dv; slice += R) {
-                       const Index height = std::min(R, dv - slice);
-                       std::fill_n(v + slice * count + c * height, height, T(0));
-                     }
-                   }
-                 });
-}
+
+ private:
+  /// Up to n keys from column c on, inside one tile; returns how many.
+  Index pack_keys(const KeyRun<S>& run, Index row, Index n, Index c) {
+    const Index tile = c / R, height = std::min(R, block_.count - tile * R), some = std::min(n, tile * R + height - c);
+    const Index d = panels_.head_dim, stride = keys_.key_row_stride;
+    const S* const from = keys_.key(run, kv_head_, row);
+    auto* const to = panels_.block_keys(b_) + tile * R * panels_.key_depth();
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) {
+      constexpr auto size = static_cast<Index>(sizeof(S));
+      if (some == height) {
+        pack_words(from, stride * size, height, d * size, to);
+      } else {  // a tile whose rows lie in several runs
+        for (Index j = 0; j < some; ++j)
+          for (Index w = 0; w < panels_.key_depth(); ++w) {
+            Word word = 0;
+            std::memcpy(&word, from + j * stride + w * A::features,
+                        static_cast<std::size_t>(std::min(A::features, d - w * A::features) * size));
+            to[w * height + c + j - tile * R] = word;
+          }
+      }
+      if constexpr (A::quads)
+        for (Index j = 0; j < some; ++j) {
+          std::int32_t sum = 0;
+          for (Index x = 0; x < d; ++x) sum += from[j * stride + x];
+          panels_.key_offsets[b_ * tile_keys + c + j] = -128 * sum;
+          panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j);
+        }
+      return some;
+    }
+#endif
+    if constexpr (!A::words) {
+      if (some == height && !has_row_scale<S>) {
+        pack_rows(from, stride, height, d, to);
+      } else {
+        for (Index j = 0; j < some; ++j) {
+          const T scale = static_cast<T>(keys_.key_scale(run, kv_head_, row + j));
+          for (Index x = 0; x < d; ++x)
+            to[x * height + c + j - tile * R] = static_cast<T>(from[j * stride + x]) * scale;
+        }
+      }
+    }
+    return some;
+  }
+
+  void pack_value(const KeyRun<S>& run, Index row, Index c) {
+    const Index dv = panels_.v_head_dim, count = block_.count;
+    const S* const from = keys_.value(run, kv_head_, row);
+    const T scale = static_cast<T>(keys_.value_scale(run, kv_head_, row));
+    auto* const to = panels_.block_values(b_);
+    T zero = 0;  // 0·x is 0 for finite x and NaN otherwise
+    for (Index slice = 0; slice < dv; slice += R) {
+      const Index height = std::min(R, dv - slice);
+      for (Index x = 0; x < height; ++x) {
+        T value = static_cast<T>(from[slice + x]);
+        if constexpr (has_row_scale<S>) value *= scale;
+        to[slice * count + c * height + x] = value;
+        zero += 0 * value;
+      }
+    }
+    if (zero == 0) return;
+    list_not_finite(c);
+    for (Index slice = 0; slice < dv; slice += R) {
+      const Index height = std::min(R, dv - slice);
+      std::fill_n(to + slice * count + c * height, height, T(0));
+    }
+  }
+  void list_not_finite(Index c) { panels_.not_finite[b_ * tile_keys + block_.not_finite++] = c; }
+
+#ifdef QKV_DETAIL_WORDS
+  /// Columns c and c + 1 side by side in a word; a column without a row is zeros.
+  void pack_value_pairs() {
+    struct Source {
+      const S* row = nullptr;
+      float scale = 1;
+    };
+    Source sources[std::size_t(tile_keys)];
+    for_each_piece(
+        keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
+        [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
+          for (Index i = 0; i < n; ++i)
+            sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
+        });
+    const Index dv = panels_.v_head_dim, pairs = (block_.count + 1) / 2;
+    for (Index c = 0; c < block_.count; ++c)
+      if (sources[c].row && !finite(sources[c].row, sources[c].scale)) {
+        list_not_finite(c);
+        sources[c].row = nullptr;
+      }
+    for (Index pair = 0; pair < pairs; ++pair) {
+      const Source low = sources[2 * pair], high = 2 * pair + 1 < tile_keys ? sources[2 * pair + 1] : Source{};
+      for (Index x = 0; x < dv; x += V::width) {
+        alignas(detail::cache_line) Word words[std::size_t(V::width)];
+        store_words(words, to_pairs(value(low.row, low.scale, x), value(high.row, high.scale, x)));
+        for (Index i = 0; i < std::min(V::width, dv - x);) {
+          const Index slice = (x + i) / R * R, height = std::min(R, dv - slice);
+          const Index some = std::min({V::width - i, slice + height - x - i, dv - x - i});
+          std::copy_n(words + i, some, panels_.block_values(b_) + slice * pairs + pair * height + x + i - slice);
+          i += some;
+        }
+      }
+    }
+  }
+  typename V::Vec value(const S* row, float scale, Index x) const {
+    if (!row) return V::zero();
+    const auto v = V::load_n(row + x, std::min(V::width, panels_.v_head_dim - x));
+    return has_row_scale<S> ? V::mul(v, V::broadcast(scale)) : v;
+  }
+  bool finite(const S* row, float scale) const {
+    auto zero = V::zero();
+    for (Index x = 0; x < panels_.v_head_dim; x += V::width) zero = V::fma(V::zero(), value(row, scale, x), zero);
+    return V::sum_lanes(zero) == 0;
+  }
+#endif
+
+  const Panels<A>& panels_;
+  const KeyRows<S>& keys_;
+  Index kv_head_, b_;
+  KeyBlock& block_;
+};
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -8,6 +8,7 @@
 #include "../heads.hpp"
 #include "../key_rows.hpp"
 #include "../mask.hpp"
+#include "../options.hpp"
 #include "../softmax.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
@@ -22,6 +23,7 @@ struct Task {
   Index sequence = 0, first_position = 0;
   const M* mask;
   const F* score;
+  Arithmetic arithmetic = Arithmetic::automatic;
 
   Index n_queries() const { return q.rows(); }
   Index head_dim() const { return keys.head_dim; }

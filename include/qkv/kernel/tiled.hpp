@@ -18,6 +18,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <numbers>
 
 #include "../softmax.hpp"
@@ -26,6 +28,11 @@
 #include "panels.hpp"
 #include "register_tile.hpp"
 #include "task.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
 
 namespace qkv::inline QKV_ABI::kernel {
 
@@ -41,7 +48,7 @@ struct TiledScratch {
   static constexpr Index lanes = TileShape<T>::columns;
   static constexpr Index panels = (tile_queries + lanes - 1) / lanes;
 
-  T *q, *s, *o, *m, *l;
+  T *q, *s, *o, *m, *l, *unit;
   bool* hidden;  // [tile_keys, lanes]: pairs of the rows that are not finite
 
   TiledScratch(detail::Carver& carver, Index head_dim, Index v_head_dim)
@@ -50,6 +57,7 @@ struct TiledScratch {
         o(carver.take<T>(panels * v_head_dim * lanes)),
         m(carver.take<T>(panels * lanes)),
         l(carver.take<T>(panels * lanes)),
+        unit(carver.take<T>(panels * lanes)),
         hidden(carver.take<bool>(tile_keys * lanes)) {}
 
   static std::size_t bytes(Index head_dim, Index v_head_dim) {
@@ -59,17 +67,10 @@ struct TiledScratch {
   }
 };
 
-/// Scratch of the packed keys and values of one kv head.
-template <class T>
-std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
-  detail::Carver carver(nullptr);
-  Panels<T>::carve(carver, n_blocks, head_dim, v_head_dim);
-  return carver.used();
-}
-
 /// One head and one block of queries against all packed keys of its kv head.
-template <class T, StorageType S, class M, class F>
+template <class A, class T, StorageType S, class M, class F>
 class Tiled {
+  using Number = typename A::Number;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   static constexpr Index lanes = TileShape<T>::columns;
@@ -81,7 +82,7 @@ class Tiled {
   static_assert(aligned % rows == 0 && aligned % partial_sums == 0);
 
  public:
-  Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<T>& panels, Index n_blocks, Index head,
+  Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
         Index query, std::byte* scratch)
       : task_(task),
         state_(state),
@@ -103,37 +104,96 @@ class Tiled {
   }
 
  private:
-  T size_of_scale() const { return task_.scale < 0 ? -task_.scale : task_.scale; }
   /// What is kept of a score: ±q·k itself where nothing but the scale is applied, so that what enters the exponent is a
-  /// difference before it is rounded; otherwise the score. In natural units one of it is `unit`.
-  T unit() const { return plain ? size_of_scale() : T(1); }
+  /// difference before it is rounded; otherwise the score. In natural units one of it is `unit`, lane by lane.
+  T natural(Index lane) const { return plain ? scratch_.m[lane] * scratch_.unit[lane] : scratch_.m[lane]; }
   Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
-  T* q(Index p) const { return scratch_.q + p * task_.head_dim() * lanes; }
+  Number* q(Index p) const { return reinterpret_cast<Number*>(scratch_.q) + p * panels_.key_depth() * lanes; }
   T* o(Index p) const { return scratch_.o + p * task_.v_head_dim() * lanes; }
 
   /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
   void load_panel(Index p) {
-    const Index d = task_.head_dim(), n = panel_queries(p), stride = task_.q.outerStride();
-    const T* const from = task_.query(query_ + p * lanes, head_);
-    T* const to = q(p);
-    const Vec sign = V::broadcast(task_.scale < 0 ? T(-1) : T(1));
+    const Index n = panel_queries(p);
+    const T scale = std::max(task_.scale < 0 ? -task_.scale : task_.scale, std::numeric_limits<T>::min());
+    std::fill_n(scratch_.unit + p * lanes, lanes, scale);
     for (Index v = 0; v < vectors; ++v) {
       const Index first = v * V::width, some = std::clamp<Index>(n - first, 0, V::width);
-      for (Index k = 0; k < d; k += V::width) {
-        const Index width = std::min(V::width, d - k);
-        Vec block[V::lanes];
-        for (Index i = 0; i < V::width; ++i) {
-          const T* row = from + (first + i) * stride + k;
-          block[i] = i >= some ? V::zero() : V::mul(sign, width == V::width ? V::load(row) : V::load_n(row, width));
-        }
-        V::transpose(block);
-        for (Index i = 0; i < width; ++i) V::store(to + (k + i) * lanes + first, block[i]);
-      }
+      const T* const from = task_.query(query_ + p * lanes + first, head_);
+#ifdef QKV_DETAIL_WORDS
+      if constexpr (A::quads)
+        load_quads(from, some, q(p) + first, scratch_.unit + p * lanes + first);
+      else if constexpr (A::words)
+        load_pairs(from, some, q(p) + first);
+#endif
+      if constexpr (!A::words) load_numbers(from, some, q(p) + first);
     }
     std::fill_n(scratch_.m + p * lanes, lanes, detail::minus_infinity<T>);
     std::fill_n(scratch_.l + p * lanes, lanes, T(0));
     std::fill_n(o(p), task_.v_head_dim() * lanes, T(0));
   }
+  Vec sign() const { return V::broadcast(task_.scale < 0 ? T(-1) : T(1)); }
+  /// The first `some` rows of one register's queries; features [k, k + width), past the end zeros.
+  Vec query_part(const T* from, Index row, Index some, Index k) const {
+    const T* const at = from + row * task_.q.outerStride() + k;
+    const Index left = task_.head_dim() - k;
+    if (row >= some || left <= 0) return V::zero();
+    return V::mul(sign(), left >= V::width ? V::load(at) : V::load_n(at, left));
+  }
+  void load_numbers(const T* from, Index some, T* to) const {
+    const Index d = task_.head_dim();
+    for (Index k = 0; k < d; k += V::width) {
+      Vec block[V::lanes];
+      for (Index i = 0; i < V::width; ++i) block[i] = query_part(from, i, some, k);
+      V::transpose(block);
+      for (Index i = 0; i < std::min(V::width, d - k); ++i) V::store(to + (k + i) * lanes, block[i]);
+    }
+  }
+#ifdef QKV_DETAIL_WORDS
+  void load_pairs(const float* from, Index some, Word* to) const {
+    const Index depth = panels_.key_depth();
+    for (Index w = 0; w < depth; w += word_lanes) {
+      Vec block[V::lanes];
+      for (Index i = 0; i < V::width; ++i) {
+        const Vec low = query_part(from, i, some, 2 * w), high = query_part(from, i, some, 2 * w + V::width);
+        block[i] = _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+      }
+      V::transpose(block);
+      for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
+        store_words(to + (w + i) * lanes, _mm512_castps_si512(block[i]));
+    }
+  }
+  /// q ≈ (byte - 128)·scale per row, scale = max|q| / 127; `unit` is multiplied by it.
+  void load_quads(const float* from, Index some, Word* to, float* unit) const {
+    const Index d = task_.head_dim(), depth = panels_.key_depth();
+    float inverse[V::lanes];
+    for (Index i = 0; i < V::width; ++i) {
+      Vec most = V::zero(), zero = V::zero();
+      for (Index k = 0; k < d; k += V::width) {
+        const Vec x = query_part(from, i, some, k);
+        most = V::max(most, _mm512_abs_ps(x));
+        zero = V::fma(V::zero(), x, zero);
+      }
+      const float amax = V::max_lanes(most), nan_if_not_finite = V::sum_lanes(zero);
+      inverse[i] = amax > 0 ? 127 / amax : 0;
+      if (amax > 0 || nan_if_not_finite != 0) unit[i] *= amax / 127 + nan_if_not_finite;
+    }
+    for (Index w = 0; w < depth; w += word_lanes) {
+      Vec block[V::lanes];
+      for (Index i = 0; i < V::width; ++i) {
+        alignas(detail::cache_line) std::uint8_t bytes[64];
+        for (Index part = 0; part < 4; ++part) {
+          const Vec x = V::mul(query_part(from, i, some, 4 * w + part * V::width), V::broadcast(inverse[i]));
+          const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
+          _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + part, _mm512_cvtusepi32_epi8(whole));
+        }
+        block[i] = _mm512_castsi512_ps(_mm512_load_si512(bytes));
+      }
+      V::transpose(block);
+      for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
+        store_words(to + (w + i) * lanes, _mm512_castps_si512(block[i]));
+    }
+  }
+#endif
 
   /// The state of the panel, in natural units, merged into that of the task.
   void store_panel(Index p) {
@@ -149,11 +209,11 @@ class Tiled {
       }
     for (Index i = 0; i < n; ++i) {
       const Index query = query_ + p * lanes + i;
-      const T m = scratch_.m[p * lanes + i], l = scratch_.l[p * lanes + i];
+      const T m = natural(p * lanes + i), l = scratch_.l[p * lanes + i];
       T& m2 = state_.m(query, head_);
       T& l2 = state_.l(query, head_);
-      const T natural = m * unit(), top = detail::nan_max(m2, natural);
-      l2 = detail::weight_of(m2, top) * l2 + detail::weight_of(natural, top) * l;
+      const T top = detail::nan_max(m2, m);
+      l2 = detail::weight_of(m2, top) * l2 + detail::weight_of(m, top) * l;
       m2 = top;
     }
   }
@@ -161,9 +221,9 @@ class Tiled {
     T* const to = state_.o(query, head_, task_.v_head_dim()) + k;
     const T m2 = state_.m(query, head_);
     if (m2 == detail::minus_infinity<T>) return V::store_n(to, part, width);
-    const T natural = scratch_.m[lane] * unit(), top = detail::nan_max(m2, natural);
+    const T m = natural(lane), top = detail::nan_max(m2, m);
     const Vec old = V::mul(V::broadcast(detail::weight_of(m2, top)), V::load_n(to, width));
-    V::store_n(to, V::fma(V::broadcast(detail::weight_of(natural, top)), part, old), width);
+    V::store_n(to, V::fma(V::broadcast(detail::weight_of(m, top)), part, old), width);
   }
 
   Block block_of(Index p, const KeyRun<S>& run, Index base, Index row, Index count) const {
@@ -199,24 +259,34 @@ class Tiled {
     if (end <= begin) return;
     end = std::min(block.count, (end + rows - 1) / rows * rows);
 
-    const Index d = task_.head_dim();
-    for (Index c = begin; c < end; c += rows) {
-      const Index height = std::min(rows, block.count - c);
-      packed_tile_of<T>(height, {.depth = d,
-                                 .a = panels_.block_keys(b) + c * d,
-                                 .b = q(p),
-                                 .b_step = lanes,
-                                 .c = scratch_.s + c * lanes,
-                                 .c_row = lanes});
-    }
+    const Index depth = panels_.key_depth();
+    for (Index c = begin; c < end; c += rows) multiply_keys(b, p, c, std::min(rows, block.count - c), depth);
     end = std::min(end, block.count);
     if (mixed || !plain) rescore(block, p, begin, end, mixed);
     soften(block, b, p, begin, end);
   }
 
+  void multiply_keys(Index b, Index p, Index c, Index height, Index depth) const {
+    const Number* const a = panels_.block_keys(b) + c * depth;
+    T* const to = scratch_.s + c * lanes;
+    if constexpr (!A::words)
+      packed_tile_of<T>(height, {.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes});
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) {
+      WordOperands op{.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes};
+      if constexpr (A::quads) {
+        op.offset = panels_.key_offsets + b * tile_keys + c;
+        op.scale = panels_.key_scales + b * tile_keys + c;
+        word_tile_of<QuadDot>(height, op);
+      } else {
+        word_tile_of<PairDot>(height, op);
+      }
+    }
+#endif
+  }
+
   /// Scores and masks of columns [begin, end).
   void rescore(const KeyBlock& block, Index p, Index begin, Index end, bool mixed) {
-    const Index n = panel_queries(p);
     Index next = begin;  // columns before it are done
     const auto hide = [&](Index from, Index to) {
       if (from < to) std::fill_n(scratch_.s + from * lanes, (to - from) * lanes, detail::minus_infinity<T>);
@@ -232,23 +302,24 @@ class Tiled {
             const Cover c = mixed ? detail::cover(*task_.mask, block_of(p, run, base, row + i, some)) : Cover::all;
             if (c == Cover::none)
               hide(column + i, column + i + some);
-            else
+            else if (!plain || c == Cover::some)
               for (Index j = i; j < i + some; ++j)
-                rescore_key(block_of(p, run, base, row + j, 1), n, scratch_.s + (column + j) * lanes, c == Cover::some);
+                rescore_key(block_of(p, run, base, row + j, 1), p, scratch_.s + (column + j) * lanes, c == Cover::some);
             i += some;
           }
         });
     hide(next, end);
   }
 
-  void rescore_key(const Block& one, Index n, T* s, bool mixed) {
+  void rescore_key(const Block& one, Index p, T* s, bool mixed) {
+    const Index n = panel_queries(p);
     const At first = task_.at(head_, one.query, one.key, one.key_position);
     if constexpr (!plain) {
-      const Vec scale = V::broadcast(size_of_scale());
       for (Index v = 0; v < vectors; ++v) {
         T* const at = s + v * V::width;
         const LaneAt lane{advance(first, v * V::width), n - v * V::width};
-        V::store(at, score_lanes<T>(*task_.score, V::mul(scale, V::load(at)), lane));
+        V::store(at, score_lanes<T>(*task_.score,
+                                    V::mul(V::load(scratch_.unit + p * lanes + v * V::width), V::load(at)), lane));
       }
     }
     if (!mixed) return;
@@ -287,7 +358,9 @@ class Tiled {
       for (; c + 4 <= end; c += 4)
         unroll<4>([&](auto i) { top[i] = V::max_nan(top[i], V::load(at + (c + i) * lanes)); });
       for (; c < end; ++c) top[0] = V::max_nan(top[0], V::load(at + c * lanes));
-      const Vec low = V::broadcast(detail::minus_infinity<T>), to_log2 = V::broadcast(unit() * log2_e<T>);
+      const Vec low = V::broadcast(detail::minus_infinity<T>),
+                to_log2 = V::mul(V::broadcast(log2_e<T>),
+                                 plain ? V::load(scratch_.unit + p * lanes + v * V::width) : V::broadcast(T(1)));
       T* const m = scratch_.m + p * lanes + v * V::width;
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec old = V::load(m);
@@ -296,22 +369,9 @@ class Tiled {
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec factor = V::exp2(V::mul(V::sub(old, base), to_log2));
-      Vec sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      const auto weigh = [&](Index column) {
-        const Vec w = V::exp2(V::mul(V::sub(V::load(at + column * lanes), base), to_log2));
-        V::store(at + column * lanes, w);
-        return w;
-      };
-      c = begin;
-      for (; c + 4 <= end; c += 4) unroll<4>([&](auto i) { sum[i] = V::add(sum[i], weigh(c + i)); });
-      for (Index i = 0; c + i < end; ++i) {
-        const Vec w = weigh(c + i);
-        unroll<4>([&](auto j) {
-          if (j == i) sum[j] = V::add(sum[j], w);
-        });
-      }
+      const Vec sum = weigh(at, begin, end, base, to_log2);
       V::store(m, now);
-      V::store(l, V::fma(V::load(l), factor, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]))));
+      V::store(l, V::fma(V::load(l), factor, sum));
       V::store(keep + v * V::width, factor);
       moved = moved || V::any(V::less(old, now));
     });
@@ -321,19 +381,81 @@ class Tiled {
           T* const at = o(p) + x * lanes + v * V::width;
           V::store(at, V::mul(V::load(at), V::load(keep + v * V::width)));
         });
-    for (Index x = 0; x < dv; x += rows) {
-      const Index height = std::min(rows, dv - x);
-      T* const to = o(p) + x * lanes;
-      packed_tile_of<T>(height, {.depth = end - begin,
-                                 .a = panels_.block_values(b) + x * block.count + begin * height,
-                                 .b = s + begin * lanes,
+    for (Index x = 0; x < dv; x += rows) multiply_values(block, b, p, begin, end, x, std::min(rows, dv - x));
+    add_not_finite(block, b, p, begin, end);
+  }
+
+  /// One register of queries: scores of columns [begin, end) become weights e^(score - base); returns their sum.
+  Vec weigh(T* at, Index begin, Index end, Vec base, Vec to_log2) const {
+    const auto exponent = [&](Index column) { return V::mul(V::sub(V::load(at + column * lanes), base), to_log2); };
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) {  // in place: the pair of columns c, c + 1 goes to row c / 2
+      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+      Vec sum[2] = {V::zero(), V::zero()};  // of the rounded weights
+      const auto put = [&](Index c, Vec high, Index i) {
+        const __m512i pair = to_pairs(exp2_short(exponent(c)), high);
+        store_words(reinterpret_cast<Word*>(at) + c / 2 * lanes, pair);
+        sum[i] = PairDot::dot(sum[i], pair, ones);
+      };
+      Index c = begin;
+      for (; c + 4 <= end; c += 4) {
+        put(c, exp2_short(exponent(c + 1)), 0);
+        put(c + 2, exp2_short(exponent(c + 3)), 1);
+      }
+      if (c < end) put(c, c + 1 < end ? exp2_short(exponent(c + 1)) : V::zero(), 0);
+      if (c + 2 < end) put(c + 2, V::zero(), 1);
+      return V::add(sum[0], sum[1]);
+    }
+#endif
+    if constexpr (!A::words) {
+      Vec sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      const auto put = [&](Index column) {
+        const Vec w = V::exp2(exponent(column));
+        V::store(at + column * lanes, w);
+        return w;
+      };
+      Index c = begin;
+      for (; c + 4 <= end; c += 4) unroll<4>([&](auto i) { sum[i] = V::add(sum[i], put(c + i)); });
+      unroll<3>([&](auto i) {
+        if (c + i < end) sum[i] = V::add(sum[i], put(c + i));
+      });
+      return V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]));
+    }
+    return base;  // not reached
+  }
+
+  void multiply_values(const KeyBlock& block, Index b, Index p, Index begin, Index end, Index x, Index height) const {
+    T* const to = o(p) + x * lanes;
+    const Index count = (block.count + A::keys - 1) / A::keys, first = begin / A::keys;
+    const Number* const a = panels_.block_values(b) + x * count + first * height;
+    const Number* const weights = reinterpret_cast<const Number*>(scratch_.s) + first * lanes;
+    const Index depth = (end + A::keys - 1) / A::keys - first;
+    if constexpr (!A::words)
+      packed_tile_of<T>(height, {.depth = depth,
+                                 .a = a,
+                                 .b = weights,
                                  .b_step = lanes,
                                  .start = to,
                                  .start_row = lanes,
                                  .c = to,
                                  .c_row = lanes});
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words)
+      word_tile_of<PairDot>(
+          height, {.depth = depth, .a = a, .b = weights, .b_step = lanes, .carry_on = true, .c = to, .c_row = lanes});
+#endif
+  }
+  /// The weight of one pair, as it was multiplied.
+  T weight(Index c, Index lane) const {
+    if constexpr (A::words) {
+      const Word pair = reinterpret_cast<const Word*>(scratch_.s)[c / 2 * lanes + lane];
+      const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
+      T value;
+      std::memcpy(&value, &bits, sizeof bits);
+      return value;
+    } else {
+      return scratch_.s[c * lanes + lane];
     }
-    add_not_finite(block, b, p, begin, end);
   }
 
   /// Value rows that are not finite are packed as zeros; they reach the lanes that see them here, one by one.
@@ -367,10 +489,14 @@ class Tiled {
 
   const Task<T, S, M, F>& task_;
   const StateView<T>& state_;
-  const Panels<T>& panels_;
+  const Panels<A>& panels_;
   Index n_blocks_, head_, query_, n_queries_;
   detail::Carver carver_;
   TiledScratch<T> scratch_;
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

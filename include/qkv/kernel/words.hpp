@@ -1,0 +1,165 @@
+// kernel/words.hpp — products in narrow numbers, 32-bit words at a time: two bfloat16 or four int8 of one row.
+//
+//     bfloat16   c += a₀b₀ + a₁b₁                          vdpbf16ps: products and sums in float
+//     int8       c += Σ₄ aᵢ·bᵢ,   a signed, b unsigned       vpdpbusd: exact in 32 bits
+//
+// The tile is that of kernel/register_tile.hpp with a word in place of a number: a word of `a` is broadcast, words of `b`
+// are a vector, one per query. Signs: a query's int8 is stored as q + 128, so a sum starts at -128·Σ(key row).
+//
+// Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `available` is false and kernels widen instead.
+//
+// Before: kernel/gemm.hpp   Next: embedding.hpp
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+#include "register_tile.hpp"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
+#define QKV_DETAIL_WORDS 1
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
+namespace qkv::inline QKV_ABI::kernel {
+
+using Word = std::uint32_t;
+
+#ifdef QKV_DETAIL_WORDS
+inline constexpr bool words_available = true;
+inline constexpr Index word_lanes = 16;
+
+EIGEN_ALWAYS_INLINE __m512i load_words(const Word* p) { return _mm512_loadu_si512(p); }
+EIGEN_ALWAYS_INLINE void store_words(Word* p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+/// Sums in float of products of bfloat16 pairs.
+struct PairDot {
+  using Sum = __m512;
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
+  }
+};
+/// Sums in int32 of products of four: a signed, b unsigned.
+struct QuadDot {
+  using Sum = __m512i;
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(c, b, a); }
+};
+
+/// One tile of words: c(r, j) = start(r, j) + Σ_k a(k, r)·b(k, j). PairDot continues from c where `start` is c, else from
+/// 0; QuadDot starts row r at offset[r] and multiplies it by scale[r] at the end.
+struct WordOperands {
+  Index depth = 0;          // words
+  const Word* a = nullptr;  // [depth][Rows]
+  const Word* b = nullptr;  // [depth][b_step]
+  Index b_step = 0;
+  bool carry_on = false;                 // PairDot: add to c
+  const std::int32_t* offset = nullptr;  // QuadDot [Rows]
+  const float* scale = nullptr;          // QuadDot [Rows]
+  float* c = nullptr;
+  Index c_row = 0;
+};
+
+template <class Dot, Index Rows, Index Vectors>
+void word_tile(const WordOperands op) {
+  typename Dot::Sum sum[std::size_t(Rows)][std::size_t(Vectors)];
+  if constexpr (std::is_same_v<Dot, PairDot>) {
+    if (op.carry_on)
+      unroll<Rows>([&](auto r) {
+        unroll<Vectors>([&](auto v) { sum[r][v] = _mm512_loadu_ps(op.c + r * op.c_row + v * word_lanes); });
+      });
+    else
+      unroll<Rows>([&](auto r) { unroll<Vectors>([&](auto v) { sum[r][v] = _mm512_setzero_ps(); }); });
+  } else {
+    unroll<Rows>([&](auto r) { unroll<Vectors>([&](auto v) { sum[r][v] = _mm512_set1_epi32(op.offset[r]); }); });
+  }
+  const Word* a = op.a;
+  const Word* b = op.b;
+  for (Index k = op.depth; k > 0; --k) {
+    __m512i row[std::size_t(Vectors)];
+    unroll<Vectors>([&](auto v) { row[v] = load_words(b + v * word_lanes); });
+    unroll<Rows>([&](auto r) {
+      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r]));
+      unroll<Vectors>([&](auto v) { sum[r][v] = Dot::dot(sum[r][v], x, row[v]); });
+    });
+    a += Rows;
+    b += op.b_step;
+  }
+  unroll<Rows>([&](auto r) {
+    unroll<Vectors>([&](auto v) {
+      __m512 out;
+      if constexpr (std::is_same_v<Dot, PairDot>)
+        out = sum[r][v];
+      else
+        out = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_set1_ps(op.scale[r]));
+      _mm512_storeu_ps(op.c + r * op.c_row + v * word_lanes, out);
+    });
+  });
+}
+
+/// word_tile for 1 … TileShape<float>::rows rows.
+template <class Dot>
+void word_tile_of(Index rows, const WordOperands& op) {
+  using Shape = TileShape<float>;
+  constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
+    return std::array{&word_tile<Dot, R + 1, Shape::vectors>...};
+  }
+  (std::make_integer_sequence<Index, Shape::rows>{});
+  tiles[static_cast<std::size_t>(rows - 1)](op);
+}
+
+/// Words [first, first + 16) of a row of `bytes` bytes; zeros after its end, and no access past it.
+EIGEN_ALWAYS_INLINE __m512i row_words(const void* row, Index bytes, Index first) {
+  const Index left = bytes - first * 4;
+  const auto* at = static_cast<const char*>(row) + first * 4;
+  if (left >= 64) return _mm512_loadu_si512(at);
+  return _mm512_maskz_loadu_epi8(left <= 0 ? 0 : (~__mmask64{0} >> (64 - left)), at);
+}
+
+/// Rows of `bytes` bytes, `stride` bytes apart -> [words][rows], rows <= 16. `to` needs room for pack_slack words more.
+inline void pack_words(const void* from, Index stride, Index rows, Index bytes, Word* to) {
+  using V = Simd<float>;
+  const Index words = (bytes + 3) / 4;
+  for (Index w = 0; w < words; w += word_lanes) {
+    V::Vec block[V::lanes];
+    for (Index r = 0; r < word_lanes; ++r)
+      block[r] = r < rows ? _mm512_castsi512_ps(row_words(static_cast<const char*>(from) + r * stride, bytes, w))
+                          : _mm512_setzero_ps();
+    V::transpose(block);
+    for (Index i = 0; i < std::min(word_lanes, words - w); ++i)
+      store_words(to + (w + i) * rows, _mm512_castps_si512(block[i]));
+  }
+}
+
+/// 2ˣ to 1e-4, enough before rounding to bfloat16: degree 3 on [0, 1) after the integer part. 2^-inf = +0, NaN stays NaN.
+EIGEN_ALWAYS_INLINE __m512 exp2_short(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, 1);  // x - floor(x)
+  __m512 p = _mm512_set1_ps(0.0780245227F);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.226067155F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.695833541F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.999925219F));
+  return _mm512_scalef_ps(p, x);
+}
+
+/// Lane l of the result holds (low[l], high[l]) as bfloat16, each rounded to nearest even.
+EIGEN_ALWAYS_INLINE __m512i to_pairs(__m512 low, __m512 high) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+#else
+inline constexpr bool words_available = false;
+#endif
+
+}  // namespace qkv::inline QKV_ABI::kernel
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
