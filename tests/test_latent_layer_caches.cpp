@@ -23,6 +23,25 @@ using Int8 = In<float, std::int8_t>;
 using F64 = In<double, double>;
 using WideInt8 = In<double, std::int8_t>;
 
+/// A latent cache of the user's own: what it holds comes in runs of 1, 2, 3 … rows.
+struct InRuns : LatentCache<float> {
+  using LatentCache<float>::LatentCache;
+  std::vector<qkv::LatentRun<float>> mutable runs = {};
+
+  qkv::LatentRows<float> latent_rows() const {
+    auto all = LatentCache<float>::latent_rows();
+    runs.clear();
+    for (Index first = 0, n = 1; first < all.rows; first += n++) {
+      auto run = all.runs[0];
+      run.latent += first * all.latent_row_stride, run.rope += first * all.rope_row_stride;
+      run.position = first, run.rows = std::min(n, all.rows - first);
+      runs.push_back(run);
+    }
+    all.runs = runs;
+    return all;
+  }
+};
+
 inline constexpr Index n_rows = 263;  // across the border of a latent chunk
 
 }  // namespace
@@ -97,6 +116,26 @@ TEMPLATE_TEST_CASE("in a batch each sequence of latent attention has the bits it
   for (auto* caches : {&together, &alone})
     for (auto& cache : *caches) cache.clear();
   CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, Threaded{2}));
+}
+
+TEST_CASE("latent rows may lie in several runs", "[layer]") {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(70, 29, 9);
+  const Wide expected = latent_by_formula(layer, x);
+  for (const LatentForm form : {LatentForm::naive, LatentForm::absorbed}) {
+    InRuns cache({.latent_dim = 19, .rope_dim = 6, .capacity = 70});
+    CHECK(max_error(feed(layer, cache, x, {40, 1, 7}, qkv::causal, qkv::plain, LayerOptions{.form = form}), expected) <=
+          layer_tolerance<float>);
+    cache.truncate(30);
+    Matrix<bool> sees(40, 70);  // by call rows and columns, across the runs
+    for (Index i = 0; i < 40; ++i)
+      for (Index j = 0; j < 70; ++j) sees(i, j) = (i * 3 + j * j) % 4 != 1;
+    CHECK(max_error(layer.forward(x.bottomRows(40), cache, qkv::causal & qkv::boolean(sees), qkv::plain,
+                                  LayerOptions{.form = form}),
+                    latent_by_formula(layer, x, [&](const At& at) {
+                      return causally(at) && (at.query < 30 || sees(at.query - 30, at.key));
+                    }).bottomRows(40)) <= layer_tolerance<float>);
+  }
 }
 
 TEST_CASE("one full latent cache stops the whole batch before it begins", "[layer]") {
