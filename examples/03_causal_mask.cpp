@@ -88,8 +88,7 @@ int main() {
   const auto words = toy::words(sentence);
   const Matrix<float> x = embedding.forward(toy::token_ids(sentence)), y = embedding.forward(toy::token_ids(other));
   const Index n = x.rows(), before = n - 1;
-  std::printf("Weights of \"%s\" under causal: each row sees itself and what came before (per cent)\n\n",
-              sentence.c_str());
+  std::printf("Weights of \"%s\" under causal: a row sees itself and those before (per cent)\n\n", sentence.c_str());
   const Matrix<float> weights = qkv::attention_weights(x, x, {}, qkv::causal);
   terminal::heat_map(weights, words, words);
 

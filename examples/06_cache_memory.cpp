@@ -85,8 +85,8 @@ int main() {
   }
   const Index one_layer = qkv::elements_per_token(mha) * tokens;
   std::printf(
-      "\n  One layer of MHA holds %.0f million numbers, the model %.1f billion. The often quoted 134 MB is one "
-      "layer.\n\n",
+      "\n  One layer of MHA holds %.0f million numbers, the model %.1f billion.\n"
+      "  The often quoted 134 MB is one layer.\n\n",
       static_cast<double>(one_layer) / 1e6, static_cast<double>(layers * one_layer) / 1e9);
   claims(std::abs(whole - 4.3) < 0.05, "32 layers of MHA at 8192 tokens take 4.3 GB in 16 bits");
   claims(allocated<qkv::half>(mha, tokens) == 4 * allocated<qkv::half>(variants[1].config, tokens) &&

@@ -142,8 +142,8 @@ int main() {
   std::printf("\n");
   claims(least > 0.1, "a rotated key is not the up-projection of a rotated latent");
   std::printf(
-      "  So MLA splits the key: %td features from the latent that never turn, and %td more that do, cached beside\n"
-      "  it, already turned, one for all heads.\n",
+      "  So MLA splits the key: %td features from the latent that never turn, and %td more that do,\n"
+      "  cached beside it, already turned, one for all heads.\n",
       config.nope_dim, config.rope_dim);
   return claims.status();
 }
