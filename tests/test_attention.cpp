@@ -22,12 +22,12 @@ struct EveryThird {  // a user's mask that helps the kernels
 }  // namespace
 
 TEMPLATE_TEST_CASE("every kernel is the definition when everybody sees everything", "[attention]", float, double) {
-  for (const Case& c : shapes()) check_kernels<TestType>(c, full, plain, everyone, unchanged);
+  for (const Case& c : shapes()) check_kernels<TestType, Types::kept>(c, full, plain, everyone, unchanged);
 }
 
 TEMPLATE_TEST_CASE("every kernel is the definition under causal and windows", "[attention]", float, double) {
   for (const Case& c : shapes()) {
-    check_kernels<TestType>(
+    check_kernels<TestType, Types::kept>(
         c, causal, plain, [](const At& at) { return at.key_position <= at.query_position; }, unchanged);
     for (const auto& [left, right] : {std::pair<Index, Index>{9, 4}, {150, 0}, {0, 70}, {0, 0}})
       check_kernels<TestType>(
@@ -47,7 +47,7 @@ TEMPLATE_TEST_CASE("every kernel is the definition under composed masks", "[atte
   for (const Case& c : shapes()) {
     check_kernels<TestType>(
         c, prefix(100), plain, [](const At& at) { return at.key_position < 100; }, unchanged);
-    check_kernels<TestType>(
+    check_kernels<TestType, Types::kept>(
         c, (prefix(16) | window(64, 0)) & causal, plain,
         [](const At& at) {
           return at.key_position <= at.query_position &&

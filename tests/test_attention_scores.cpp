@@ -1,7 +1,5 @@
 #include <qkv/attention.hpp>
 
-#include <functional>
-
 #include "support/attention_case.hpp"
 
 using namespace support;
@@ -11,22 +9,11 @@ namespace {
 
 bool before(const At& at) { return at.key_position <= at.query_position; }
 
-/// Masks and scores behind one type: every combination without compiling every combination.
-struct AnyMask {
-  std::function<bool(const At&)> see;
-  std::function<Cover(const Block&)> answer;
-  bool sees(const At& at) const { return see(at); }
-  Cover cover(const Block& b) const { return answer(b); }
-};
-template <class M>
-AnyMask any(const M& mask) {
-  return {[mask](const At& at) { return mask.sees(at); }, [mask](const Block& b) { return detail::cover(mask, b); }};
-}
-
 }  // namespace
 
 TEMPLATE_TEST_CASE("every kernel is the definition with every score", "[attention][score]", float, double) {
   using T = TestType;
+  const AnyMask mask = AnyMask::of(causal);
   for (const Case& c : shapes()) {
     const Index heads = c.heads.heads;
     const RowVector<double> slopes = numbers<double>(1, heads, 5).cwiseAbs();
@@ -36,15 +23,16 @@ TEMPLATE_TEST_CASE("every kernel is the definition with every score", "[attentio
     const auto wide = [](double x) { return static_cast<long double>(static_cast<T>(x)); };
     // With slopes up to 1 scores reach hundreds: what is left of them in T is that much coarser.
     const double distance = static_cast<double>(c.n_keys + c.n_queries);
-    check_kernels<T>(
-        c, causal, alibi(slopes), before,
+    check_kernels<T, Types::kept>(
+        c, mask, alibi(slopes), before,
         [&](long double s, const At& at) { return s - slope(at) * (at.query_position - at.key_position); }, {}, {},
         tolerance<T> * std::max(1.0, distance / 40));
-    check_kernels<T>(c, causal, soft_cap(1.5), before,
-                     [](long double s, const At&) { return 1.5L * std::tanh(s / 1.5L); });
-    check_kernels<T>(c, causal, then(soft_cap(2), bias(m)), before,
-                     [&](long double s, const At& at) { return 2 * std::tanh(s / 2) + wide(m(at.query, at.key)); });
-    check_kernels<T>(c, causal, bias_per_head(each, heads), before, [&](long double s, const At& at) {
+    check_kernels<T, Types::kept>(c, mask, soft_cap(1.5), before,
+                                  [](long double s, const At&) { return 1.5L * std::tanh(s / 1.5L); });
+    check_kernels<T, Types::kept>(c, mask, then(soft_cap(2), bias(m)), before, [&](long double s, const At& at) {
+      return 2 * std::tanh(s / 2) + wide(m(at.query, at.key));
+    });
+    check_kernels<T, Types::kept>(c, mask, bias_per_head(each, heads), before, [&](long double s, const At& at) {
       return s + wide(each(at.head * c.n_queries + at.query, at.key));
     });
     check_kernels<T>(
@@ -55,7 +43,7 @@ TEMPLATE_TEST_CASE("every kernel is the definition with every score", "[attentio
 
 TEST_CASE("a score of one scalar is enough", "[attention][score]") {
   const Case c{.n_queries = 6, .n_keys = 13, .heads = {2, 1}, .head_dim = 3, .v_head_dim = 5};
-  check_kernels<float>(
+  check_kernels<float, Types::kept>(
       c, causal, [](float s, const At&) { return s * 0.5F; }, before, [](long double s, const At&) { return s / 2; });
 }
 
@@ -64,17 +52,17 @@ TEST_CASE("every mask goes with every score", "[attention][score]") {
   const Matrix<double> m = normals<double>(c.n_queries, c.n_keys, 8);
   const RowVector<double> slopes = (RowVector<double>(4) << 0.5, 0.25, 0.125, 0.0625).finished();
   using Sees = std::function<bool(const At&)>;
-  using Score = std::function<double(double, const At&)>;
+  using Score = AnyScore<double>;
   using Formula = std::function<long double(long double, const At&)>;
   const auto at_most = [](Index back) {
     return [back](const At& at) { return at.query_position - at.key_position <= back; };
   };
   const std::vector<std::pair<AnyMask, Sees>> masks = {
-      {any(full), everyone},
-      {any(causal), before},
-      {any(window(40, infinite)), at_most(40)},
-      {any(causal & window(130, infinite)), [&](const At& at) { return before(at) && at_most(130)(at); }},
-      {any((causal | prefix(90)) & where([](const At& at) { return at.key % 5 != 2; })),
+      {AnyMask::of(full), everyone},
+      {AnyMask::of(causal), before},
+      {AnyMask::of(window(40, infinite)), at_most(40)},
+      {AnyMask::of(causal & window(130, infinite)), [&](const At& at) { return before(at) && at_most(130)(at); }},
+      {AnyMask::of((causal | prefix(90)) & where([](const At& at) { return at.key % 5 != 2; })),
        [](const At& at) { return (before(at) || at.key_position < 90) && at.key % 5 != 2; }},
   };
   const std::vector<std::pair<Score, Formula>> scores = {

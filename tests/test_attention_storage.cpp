@@ -27,6 +27,11 @@ Matrix<double> stored(const Matrix<float>& x, Index kv_heads) {
   return y;
 }
 
+double relative_rms(const Matrix<float>& got, const Matrix<long double>& expected) {
+  const Matrix<double> reference = expected.cast<double>();
+  return (got.cast<double>() - reference).norm() / reference.norm();
+}
+
 const std::vector<Case>& some_shapes() {
   static const std::vector<Case> cases = {
       {.n_queries = 1, .n_keys = 277, .heads = {14, 2}, .head_dim = 40, .v_head_dim = 24},
@@ -49,9 +54,17 @@ TEMPLATE_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8"
     for (const Kernel kernel : kernels) {
       INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries");
       Matrix<float> lse;
-      const auto out = attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel, .log_sum_exp = &lse});
+      Options<float> options{.kernel = kernel, .arithmetic = Arithmetic::exact, .log_sum_exp = &lse};
+      const auto out = attention(in.q, cache, c.heads, causal, plain, options);
       CHECK(max_error(out, expected.out) <= tolerance<float>);
       CHECK(max_error(lse, expected.log_sum_exp) <= 5 * tolerance<float>);
+      // In the numbers of the storage type, where the CPU has them: root mean square error over that of the output.
+      options.arithmetic = Arithmetic::automatic;
+      const auto narrow = attention(in.q, cache, c.heads, causal, plain, options);
+      const bool may_differ = kernel == Kernel::tiled && sizeof(TestType) < 4 && !std::is_same_v<TestType, half>;
+      CHECK(relative_rms(narrow, expected.out) <= (may_differ ? 1e-2 : 1e-6));
+      CHECK(max_error(lse, expected.log_sum_exp) <= (may_differ ? 5e-2 : 5 * tolerance<float>));
+      if (!may_differ) CHECK(same_bits(narrow, out));
     }
     CHECK(max_error(attention_weights(in.q, cache, c.heads, causal), expected.probabilities) <= tolerance<float>);
   }
@@ -94,5 +107,27 @@ TEST_CASE("an int8 row that was not finite is NaN for those who see it", "[atten
       CHECK(out.bottomRows(1).leftCols(width).array().isNaN().all());
       CHECK(out.bottomRows(1).rightCols(out.cols() - width).array().isFinite().all());
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("stored rows that are masked may hold anything, in every storage type", "[attention][storage]", half,
+                   bfloat16, std::int8_t) {
+  for (const Case& c : some_shapes()) {
+    const Inputs<float> in(c);
+    Inputs<float> bad = in;
+    const auto mask = causal & where([](const At& at) { return at.key % 3 != 1; });
+    for (Index j = 1; j < c.n_keys; j += 3) {
+      bad.k.row(j).setConstant(std::numeric_limits<float>::quiet_NaN());
+      bad.v.row(j).setConstant(std::numeric_limits<float>::infinity());
+    }
+    const PagedKeys<TestType> clean(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+    const PagedKeys<TestType> poisoned(bad.k, bad.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact}) {
+        INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries");
+        const Options<float> options{.kernel = kernel, .arithmetic = arithmetic};
+        CHECK(same_bits(attention(in.q, poisoned, c.heads, mask, plain, options),
+                        attention(in.q, clean, c.heads, mask, plain, options)));
+      }
   }
 }

@@ -66,6 +66,26 @@ TEST_CASE("a prompt in pieces gives the bits of the whole prompt", "[attention][
   check_pieces<float>(prompt, causal & window(70, infinite), plain);
 }
 
+TEMPLATE_TEST_CASE("a prompt in pieces gives the bits of the whole prompt from every storage type", "[attention][bits]",
+                   half, bfloat16, std::int8_t) {
+  const Inputs<float> in(prompt);
+  const Index first = prompt.n_keys - prompt.n_queries;
+  const auto keys = [&](Index held, const std::vector<Index>& pages) {
+    return PagedKeys<TestType>(Matrix<float>(in.k.topRows(held)), Matrix<float>(in.v.topRows(held)), 2,
+                               consecutive_pages(held, pages));
+  };
+  for (const Kernel kernel : fast_kernels) {
+    const Options<float> options{.kernel = kernel};
+    const Matrix<float> whole = run(options, in.q, keys(prompt.n_keys, {64}), prompt.heads, causal, plain);
+    for (Index at = 0, n = 1; at < prompt.n_queries; at += n, n = std::min(2 * n + 5, prompt.n_queries - at)) {
+      INFO("kernel " << name(kernel) << ", queries " << at << "+" << n);
+      const Matrix<float> q = in.q.middleRows(at, n);
+      REQUIRE(same_bits(run(options, q, keys(first + at + n, {64, 3}), prompt.heads, causal, plain),
+                        whole.middleRows(at, n)));
+    }
+  }
+}
+
 TEST_CASE("tokens that come later never change a bit of earlier outputs", "[attention][bits]") {
   for (const Kernel kernel : kernels) {
     INFO("kernel " << name(kernel));

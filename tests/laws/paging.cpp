@@ -15,17 +15,19 @@ const Case step{.n_queries = 2, .n_keys = 531, .heads = {7, 1}, .head_dim = 40, 
 const std::vector<std::vector<Index>> page_sizes = {{1000}, {16}, {1}, {100, 3, 1, 57}, {128}, {0, 30, 0, 0, 7}};
 
 template <class S, class T, class M>
-void check_paged(const Case& c, const M& mask) {
+void check_paged(const Case& c, const M& mask, Arithmetic arithmetic = Arithmetic::automatic) {
   const Inputs<T> in(c);
   for (const Kernel kernel : kernels) {
     Matrix<T> lse, expected_lse;
     const PagedKeys<S> whole(in.k, in.v, c.heads.kv_heads, {{c.n_keys, 0}});
-    const Matrix<T> expected =
-        attention(in.q, whole, c.heads, mask, plain, {.kernel = kernel, .log_sum_exp = &expected_lse});
+    const Matrix<T> expected = attention(in.q, whole, c.heads, mask, plain,
+                                         {.kernel = kernel, .arithmetic = arithmetic, .log_sum_exp = &expected_lse});
     for (const auto& sizes : page_sizes) {
       INFO("kernel " << name(kernel) << ", pages of " << sizes[0] << " …");
       const PagedKeys<S> paged(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, sizes));
-      CHECK(same_bits(attention(in.q, paged, c.heads, mask, plain, {.kernel = kernel, .log_sum_exp = &lse}), expected));
+      CHECK(same_bits(attention(in.q, paged, c.heads, mask, plain,
+                                {.kernel = kernel, .arithmetic = arithmetic, .log_sum_exp = &lse}),
+                      expected));
       CHECK(same_bits(lse, expected_lse));
     }
     if constexpr (std::is_same_v<S, T>)  // and all of them equal the plain matrices
@@ -48,9 +50,11 @@ TEST_CASE("pages in any order and of any size give the bits of contiguous rows",
 
 TEST_CASE("rows of every storage type give the same bits in pages", "[attention][bits]") {
   for (const Case& c : {prompt, step}) {
-    check_paged<half, float>(c, causal);
-    check_paged<bfloat16, float>(c, causal);
-    check_paged<std::int8_t, float>(c, causal);
+    for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact}) {
+      check_paged<half, float>(c, causal, arithmetic);
+      check_paged<bfloat16, float>(c, causal, arithmetic);
+      check_paged<std::int8_t, float>(c, causal, arithmetic);
+    }
   }
 }
 
