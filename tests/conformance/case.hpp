@@ -8,7 +8,6 @@
 //     exact.Y=…                             the same in double, where there is such a run
 #pragma once
 
-#include <cerrno>
 #include <cmath>
 #include <cstdlib>
 #include <map>

@@ -1,6 +1,7 @@
 // npy.hpp — a tensor of a conformance case, read from NumPy's format 1.0: C order, little-endian.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <charconv>
 #include <cmath>
