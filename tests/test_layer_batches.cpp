@@ -121,6 +121,8 @@ TEST_CASE("pages that forks share are counted as they will be copied", "[layer]"
   // The half-full page has four users: the first three to write copy it, the last one keeps it.
   CHECK(contains(refused<std::length_error>(layer, {1, 1, 1, 1}, caches), "need 3"));
   CHECK(contains(refused<std::length_error>(layer, {1, 3, 0, 0}, caches), "need 3"));
+  CHECK(contains(refused<std::length_error>(layer, {0, 1, 1, 1}, caches),
+                 "need 3"));  // who writes nothing, copies nothing
   CHECK(pool.free_pages() == 2);
   caches.pop_back();
   const Matrix<float> x = normals<float>(3, 23, 4), out = run_batch(layer, x, {0, 1, 2, 3}, pointers_to(caches));
