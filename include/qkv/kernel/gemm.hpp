@@ -20,6 +20,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -136,7 +137,8 @@ struct ProductItem {
   Index tiles() const { return (rows + Shape::rows - 1) / Shape::rows; }
   Index tile_row(Index t) const { return t * rows / tiles(); }
 
-  void run(Index first, Index last) const {
+  /// `after`: the weights that are probably read next.
+  void run(Index first, Index last, const S* after) const {
     alignas(detail::cache_line) T storage[std::size_t(Blocks::capacity + pack_slack<T>)];
     const Index in = w.in(), step = rows == 1 ? in : Blocks::packed_depth(rows);
     for (Index k = 0; k == 0 || k < in; k += step) {
@@ -151,7 +153,8 @@ struct ProductItem {
           const Index some = std::min(Blocks::depth_block, depth - d);
           const S* next = d + some < depth ? w.rows(p, k + d + some)
                           : p + 1 < last   ? w.rows(p + 1, k)
-                                           : w.rows(first, std::min(k + step, in));
+                          : k + step < in  ? w.rows(first, k + step)
+                                           : after;
           block(p, k + d, some, packed, depth, d, next);
         }
     }
@@ -161,16 +164,20 @@ struct ProductItem {
   void block(Index p, Index k, Index some, const T* packed, Index depth, Index d, const S* next) const {
     const Index columns = std::min(panel, w.out() - p * panel);
     const Index used_groups = (columns + Shape::columns - 1) / Shape::columns;
-    // `next` is fetched meanwhile, evenly.
-    const Index share = panel * static_cast<Index>(sizeof(S)) / (used_groups * tiles());
-    const std::byte* ahead = reinterpret_cast<const std::byte*>(next);
+    // `next` and the sums of the tile after each tile are fetched meanwhile, evenly.
+    const auto share = static_cast<std::uintptr_t>(panel * Index(sizeof(S)) / (used_groups * tiles()));
+    const auto row_bytes = static_cast<std::uintptr_t>(out_stride) * sizeof(T);
+    auto ahead = reinterpret_cast<std::uintptr_t>(next);
     for (Index g = 0; g < used_groups; ++g) {
       const Index column = p * panel + g * Shape::columns;
       const Index width = std::min(Shape::columns, w.out() - column);
       const bool full = width == Shape::columns;
-      for (Index t = 0; t < tiles(); ++t, ahead += share * some) {
+      for (Index t = 0; t < tiles(); ++t, ahead += share * std::uintptr_t(some)) {
         const Index row = tile_row(t), height = tile_row(t + 1) - row;
         T* c = out + row * out_stride + column;
+        const T* following = t + 1 < tiles()                     ? c + height * out_stride
+                             : column + Shape::columns < w.out() ? out + column + Shape::columns
+                                                                 : c;
         TileOperands<T, S> op{.depth = some,
                               .a = packed + row * depth + d * height,
                               .b = w.rows(p, k) + g * Shape::columns,
@@ -179,13 +186,8 @@ struct ProductItem {
                               .start_row = k > 0 ? out_stride : 0,
                               .c = c,
                               .c_row = out_stride,
-                              .ahead = ahead,
-                              .ahead_step = share};
-        // The next tile's sums lie in memory since the last block of steps: fetch them meanwhile.
-        if (k > 0 && t + 1 < tiles())
-          for (Index r = 0; r < height; ++r)
-            for (Index j = 0; j < width; j += 64 / static_cast<Index>(sizeof(T)))
-              prefetch_near(c + (height + std::min(r, tile_row(t + 2) - tile_row(t + 1) - 1)) * out_stride + j);
+                              .ahead = {ahead, share},
+                              .next = {reinterpret_cast<std::uintptr_t>(following), row_bytes}};
         if (!full)
           edge_tile(height, width, op);
         else if (share > 64)
@@ -248,7 +250,8 @@ void packed_product_into(Out&& out, const X& x, const PackedWeights<T, S>& w, st
                                     bias.empty() ? nullptr : bias.data(),
                                     to.data() + row * to.outerStride(),
                                     to.outerStride()};
-    product.run(first, std::min(first + per_item, w.panels()));
+    const Index last = std::min(first + per_item, w.panels());
+    product.run(first, last, w.rows(next_row < rows ? first : last, 0));
   });
 }
 

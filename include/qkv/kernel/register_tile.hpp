@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -42,6 +43,18 @@ struct TileShape {
   static constexpr Index columns = vectors * Simd<T>::width;
 };
 
+/// Memory wanted soon: an address that moves on by `step` bytes, and may run past the end of what is wanted. A burst of
+/// misses blocks the loads of the products (measured at 64 rows: 0.82 to 0.91 of the peak); spread over a tile it costs
+/// nothing (0.98).
+struct Fetch {
+  std::uintptr_t at = 0, step = 0;
+
+  EIGEN_ALWAYS_INLINE void line(std::uintptr_t offset = 0) const {
+    prefetch_near(reinterpret_cast<const void*>(at + offset));
+  }
+  EIGEN_ALWAYS_INLINE void move() { at += step; }
+};
+
 /// c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j): pointers and the distances, in elements, of their rows and steps.
 template <class T, class S = T>
 struct TileOperands {
@@ -54,8 +67,7 @@ struct TileOperands {
   Index start_row = 0;       // 0: every row starts with the same vectors
   T* c = nullptr;
   Index c_row = 0;
-  const std::byte* ahead = nullptr;  // memory wanted soon: `AheadLines` cache lines are asked for with every k
-  Index ahead_step = 0;              // bytes
+  Fetch ahead = {}, next = {};  // only for tiles with AheadLines > 0
 };
 
 // The sums and the vectors of b by constant indices only, and no lambda: then they stay in registers, at -O2 too.
@@ -71,12 +83,20 @@ EIGEN_ALWAYS_INLINE void tile_of(const TileOperands<T, S>& op, Index a_row, Inde
     ((sum[Sum] = V::zero()), ...);
   const T* a = op.a;
   const S* b = op.b;
-  const std::byte* ahead = op.ahead;
+  [[maybe_unused]] Fetch ahead = op.ahead, next = op.next;
   for (Index k = op.depth; k > 0; --k) {
     ((row[Vector] = V::load(b + Index(Vector) * width)), ...);
-    if constexpr (AheadLines >= 1) prefetch(ahead);
-    if constexpr (AheadLines >= 2) prefetch(ahead + 64);
-    ahead += op.ahead_step;
+    if constexpr (AheadLines >
+                  0) {  // of `ahead` AheadLines cache lines with every step, of `next` one row now and then
+      ahead.line();
+      if constexpr (AheadLines > 1) ahead.line(64);
+      ahead.move();
+      if (k % (128 / Index(sizeof(T))) == 0) {
+        next.line();
+        if constexpr (vectors * width * sizeof(T) > 64) next.line(64);
+        next.move();
+      }
+    }
     ((sum[Sum] = V::fma(V::broadcast(a[Index(Sum) / vectors * a_row]), row[Sum % sizeof...(Vector)], sum[Sum])), ...);
     a += a_step;
     b += op.b_step;
