@@ -33,6 +33,7 @@
 #include "kernel/task.hpp"              // what every kernel gets and gives
 #include "kernel/reference.hpp"         // loops straight from the formula: the oracle
 #include "kernel/panels.hpp"            // keys and values packed for the tiled kernel
+#include "kernel/query_panels.hpp"      // queries packed for the tiled kernel
 #include "kernel/lanes.hpp"             // masks and scores for a register of queries
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/decode.hpp"            // few queries: decode

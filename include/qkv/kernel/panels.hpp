@@ -12,7 +12,7 @@
 // (gaps between runs) are zeros. A value row that is not finite is packed as zeros and listed, because a weight of zero
 // must not meet it: 0·NaN is NaN.
 //
-// Before: kernel/reference.hpp   Next: kernel/lanes.hpp
+// Before: kernel/reference.hpp   Next: kernel/query_panels.hpp
 #pragma once
 
 #include <algorithm>

@@ -26,6 +26,7 @@
 #include "../workspace.hpp"
 #include "lanes.hpp"
 #include "panels.hpp"
+#include "query_panels.hpp"
 #include "register_tile.hpp"
 #include "task.hpp"
 
@@ -117,84 +118,15 @@ class Tiled {
     const T scale = std::max(task_.scale < 0 ? -task_.scale : task_.scale, std::numeric_limits<T>::min());
     std::fill_n(scratch_.unit + p * lanes, lanes, scale);
     for (Index v = 0; v < vectors; ++v) {
-      const Index first = v * V::width, some = std::clamp<Index>(n - first, 0, V::width);
-      const T* const from = task_.query(query_ + p * lanes + first, head_);
-#ifdef QKV_DETAIL_WORDS
-      if constexpr (A::quads)
-        load_quads(from, some, q(p) + first, scratch_.unit + p * lanes + first);
-      else if constexpr (A::words)
-        load_pairs(from, some, q(p) + first);
-#endif
-      if constexpr (!A::words) load_numbers(from, some, q(p) + first);
+      const Index first = p * lanes + v * V::width, some = std::clamp<Index>(n - v * V::width, 0, V::width);
+      const QueryRows<T> from{task_.query(query_ + first, head_), task_.q.outerStride(), some, task_.head_dim(),
+                              task_.scale < 0 ? T(-1) : T(1)};
+      pack_queries(A{}, from, q(p) + v * V::width, lanes, scratch_.unit + first);
     }
     std::fill_n(scratch_.m + p * lanes, lanes, detail::minus_infinity<T>);
     std::fill_n(scratch_.l + p * lanes, lanes, T(0));
     std::fill_n(o(p), task_.v_head_dim() * lanes, T(0));
   }
-  Vec sign() const { return V::broadcast(task_.scale < 0 ? T(-1) : T(1)); }
-  /// The first `some` rows of one register's queries; features [k, k + width), past the end zeros.
-  Vec query_part(const T* from, Index row, Index some, Index k) const {
-    const T* const at = from + row * task_.q.outerStride() + k;
-    const Index left = task_.head_dim() - k;
-    if (row >= some || left <= 0) return V::zero();
-    return V::mul(sign(), left >= V::width ? V::load(at) : V::load_n(at, left));
-  }
-  void load_numbers(const T* from, Index some, T* to) const {
-    const Index d = task_.head_dim();
-    for (Index k = 0; k < d; k += V::width) {
-      Vec block[V::lanes];
-      for (Index i = 0; i < V::width; ++i) block[i] = query_part(from, i, some, k);
-      V::transpose(block);
-      for (Index i = 0; i < std::min(V::width, d - k); ++i) V::store(to + (k + i) * lanes, block[i]);
-    }
-  }
-#ifdef QKV_DETAIL_WORDS
-  void load_pairs(const float* from, Index some, Word* to) const {
-    const Index depth = panels_.key_depth();
-    for (Index w = 0; w < depth; w += word_lanes) {
-      Vec block[V::lanes];
-      for (Index i = 0; i < V::width; ++i) {
-        const Vec low = query_part(from, i, some, 2 * w), high = query_part(from, i, some, 2 * w + V::width);
-        block[i] = _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-      }
-      V::transpose(block);
-      for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
-        store_words(to + (w + i) * lanes, _mm512_castps_si512(block[i]));
-    }
-  }
-  /// q ≈ (byte - 128)·scale per row, scale = max|q| / 127; `unit` is multiplied by it.
-  void load_quads(const float* from, Index some, Word* to, float* unit) const {
-    const Index d = task_.head_dim(), depth = panels_.key_depth();
-    float inverse[V::lanes];
-    for (Index i = 0; i < V::width; ++i) {
-      Vec most = V::zero(), zero = V::zero();
-      for (Index k = 0; k < d; k += V::width) {
-        const Vec x = query_part(from, i, some, k);
-        most = V::max(most, _mm512_abs_ps(x));
-        zero = V::fma(V::zero(), x, zero);
-      }
-      const float amax = V::max_lanes(most), nan_if_not_finite = V::sum_lanes(zero);
-      inverse[i] = amax > 0 ? 127 / amax : 0;
-      if (amax > 0 || nan_if_not_finite != 0) unit[i] *= amax / 127 + nan_if_not_finite;
-    }
-    for (Index w = 0; w < depth; w += word_lanes) {
-      Vec block[V::lanes];
-      for (Index i = 0; i < V::width; ++i) {
-        alignas(detail::cache_line) std::uint8_t bytes[64];
-        for (Index part = 0; part < 4; ++part) {
-          const Vec x = V::mul(query_part(from, i, some, 4 * w + part * V::width), V::broadcast(inverse[i]));
-          const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
-          _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + part, _mm512_cvtusepi32_epi8(whole));
-        }
-        block[i] = _mm512_castsi512_ps(_mm512_load_si512(bytes));
-      }
-      V::transpose(block);
-      for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
-        store_words(to + (w + i) * lanes, _mm512_castps_si512(block[i]));
-    }
-  }
-#endif
-
   /// The state of the panel, in natural units, merged into that of the task.
   void store_panel(Index p) {
     const Index dv = task_.v_head_dim(), n = panel_queries(p);
@@ -481,8 +413,7 @@ class Tiled {
                        for (Index lane = 0; lane < panel_queries(p); ++lane)
                          if (!scratch_.hidden[c * lanes + lane])
                            for (Index x = 0; x < dv; ++x)
-                             o(p)[x * lanes + lane] +=
-                                 scratch_.s[c * lanes + lane] * (static_cast<T>(value[x]) * scale);
+                             o(p)[x * lanes + lane] += weight(c, lane) * (static_cast<T>(value[x]) * scale);
                      });
     }
   }

@@ -1,0 +1,108 @@
+// kernel/query_panels.hpp — a register of queries, turned so that lanes are queries, in the numbers that they multiply in.
+//
+//     Exact    [head_dim][lanes] of T
+//     Pairs    [head_dim / 2][lanes] of words, two bfloat16 each
+//     Quads    [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; the factor goes
+//              to `unit`, so that a score in these numbers times unit is the score
+//
+// The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
+//
+// Before: kernel/panels.hpp   Next: kernel/lanes.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "panels.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// Up to one register's width of rows of q; lanes past `rows` and features past head_dim are zeros.
+template <class T>
+struct QueryRows {
+  const T* first;
+  Index stride, rows, head_dim;
+  T sign;  // of the scale: maxima must be maxima of the score
+
+  /// Features [k, k + width) of one row.
+  typename Simd<T>::Vec part(Index row, Index k) const {
+    using V = Simd<T>;
+    const T* const at = first + row * stride + k;
+    const Index left = head_dim - k;
+    if (row >= rows || left <= 0) return V::zero();
+    return V::mul(V::broadcast(sign), left >= V::width ? V::load(at) : V::load_n(at, left));
+  }
+};
+
+template <class T>
+void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
+  using V = Simd<T>;
+  for (Index k = 0; k < from.head_dim; k += V::width) {
+    typename V::Vec block[V::lanes];
+    for (Index i = 0; i < V::width; ++i) block[i] = from.part(i, k);
+    V::transpose(block);
+    for (Index i = 0; i < std::min(V::width, from.head_dim - k); ++i) V::store(to + (k + i) * lanes, block[i]);
+  }
+}
+
+#ifdef QKV_DETAIL_WORDS
+/// Words [w, w + 16) of 16 queries, turned.
+EIGEN_ALWAYS_INLINE void store_turned(__m512 (&block)[16], Index w, Index depth, Word* to, Index lanes) {
+  Simd<float>::transpose(block);
+  for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
+    store_words(to + (w + i) * lanes, _mm512_castps_si512(block[i]));
+}
+
+inline void pack_queries(Pairs, const QueryRows<float>& from, Word* to, Index lanes, float*) {
+  const Index depth = (from.head_dim + 1) / 2;
+  for (Index w = 0; w < depth; w += word_lanes) {
+    __m512 block[16];
+    for (Index i = 0; i < word_lanes; ++i) {
+      const __m512 low = from.part(i, 2 * w), high = from.part(i, 2 * w + word_lanes);
+      block[i] = _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+    store_turned(block, w, depth, to, lanes);
+  }
+}
+
+inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
+  using V = Simd<float>;
+  const Index depth = (from.head_dim + 3) / 4;
+  float inverse[16];
+  for (Index i = 0; i < word_lanes; ++i) {
+    __m512 most = V::zero(), zero = V::zero();
+    for (Index k = 0; k < from.head_dim; k += V::width) {
+      const __m512 x = from.part(i, k);
+      most = V::max(most, _mm512_abs_ps(x));
+      zero = V::fma(V::zero(), x, zero);
+    }
+    const float amax = V::max_lanes(most), nan_if_not_finite = V::sum_lanes(zero);
+    inverse[i] = amax > 0 ? 127 / amax : 0;
+    if (amax > 0 || nan_if_not_finite != 0) unit[i] *= amax / 127 + nan_if_not_finite;
+  }
+  for (Index w = 0; w < depth; w += word_lanes) {
+    __m512 block[16];
+    for (Index i = 0; i < word_lanes; ++i) {
+      alignas(detail::cache_line) std::uint8_t bytes[64];
+      for (Index part = 0; part < 4; ++part) {
+        const __m512 x = V::mul(from.part(i, 4 * w + part * V::width), V::broadcast(inverse[i]));
+        const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + part, _mm512_cvtusepi32_epi8(whole));
+      }
+      block[i] = _mm512_castsi512_ps(_mm512_load_si512(bytes));
+    }
+    store_turned(block, w, depth, to, lanes);
+  }
+}
+#endif
+
+}  // namespace qkv::inline QKV_ABI::kernel
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
