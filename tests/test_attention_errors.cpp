@@ -35,7 +35,7 @@ template <class M, class F>
 std::string error_with(const M& mask, const F& score, Options<float> options) {
   return error_of(n, 12, [&](auto& out, auto* log_sum_exp) {
     options.log_sum_exp = log_sum_exp;
-    attention_into(out, q, k, v, heads, mask, score, options);
+    attention_into(out, q, k, v, heads, AnyMask::of(mask), score, options);
   });
 }
 std::string error_with(const Options<float>& options) { return error_with(full, plain, options); }

@@ -131,3 +131,27 @@ TEMPLATE_TEST_CASE("stored rows that are masked may hold anything, in every stor
       }
   }
 }
+
+TEMPLATE_TEST_CASE("a stored value that is not finite reaches its feature and no other", "[attention][storage]", half,
+                   bfloat16) {
+  for (const Case& c : some_shapes())
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      Inputs<float> in(c);
+      const Index row = c.n_keys - 1, feature = c.v_head_dim / 2;  // the last query alone sees it
+      const PagedKeys<TestType> clean(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+      in.v(row, feature) = bad;
+      const PagedKeys<TestType> spoiled(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+      for (const Kernel kernel : kernels) {
+        INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries, " << bad);
+        const auto expected = attention(in.q, clean, c.heads, causal, plain, {.kernel = kernel});
+        const auto out = attention(in.q, spoiled, c.heads, causal, plain, {.kernel = kernel});
+        CHECK(same_bits(out.topRows(c.n_queries - 1), expected.topRows(c.n_queries - 1)));
+        for (Index x = 0; x < out.cols(); ++x) {
+          const Index head = x / c.v_head_dim;
+          const bool hit = c.heads.kv_head(head) == 0 && x % c.v_head_dim == feature;
+          REQUIRE(std::isfinite(out(c.n_queries - 1, x)) == !hit);
+          if (!hit) REQUIRE(std::abs(out(c.n_queries - 1, x) - expected(c.n_queries - 1, x)) <= 1e-6F);
+        }
+      }
+    }
+}
