@@ -1,5 +1,5 @@
 // detail/intrinsics.hpp — what Eigen's packets lack, for the instruction sets that have it: mask registers, shifts of
-// doubles, and half, bfloat16 and int8 to float in the register. kernel/simd.hpp has the general forms.
+// doubles, prefetches, and half, bfloat16 and int8 to float in the register. kernel/simd.hpp has the general forms.
 #pragma once
 
 #include <cstdint>
@@ -138,3 +138,21 @@ EIGEN_ALWAYS_INLINE void widen(const std::int8_t* p, float32x4_t& v) {
 #endif
 
 }  // namespace qkv::inline QKV_ABI::detail
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// Asks for the cache line at p, for reading, into the second-level cache. Never faults. (Always inline: g++ takes a
+/// function that only prefetches for one without effect and drops its calls.)
+EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
+/// The same into the first-level cache.
+EIGEN_ALWAYS_INLINE void prefetch_near([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 3);
+#endif
+}
+
+}  // namespace qkv::inline QKV_ABI::kernel

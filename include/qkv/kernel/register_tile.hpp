@@ -1,4 +1,4 @@
-// kernel/register_tile.hpp — the one inner loop of every product: a is broadcast, b is a vector, the sums stay in registers.
+// kernel/register_tile.hpp — the inner loop of every product: a is broadcast, b is a vector, sums stay in registers.
 //
 //     c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j)        r < Rows,  j < Vectors·width;  each sum one chain in ascending k
 //
@@ -86,8 +86,8 @@ EIGEN_ALWAYS_INLINE void tile_of(const TileOperands<T, S>& op, Index a_row, Inde
   [[maybe_unused]] Fetch ahead = op.ahead, next = op.next;
   for (Index k = op.depth; k > 0; --k) {
     ((row[Vector] = V::load(b + Index(Vector) * width)), ...);
-    if constexpr (AheadLines >
-                  0) {  // of `ahead` AheadLines cache lines with every step, of `next` one row now and then
+    // Of `ahead` AheadLines cache lines with every step, of `next` one row now and then.
+    if constexpr (AheadLines > 0) {
       ahead.line();
       if constexpr (AheadLines > 1) ahead.line(64);
       ahead.move();

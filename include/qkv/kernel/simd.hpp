@@ -303,20 +303,6 @@ requires(detail::has_packets<T>) struct Simd<T> {
   }
 };
 
-/// Asks for the cache line at p, for reading, into the second-level cache. Never faults. (Always inline: g++ takes a
-/// function that only prefetches for one without effect and drops its calls.)
-EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);
-#endif
-}
-/// The same into the first-level cache.
-EIGEN_ALWAYS_INLINE void prefetch_near([[maybe_unused]] const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 3);
-#endif
-}
-
 }  // namespace qkv::inline QKV_ABI::kernel
 
 #if defined(__GNUC__) && !defined(__clang__)
