@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <numbers>
 
 #include "../softmax.hpp"
@@ -40,7 +41,8 @@ struct DecodeScratch {
   T* rows;         // [2, dv up to whole registers]: value rows as T
   bool* all_seen;  // [decode_chunk]: every query of the group sees this column
 
-  static Index whole(Index d) { return (d + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width; }
+  /// At least one register: heads without features have scores of zero.
+  static Index whole(Index d) { return (std::max<Index>(d, 1) + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width; }
 
   DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
       : q(carver.take<T>(n * whole(head_dim))),
@@ -162,8 +164,10 @@ class Decode {
     }
   }
 
-  /// Rows are read in order; what lies this far ahead is asked for meanwhile.
-  static void prefetch_ahead(const S* row) { prefetch(reinterpret_cast<const std::byte*>(row) + 8192); }
+  /// Rows are read in order; what lies this far ahead is asked for meanwhile. An address: nothing need be there.
+  static void prefetch_ahead(const S* row) {
+    prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + 8192));
+  }
 
   void weigh_chunk(Index first, std::size_t r, Index base, Index row) {
     const Index dv = task_.v_head_dim();
