@@ -117,6 +117,19 @@ void packed_tile(const TileOperands<T, S> op) {  // a copy, which no store can c
   tile<Rows, Vectors, AheadLines>(op, 1, Rows);
 }
 
+/// `tiles` full tiles one after another, a and c moving on by a_next and c_next: a call of its own for every tile would
+/// cost about 200 cycles each, because the next tile's loads then wait for the last one's stores to be issued.
+template <Index Rows, Index Vectors, class T, class S>
+void packed_tiles(TileOperands<T, S> op, Index tiles, Index a_next, Index c_next) {
+  const bool continues = op.start != nullptr;
+  for (; tiles > 0; --tiles) {
+    tile<Rows, Vectors>(op, 1, Rows);
+    op.a += a_next;
+    op.c += c_next;
+    if (continues) op.start += c_next;
+  }
+}
+
 /// packed_tile for 1 … TileShape<T>::rows rows, chosen at run time.
 template <class T, class S = T, int AheadLines = 0>
 void packed_tile_of(Index rows, const TileOperands<T, S>& op) {

@@ -191,28 +191,38 @@ class Tiled {
     if (end <= begin) return;
     end = std::min(block.count, (end + rows - 1) / rows * rows);
 
-    const Index depth = panels_.key_depth();
-    for (Index c = begin; c < end; c += rows) multiply_keys(b, p, c, std::min(rows, block.count - c), depth);
+    const Index full = (std::min(end, block.count) - begin) / rows;
+    multiply_keys(b, p, begin, rows, full);
+    if (const Index c = begin + full * rows; c < end) multiply_keys(b, p, c, block.count - c, 1);
     end = std::min(end, block.count);
     if (mixed || !plain) rescore(block, p, begin, end, mixed);
     soften(block, b, p, begin, end);
   }
 
-  void multiply_keys(Index b, Index p, Index c, Index height, Index depth) const {
+  /// `tiles` tiles of `height` columns, from column c on.
+  void multiply_keys(Index b, Index p, Index c, Index height, Index tiles) const {
+    const Index depth = panels_.key_depth();
     const Number* const a = panels_.block_keys(b) + c * depth;
     T* const to = scratch_.s + c * lanes;
-    if constexpr (!A::words)
-      packed_tile_of<T>(height, {.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes});
+    if constexpr (!A::words) {
+      const TileOperands<T> op{.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes};
+      if (height == rows)
+        packed_tiles<rows, vectors>(op, tiles, depth * rows, lanes * rows);
+      else
+        packed_tile_of<T>(height, op);
+    }
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::words) {
+      using Dot = std::conditional_t<A::quads, QuadDot, PairDot>;
       WordOperands op{.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes};
       if constexpr (A::quads) {
         op.offset = panels_.key_offsets + b * tile_keys + c;
         op.scale = panels_.key_scales + b * tile_keys + c;
-        word_tile_of<QuadDot>(height, op);
-      } else {
-        word_tile_of<PairDot>(height, op);
       }
+      if (height == rows)
+        word_tiles<Dot, rows>(op, tiles, depth * rows, lanes * rows);
+      else
+        word_tile_of<Dot>(height, op);
     }
 #endif
   }
@@ -283,20 +293,13 @@ class Tiled {
     alignas(detail::cache_line) T keep[std::size_t(lanes)];
     unroll<vectors>([&](auto v) {
       T* const at = s + v * V::width;
-      // Four partial maxima and sums, by column modulo 4: fixed by position, so that bits do not depend on [begin, end).
-      Vec top[4] = {V::broadcast(detail::minus_infinity<T>), V::broadcast(detail::minus_infinity<T>),
-                    V::broadcast(detail::minus_infinity<T>), V::broadcast(detail::minus_infinity<T>)};
-      Index c = begin;
-      for (; c + 4 <= end; c += 4)
-        unroll<4>([&](auto i) { top[i] = V::max_nan(top[i], V::load(at + (c + i) * lanes)); });
-      for (; c < end; ++c) top[0] = V::max_nan(top[0], V::load(at + c * lanes));
+      const Vec here = largest(at, begin, end);
       const Vec low = V::broadcast(detail::minus_infinity<T>),
                 to_log2 = V::mul(V::broadcast(log2_e<T>),
                                  plain ? V::load(scratch_.unit + p * lanes + v * V::width) : V::broadcast(T(1)));
       T* const m = scratch_.m + p * lanes + v * V::width;
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec old = V::load(m);
-      const Vec here = V::max_nan(V::max_nan(top[0], top[1]), V::max_nan(top[2], top[3]));
       const Vec now = V::max_nan(old, here);
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
@@ -313,68 +316,106 @@ class Tiled {
           T* const at = o(p) + x * lanes + v * V::width;
           V::store(at, V::mul(V::load(at), V::load(keep + v * V::width)));
         });
-    for (Index x = 0; x < dv; x += rows) multiply_values(block, b, p, begin, end, x, std::min(rows, dv - x));
+    const Index full = dv / rows;
+    multiply_values(block, b, p, begin, end, 0, rows, full);
+    if (const Index x = full * rows; x < dv) multiply_values(block, b, p, begin, end, x, dv - x, 1);
     add_not_finite(block, b, p, begin, end);
   }
 
-  /// One register of queries: scores of columns [begin, end) become weights e^(score - base); returns their sum.
-  Vec weigh(T* at, Index begin, Index end, Vec base, Vec to_log2) const {
-    const auto exponent = [&](Index column) { return V::mul(V::sub(V::load(at + column * lanes), base), to_log2); };
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) {  // in place: the pair of columns c, c + 1 goes to row c / 2
-      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
-      Vec sum[2] = {V::zero(), V::zero()};  // of the rounded weights
-      const auto put = [&](Index c, Vec high, Index i) {
-        const __m512i pair = to_pairs(exp2_short(exponent(c)), high);
-        store_words(reinterpret_cast<Word*>(at) + c / 2 * lanes, pair);
-        sum[i] = PairDot::dot(sum[i], pair, ones);
-      };
-      Index c = begin;
-      for (; c + 4 <= end; c += 4) {
-        put(c, exp2_short(exponent(c + 1)), 0);
-        put(c + 2, exp2_short(exponent(c + 3)), 1);
-      }
-      if (c < end) put(c, c + 1 < end ? exp2_short(exponent(c + 1)) : V::zero(), 0);
-      if (c + 2 < end) put(c + 2, V::zero(), 1);
-      return V::add(sum[0], sum[1]);
+  /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
+  static Vec largest(const T* at, Index begin, Index end) {
+    Vec a = V::broadcast(detail::minus_infinity<T>), b = a, c = a, d = a;
+    Index i = begin;
+    for (; i + 4 <= end; i += 4) {
+      a = V::max_nan(a, V::load(at + i * lanes));
+      b = V::max_nan(b, V::load(at + (i + 1) * lanes));
+      c = V::max_nan(c, V::load(at + (i + 2) * lanes));
+      d = V::max_nan(d, V::load(at + (i + 3) * lanes));
     }
-#endif
-    if constexpr (!A::words) {
-      Vec sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      const auto put = [&](Index column) {
-        const Vec w = V::exp2(exponent(column));
-        V::store(at + column * lanes, w);
-        return w;
-      };
-      Index c = begin;
-      for (; c + 4 <= end; c += 4) unroll<4>([&](auto i) { sum[i] = V::add(sum[i], put(c + i)); });
-      unroll<3>([&](auto i) {
-        if (c + i < end) sum[i] = V::add(sum[i], put(c + i));
-      });
-      return V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]));
-    }
-    return base;  // not reached
+    for (; i < end; ++i) a = V::max_nan(a, V::load(at + i * lanes));
+    return V::max_nan(V::max_nan(a, b), V::max_nan(c, d));
   }
 
-  void multiply_values(const KeyBlock& block, Index b, Index p, Index begin, Index end, Index x, Index height) const {
+  /// One register of queries: scores of columns [begin, end) become weights e^(score - base); returns their sum. The
+  /// partial sums are fixed by position, so that bits do not depend on where columns begin.
+  static Vec weigh(T* at, Index begin, Index end, Vec base, Vec to_log2) {
+    Index c = begin;
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) {  // in place: the pair of columns c, c + 1 goes to row c / 2; sums of the rounded weights
+      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+      Vec a = V::zero(), b = a;
+      for (; c + 4 <= end; c += 4) {
+        a = PairDot::dot(a, put_pair(at, c, end, base, to_log2), ones);
+        b = PairDot::dot(b, put_pair(at, c + 2, end, base, to_log2), ones);
+      }
+      if (c < end) a = PairDot::dot(a, put_pair(at, c, end, base, to_log2), ones);
+      if (c + 2 < end) b = PairDot::dot(b, put_pair(at, c + 2, end, base, to_log2), ones);
+      return V::add(a, b);
+    }
+#endif
+    Vec w = V::zero(), x = w, y = w, z = w;
+    if constexpr (!A::words) {
+      for (; c + 4 <= end; c += 4) {
+        w = V::add(w, put(at, c, base, to_log2));
+        x = V::add(x, put(at, c + 1, base, to_log2));
+        y = V::add(y, put(at, c + 2, base, to_log2));
+        z = V::add(z, put(at, c + 3, base, to_log2));
+      }
+      if (c < end) w = V::add(w, put(at, c, base, to_log2));
+      if (c + 1 < end) x = V::add(x, put(at, c + 1, base, to_log2));
+      if (c + 2 < end) y = V::add(y, put(at, c + 2, base, to_log2));
+    }
+    return V::add(V::add(w, x), V::add(y, z));
+  }
+  static EIGEN_ALWAYS_INLINE Vec exponent(const T* at, Index c, Vec base, Vec to_log2) {
+    return V::mul(V::sub(V::load(at + c * lanes), base), to_log2);
+  }
+  static EIGEN_ALWAYS_INLINE Vec put(T* at, Index c, Vec base, Vec to_log2) {
+    const Vec weight = V::exp2(exponent(at, c, base, to_log2));
+    V::store(at + c * lanes, weight);
+    return weight;
+  }
+#ifdef QKV_DETAIL_WORDS
+  static EIGEN_ALWAYS_INLINE __m512i put_pair(float* at, Index c, Index end, Vec base, Vec to_log2) {
+    const Vec low = exp2_short(exponent(at, c, base, to_log2));
+    const Vec high = c + 1 < end ? exp2_short(exponent(at, c + 1, base, to_log2)) : V::zero();
+    const __m512i pair = to_pairs(low, high);
+    store_words(reinterpret_cast<Word*>(at) + c / 2 * lanes, pair);
+    return pair;
+  }
+#endif
+
+  /// `tiles` slices of `height` features, from feature x on.
+  void multiply_values(const KeyBlock& block, Index b, Index p, Index begin, Index end, Index x, Index height,
+                       Index tiles) const {
     T* const to = o(p) + x * lanes;
     const Index count = (block.count + A::keys - 1) / A::keys, first = begin / A::keys;
     const Number* const a = panels_.block_values(b) + x * count + first * height;
     const Number* const weights = reinterpret_cast<const Number*>(scratch_.s) + first * lanes;
     const Index depth = (end + A::keys - 1) / A::keys - first;
-    if constexpr (!A::words)
-      packed_tile_of<T>(height, {.depth = depth,
-                                 .a = a,
-                                 .b = weights,
-                                 .b_step = lanes,
-                                 .start = to,
-                                 .start_row = lanes,
-                                 .c = to,
-                                 .c_row = lanes});
+    if constexpr (!A::words) {
+      const TileOperands<T> op{.depth = depth,
+                               .a = a,
+                               .b = weights,
+                               .b_step = lanes,
+                               .start = to,
+                               .start_row = lanes,
+                               .c = to,
+                               .c_row = lanes};
+      if (height == rows)
+        packed_tiles<rows, vectors>(op, tiles, count * rows, lanes * rows);
+      else
+        packed_tile_of<T>(height, op);
+    }
 #ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words)
-      word_tile_of<PairDot>(
-          height, {.depth = depth, .a = a, .b = weights, .b_step = lanes, .carry_on = true, .c = to, .c_row = lanes});
+    if constexpr (A::words) {
+      const WordOperands op{
+          .depth = depth, .a = a, .b = weights, .b_step = lanes, .carry_on = true, .c = to, .c_row = lanes};
+      if (height == rows)
+        word_tiles<PairDot, rows>(op, tiles, count * rows, lanes * rows);
+      else
+        word_tile_of<PairDot>(height, op);
+    }
 #endif
   }
   /// The weight of one pair, as it was multiplied.

@@ -53,7 +53,7 @@ struct QuadDot {
   static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(c, b, a); }
 };
 
-/// One tile of words: c(r, j) = start(r, j) + Σ_k a(k, r)·b(k, j). PairDot continues from c where `start` is c, else from
+/// A tile of words: c(r, j) = start(r, j) + Σ_k a(k, r)·b(k, j). PairDot continues from c where `start` is c, else from
 /// 0; QuadDot starts row r at offset[r] and multiplies it by scale[r] at the end.
 struct WordOperands {
   Index depth = 0;          // words
@@ -67,52 +67,56 @@ struct WordOperands {
   Index c_row = 0;
 };
 
-template <class Dot, Index Rows, Index Vectors>
-void word_tile(const WordOperands op) {
-  typename Dot::Sum sum[std::size_t(Rows)][std::size_t(Vectors)];
-  if constexpr (std::is_same_v<Dot, PairDot>) {
-    if (op.carry_on)
-      unroll<Rows>([&](auto r) {
-        unroll<Vectors>([&](auto v) { sum[r][v] = _mm512_loadu_ps(op.c + r * op.c_row + v * word_lanes); });
-      });
-    else
-      unroll<Rows>([&](auto r) { unroll<Vectors>([&](auto v) { sum[r][v] = _mm512_setzero_ps(); }); });
-  } else {
-    unroll<Rows>([&](auto r) { unroll<Vectors>([&](auto v) { sum[r][v] = _mm512_set1_epi32(op.offset[r]); }); });
-  }
+// By constant indices and without lambdas, as in kernel/register_tile.hpp: the sums stay in registers.
+template <class Dot, Index Rows, std::size_t... I>
+EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I...>) {
+  constexpr Index vectors = TileShape<float>::vectors;
+  constexpr auto row_of = [](std::size_t i) { return static_cast<Index>(i) / vectors; };
+  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % vectors * word_lanes; };
+  typename Dot::Sum sum[sizeof...(I)];
+  if constexpr (std::is_same_v<Dot, QuadDot>)
+    ((sum[I] = _mm512_set1_epi32(op.offset[row_of(I)])), ...);
+  else if (op.carry_on)
+    ((sum[I] = _mm512_loadu_ps(op.c + row_of(I) * op.c_row + lane_of(I))), ...);
+  else
+    ((sum[I] = _mm512_setzero_ps()), ...);
   const Word* a = op.a;
   const Word* b = op.b;
   for (Index k = op.depth; k > 0; --k) {
-    __m512i row[std::size_t(Vectors)];
-    unroll<Vectors>([&](auto v) { row[v] = load_words(b + v * word_lanes); });
-    unroll<Rows>([&](auto r) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int>(a[r]));
-      unroll<Vectors>([&](auto v) { sum[r][v] = Dot::dot(sum[r][v], x, row[v]); });
-    });
+    const __m512i first = load_words(b), second = load_words(b + word_lanes);
+    ((sum[I] = Dot::dot(sum[I], _mm512_set1_epi32(static_cast<int>(a[row_of(I)])), I % 2 == 0 ? first : second)), ...);
     a += Rows;
     b += op.b_step;
   }
-  unroll<Rows>([&](auto r) {
-    unroll<Vectors>([&](auto v) {
-      __m512 out;
-      if constexpr (std::is_same_v<Dot, PairDot>)
-        out = sum[r][v];
-      else
-        out = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_set1_ps(op.scale[r]));
-      _mm512_storeu_ps(op.c + r * op.c_row + v * word_lanes, out);
-    });
-  });
+  if constexpr (std::is_same_v<Dot, QuadDot>)
+    (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
+                      _mm512_mul_ps(_mm512_cvtepi32_ps(sum[I]), _mm512_set1_ps(op.scale[row_of(I)]))),
+     ...);
+  else
+    (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I), sum[I]), ...);
 }
 
-/// word_tile for 1 … TileShape<float>::rows rows.
+/// `tiles` tiles of Rows rows one after another; a, offset and scale move on with them, c by c_next.
+template <class Dot, Index Rows>
+void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next) {
+  static_assert(TileShape<float>::vectors == 2);
+  for (; tiles > 0; --tiles) {
+    word_tile<Dot, Rows>(op, std::make_index_sequence<std::size_t(Rows * 2)>{});
+    op.a += a_next;
+    op.c += c_next;
+    if constexpr (std::is_same_v<Dot, QuadDot>) op.offset += Rows, op.scale += Rows;
+  }
+}
+
+/// One tile of 1 … TileShape<float>::rows rows.
 template <class Dot>
 void word_tile_of(Index rows, const WordOperands& op) {
   using Shape = TileShape<float>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&word_tile<Dot, R + 1, Shape::vectors>...};
+    return std::array{&word_tiles<Dot, R + 1>...};
   }
   (std::make_integer_sequence<Index, Shape::rows>{});
-  tiles[static_cast<std::size_t>(rows - 1)](op);
+  tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0);
 }
 
 /// Words [first, first + 16) of a row of `bytes` bytes; zeros after its end, and no access past it.
