@@ -111,6 +111,36 @@ TEST_CASE("the same call gives the same bits again", "[attention][bits]") {
   }
 }
 
+TEST_CASE("what lies in the scratch memory changes no bit", "[attention][bits]") {
+  Workspace workspace;
+  const auto fill = [&](int byte) {
+    const std::size_t bytes = std::size_t{3} << 20;
+    const auto a = workspace.lease(bytes), b = workspace.lease(bytes), c = workspace.lease(bytes);
+    for (const auto* lease : {&a, &b, &c}) std::memset(lease->data(), byte, bytes);
+  };
+  std::vector<Case> cases = shapes();
+  cases.push_back({.n_queries = 6, .n_keys = 9, .heads = {2, 1}, .head_dim = 0, .v_head_dim = 4});
+  cases.push_back({.n_queries = 6, .n_keys = 9, .heads = {2, 1}, .head_dim = 4, .v_head_dim = 0});
+  for (const Case& c : cases) {
+    const Inputs<float> in(c);
+    const PagedKeys<half> pages(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+    const PagedKeys<std::int8_t> quantised(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+    for (const Kernel kernel : kernels) {
+      INFO("kernel " << name(kernel) << ", head_dim " << c.head_dim << ", " << c.n_queries << " queries");
+      const Options<float> options{.first_position = c.first_position, .kernel = kernel, .workspace = &workspace};
+      const auto both = [&](const auto&... keys) {
+        fill(0);
+        const Matrix<float> zeros = run(options, in.q, keys..., c.heads, causal, plain);
+        fill(0xFF);  // NaN, as a number
+        return same_bits(run(options, in.q, keys..., c.heads, causal, plain), zeros);
+      };
+      CHECK(both(in.k, in.v));
+      CHECK(both(pages));
+      CHECK(both(quantised));
+    }
+  }
+}
+
 TEST_CASE("rows give the same bits at any distance from each other", "[attention][bits]") {
   const Inputs<float> in(prompt);
   Matrix<float> wide = Matrix<float>::Constant(prompt.n_keys, 300, std::numeric_limits<float>::quiet_NaN());
