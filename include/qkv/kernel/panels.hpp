@@ -73,7 +73,7 @@ struct Panels {
   using T = typename A::Scalar;
   using Number = typename A::Number;
   static constexpr Index rows = TileShape<T>::rows;
-  static_assert(tile_keys % rows == 0);
+  static_assert(tile_keys % rows == 0 && tile_keys % 2 == 0);
 
   KeyBlock* blocks = nullptr;
   Number *keys = nullptr, *values = nullptr;
@@ -88,7 +88,7 @@ struct Panels {
     p.head_dim = head_dim, p.v_head_dim = v_head_dim;
     p.blocks = carver.take<KeyBlock>(n_blocks);
     p.keys = carver.take<Number>(n_blocks * p.key_stride());
-    p.values = carver.take<Number>(n_blocks * (tile_keys / A::keys) * v_head_dim);
+    p.values = carver.take<Number>(n_blocks * p.value_stride());
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
     if constexpr (A::quads) {
       p.key_scales = carver.take<float>(n_blocks * tile_keys);
@@ -102,7 +102,8 @@ struct Panels {
   /// order.
   Index key_stride() const { return tile_keys * key_depth() + pack_slack<T>; }
   Number* block_keys(Index b) const { return keys + b * key_stride(); }
-  Number* block_values(Index b) const { return values + b * (tile_keys / A::keys) * v_head_dim; }
+  Index value_stride() const { return tile_keys / A::keys * v_head_dim + pack_slack<T>; }
+  Number* block_values(Index b) const { return values + b * value_stride(); }
 };
 
 /// Blocks of the grid that hold a key of `keys`.
@@ -160,21 +161,21 @@ class BlockPacker {
     block_.not_finite = 0;
     if (block_.gaps) {
       std::fill_n(panels_.block_keys(b_), panels_.key_stride(), 0);
-      std::fill_n(panels_.block_values(b_), tile_keys / A::keys * panels_.v_head_dim, 0);
       if constexpr (A::quads) {
         std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
         std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
       }
     }
-    for_each_piece(keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
-                   [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
-                     for (Index i = 0; i < n;) i += pack_keys(run, row + i, n - i, column + i);
-                     if constexpr (!A::words)
-                       for (Index i = 0; i < n; ++i) pack_value(run, row + i, column + i);
-                   });
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) pack_value_pairs();
-#endif
+    Source sources[std::size_t(tile_keys)];
+    for_each_piece(
+        keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
+        [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
+          for (Index i = 0; i < n;) i += pack_keys(run, row + i, n - i, column + i);
+          for (Index i = 0; i < n; ++i)
+            sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
+        });
+    drop_not_finite(sources);
+    pack_values(sources);
   }
 
  private:
@@ -222,75 +223,51 @@ class BlockPacker {
     return some;
   }
 
-  void pack_value(const KeyRun<S>& run, Index row, Index c) {
-    const Index dv = panels_.v_head_dim, count = block_.count;
-    const S* const from = keys_.value(run, kv_head_, row);
-    const T scale = static_cast<T>(keys_.value_scale(run, kv_head_, row));
-    auto* const to = panels_.block_values(b_);
-    T zero = 0;  // 0·x is 0 for finite x and NaN otherwise
-    for (Index slice = 0; slice < dv; slice += R) {
-      const Index height = std::min(R, dv - slice);
-      for (Index x = 0; x < height; ++x) {
-        T value = static_cast<T>(from[slice + x]);
-        if constexpr (has_row_scale<S>) value *= scale;
-        to[slice * count + c * height + x] = value;
-        zero += 0 * value;
-      }
-    }
-    if (zero == 0) return;
-    list_not_finite(c);
-    for (Index slice = 0; slice < dv; slice += R) {
-      const Index height = std::min(R, dv - slice);
-      std::fill_n(to + slice * count + c * height, height, T(0));
-    }
-  }
-  void list_not_finite(Index c) { panels_.not_finite[b_ * tile_keys + block_.not_finite++] = c; }
+  /// A value row; none: zeros.
+  struct Source {
+    const S* row = nullptr;
+    float scale = 1;
+  };
 
-#ifdef QKV_DETAIL_WORDS
-  /// Columns c and c + 1 side by side in a word; a column without a row is zeros.
-  void pack_value_pairs() {
-    struct Source {
-      const S* row = nullptr;
-      float scale = 1;
+  typename V::Vec value(const Source& from, Index x) const {
+    if (!from.row) return V::zero();
+    const Index left = panels_.v_head_dim - x;
+    const auto v = left >= V::width ? V::load(from.row + x) : V::load_n(from.row + x, left);
+    return has_row_scale<S> ? V::mul(v, V::broadcast(static_cast<T>(from.scale))) : v;
+  }
+
+  /// Rows with a number that is not finite are listed and become zeros: 0·x is 0 for finite x and NaN otherwise.
+  void drop_not_finite(Source (&sources)[std::size_t(tile_keys)]) {
+    const auto zeros = [&](const Source& from, typename V::Vec sum) {
+      for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
+      return sum;
     };
-    Source sources[std::size_t(tile_keys)];
-    for_each_piece(
-        keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
-        [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
-          for (Index i = 0; i < n; ++i)
-            sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
-        });
-    const Index dv = panels_.v_head_dim, pairs = (block_.count + 1) / 2;
-    for (Index c = 0; c < block_.count; ++c)
-      if (sources[c].row && !finite(sources[c].row, sources[c].scale)) {
-        list_not_finite(c);
-        sources[c].row = nullptr;
-      }
-    for (Index pair = 0; pair < pairs; ++pair) {
-      const Source low = sources[2 * pair], high = 2 * pair + 1 < tile_keys ? sources[2 * pair + 1] : Source{};
-      for (Index x = 0; x < dv; x += V::width) {
-        alignas(detail::cache_line) Word words[std::size_t(V::width)];
-        store_words(words, to_pairs(value(low.row, low.scale, x), value(high.row, high.scale, x)));
-        for (Index i = 0; i < std::min(V::width, dv - x);) {
-          const Index slice = (x + i) / R * R, height = std::min(R, dv - slice);
-          const Index some = std::min({V::width - i, slice + height - x - i, dv - x - i});
-          std::copy_n(words + i, some, panels_.block_values(b_) + slice * pairs + pair * height + x + i - slice);
-          i += some;
-        }
-      }
+    auto all = V::zero();
+    for (Index c = 0; c < block_.count; ++c) all = zeros(sources[c], all);
+    if (V::sum_lanes(all) == 0) return;
+    for (Index c = 0; c < block_.count; ++c) {
+      if (V::sum_lanes(zeros(sources[c], V::zero())) == 0) continue;
+      panels_.not_finite[b_ * tile_keys + block_.not_finite++] = c;
+      sources[c] = {};
     }
   }
-  typename V::Vec value(const S* row, float scale, Index x) const {
-    if (!row) return V::zero();
-    const auto v = V::load_n(row + x, std::min(V::width, panels_.v_head_dim - x));
-    return has_row_scale<S> ? V::mul(v, V::broadcast(scale)) : v;
-  }
-  bool finite(const S* row, float scale) const {
-    auto zero = V::zero();
-    for (Index x = 0; x < panels_.v_head_dim; x += V::width) zero = V::fma(V::zero(), value(row, scale, x), zero);
-    return V::sum_lanes(zero) == 0;
-  }
+
+  /// Slice by slice in ascending order: a store of a whole register may run into the next column's place, which follows.
+  void pack_values(const Source (&sources)[std::size_t(tile_keys)]) const {
+    const Index dv = panels_.v_head_dim, depth = (block_.count + A::keys - 1) / A::keys;
+    for (Index slice = 0; slice < dv; slice += R) {
+      const Index height = std::min(R, dv - slice);
+      auto* to = panels_.block_values(b_) + slice * depth;
+      for (Index k = 0; k < depth; ++k, to += height)
+        for (Index x = 0; x < height; x += V::width) {
+          if constexpr (!A::words) V::store(to + x, value(sources[k], slice + x));
+#ifdef QKV_DETAIL_WORDS
+          if constexpr (A::words)  // columns 2k and 2k + 1 side by side
+            store_words(to + x, to_pairs(value(sources[2 * k], slice + x), value(sources[2 * k + 1], slice + x)));
 #endif
+        }
+    }
+  }
 
   const Panels<A>& panels_;
   const KeyRows<S>& keys_;

@@ -35,6 +35,7 @@ struct QueryRows {
     const T* const at = first + row * stride + k;
     const Index left = head_dim - k;
     if (row >= rows || left <= 0) return V::zero();
+    prefetch_near(at + 2 * V::width);  // rows are far apart, and many at a time
     return V::mul(V::broadcast(sign), left >= V::width ? V::load(at) : V::load_n(at, left));
   }
 };
