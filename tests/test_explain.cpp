@@ -31,6 +31,17 @@ TEST_CASE("explain names the kernel that the rule picks, and why", "[explain]") 
   CHECK(explain(wide, wide, wide).why == "the scalar is neither float nor double");
 }
 
+TEST_CASE("explain says in which numbers a narrow cache is multiplied", "[explain]") {
+  const PagedKeys<std::int8_t> int8(k, v, 2, consecutive_pages(1300, {100}));
+  const PagedKeys<bfloat16> bf16(k, v, 2, consecutive_pages(1300, {100}));
+  const bool narrow = kernel::words_available;
+  CHECK(contains(explain(q, int8, heads).text(), "int8 keys multiplied in int8, values in bf16;") == narrow);
+  CHECK(contains(explain(q, bf16, heads).text(), "bf16 keys multiplied in bf16;") == narrow);
+  CHECK(contains(explain(q, bf16, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(), "bf16 keys;"));
+  CHECK(contains(explain(q.topRows(1), bf16, heads).text(), "bf16 keys;"));
+  CHECK(contains(explain(q, k, v, heads).text(), "f32 keys;"));
+}
+
 TEST_CASE("explain counts flops, bytes and scratch as the definition does", "[explain]") {
   const auto e = explain(q, k, v, heads);
   CHECK(e.flops == 2.0 * 1000 * 1300 * 8 * (24 + 40));

@@ -3,8 +3,8 @@
 //
 //     std::puts(explain(q, k, v, {8, 2}, causal).text().c_str());
 //
-//     tiled kernel (2048 queries > 4), avx512; 8x2 heads of 128/128, f32 keys; blocks of 64x128: 1792 all, 256 some,
-//     2048 none (50% skipped); 9.66 Gflop, 12.6 MB read, 211 kB scratch
+//     tiled kernel (2048 queries > 4), avx512; 2048 queries x 2048 keys, 8/2 heads of 128/128, f32 keys; blocks of
+//     192x192: 440 all, 88 some, 440 none (45% skipped); 9.38 Gflop, 21 MB, 4.72e+03 kB scratch
 //
 // The rule it reports is choose_kernel in options.hpp: the same function that the call itself uses.
 //
@@ -24,6 +24,7 @@ struct Explanation {
   Heads heads;
   Index n_queries = 0, n_keys = 0, head_dim = 0, v_head_dim = 0;
   const char* storage = "";
+  const char* arithmetic = "";  // " multiplied in …" where that is narrower than the scalar of q
   Index blocks_all = 0, blocks_some = 0, blocks_none = 0;  // of tile_queries × tile_keys, over all heads
   double flops = 0;                                        // of the blocks that are not skipped
   double bytes = 0;                                        // of q, k, v and out, each once
@@ -34,10 +35,10 @@ struct Explanation {
     char line[512];
     std::snprintf(
         line, sizeof line,
-        "%s kernel (%s), %s; %td queries x %td keys, %td/%td heads of %td/%td, %s keys; blocks of %tdx%td: %td "
+        "%s kernel (%s), %s; %td queries x %td keys, %td/%td heads of %td/%td, %s keys%s; blocks of %tdx%td: %td "
         "all, %td some, %td none (%.0f%% skipped); %.3g Gflop, %.3g MB, %.3g kB scratch%s",
         name(kernel), why.c_str(), isa_name, n_queries, n_keys, heads.heads, heads.kv_heads, head_dim, v_head_dim,
-        storage, kernel::tile_queries, kernel::tile_keys, blocks_all, blocks_some, blocks_none,
+        storage, arithmetic, kernel::tile_queries, kernel::tile_keys, blocks_all, blocks_some, blocks_none,
         blocks > 0 ? 100 * static_cast<double>(blocks_none) / blocks : 0.0, flops / 1e9, bytes / 1e6,
         static_cast<double>(workspace_bytes) / 1e3, warning());
     return line;
@@ -70,6 +71,8 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
                                        : std::to_string(n_queries) + " queries > " + std::to_string(decode_max_queries);
   e.heads = heads, e.n_queries = n_queries, e.n_keys = keys.rows;
   e.head_dim = keys.head_dim, e.v_head_dim = keys.v_head_dim, e.storage = storage_name<S>;
+  using Narrow = kernel::NarrowArithmetic<T, S>;
+  if (e.kernel == Kernel::tiled && options.arithmetic == Arithmetic::automatic) e.arithmetic = Narrow::name;
 
   const kernel::Task<T, S, M, F> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)),
                                       keys,

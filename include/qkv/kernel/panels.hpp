@@ -43,18 +43,21 @@ struct KeyBlock {
 /// In which numbers the tiled kernel multiplies.
 template <class T>
 struct Exact {  // everything widened to T
+  static constexpr const char* name = "";
   using Scalar = T;
   using Number = T;
   static constexpr bool words = false, quads = false;
   static constexpr Index features = 1, keys = 1;  // in one number
 };
 struct Pairs {  // bfloat16 throughout, sums in float
+  static constexpr const char* name = " multiplied in bf16";
   using Scalar = float;
   using Number = Word;
   static constexpr bool words = true, quads = false;
   static constexpr Index features = 2, keys = 2;
 };
 struct Quads {  // int8 queries and keys, bfloat16 weights and values
+  static constexpr const char* name = " multiplied in int8, values in bf16";
   using Scalar = float;
   using Number = Word;
   static constexpr bool words = true, quads = true;
