@@ -113,9 +113,11 @@ TEMPLATE_TEST_CASE("in a batch each sequence of latent attention has the bits it
   const auto layer = latent_layer<T>(small_mla);
   std::vector<LatentCache<S>> together(4, layer.template make_cache<S>(90)), alone = together;
   CHECK(batch_equals_alone<T>(layer, together, alone));
-  for (auto* caches : {&together, &alone})
-    for (auto& cache : *caches) cache.clear();
-  CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, Threaded{2}));
+  if constexpr (std::is_same_v<TestType, F32>) {
+    for (auto* caches : {&together, &alone})
+      for (auto& cache : *caches) cache.clear();
+    CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, Threaded{2}));
+  }
 }
 
 TEST_CASE("latent rows may lie in several runs", "[layer]") {

@@ -103,24 +103,24 @@ TEST_CASE("lengths hide keys and leave the new tokens where the cache has them",
 }
 
 TEST_CASE("what does not fit the call is refused before the cache changes", "[layer]") {
-  const auto layer = multi_head_layer<float>(small_gqa);
-  const Matrix<float> x = normals<float>(9, 23, 7);
+  const auto layer = multi_head_layer<double>(small_gqa);
+  const Matrix<double> x = normals<double>(9, 23, 7);
   auto cache = layer.make_cache(12);
   layer.forward(x.topRows(5), cache);
-  const Matrix<float> held = cache.keys();
-  Matrix<float> out = Matrix<float>::Constant(4, 23, 7);
+  const Matrix<double> held = cache.keys();
+  Matrix<double> out = Matrix<double>::Constant(4, 23, 7);
   const auto unchanged_after = [&](const std::string& part, const auto& mask, const auto&... score) {
     const std::string text = message_of([&] { layer.forward_into(out, x.bottomRows(4), cache, mask, score...); });
     return contains(text, part) && (out.array() == 7).all() && cache.rows() == 5 && same_bits(cache.keys(), held);
   };
   const Matrix<bool> narrow = Matrix<bool>::Constant(4, 5, true), tall = Matrix<bool>::Constant(9, 9, true);
-  CHECK(unchanged_after("given [4, 5] for n_queries 4, n_keys 9", qkv::boolean(narrow)));
+  CHECK(unchanged_after("given [4, 5] for n_queries 4, n_keys 9", qkv::causal & qkv::boolean(narrow)));
   CHECK(unchanged_after("given [9, 9] for n_queries 4, n_keys 9", qkv::causal & qkv::boolean(tall)));
   const std::vector<Index> ids(8, 1), length = {10};
-  CHECK(unchanged_after("8 ids, the last position is 8", qkv::documents(ids)));
-  CHECK(unchanged_after("length 10, n_keys 9", qkv::lengths(length)));
-  const Matrix<float> table = normals<float>(4, 8, 8);
-  const RowVector<float> slopes = qkv::alibi_slopes<float>(2);
-  CHECK(unchanged_after("given [4, 8]", qkv::causal, qkv::bias(table)));
-  CHECK(unchanged_after("given 2 for 6 heads", qkv::causal, qkv::alibi(slopes)));
+  CHECK(unchanged_after("8 ids, the last position is 8", qkv::causal & qkv::documents(ids)));
+  CHECK(unchanged_after("length 10, n_keys 9", qkv::causal & qkv::lengths(length)));
+  const Matrix<double> table = normals<double>(4, 9, 8), small = table.leftCols(8);
+  const RowVector<double> slopes = qkv::alibi_slopes<double>(6), two = slopes.head(2);
+  CHECK(unchanged_after("given [4, 8]", qkv::causal, qkv::then(qkv::alibi(slopes), qkv::bias(small))));
+  CHECK(unchanged_after("given 2 for 6 heads", qkv::causal, qkv::then(qkv::alibi(two), qkv::bias(table))));
 }

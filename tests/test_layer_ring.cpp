@@ -31,20 +31,20 @@ const Sizes sizes[] = {{7, 0, 1}, {7, 3, 5}, {0, 2, 3}, {0, 0, 1}, {13, 1, 40}, 
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a ring is a window over a cache that keeps everything", "[layer]", float, double) {
-  const auto layer = multi_head_layer<TestType>(small_gqa, true);
-  const Matrix<TestType> x = normals<TestType>(97, 23, 1);
+TEST_CASE("a ring is a window over a cache that keeps everything", "[layer]") {
+  const auto layer = multi_head_layer<double>(small_gqa, true);
+  const Matrix<double> x = normals<double>(97, 23, 1);
   for (const auto& [window, pinned, slack] : sizes) {
     CAPTURE(window, pinned, slack);
-    const Matrix<TestType> expected = windowed<TestType>(layer, x, window, pinned);
+    const Matrix<double> expected = windowed<double>(layer, x, window, pinned);
     REQUIRE(max_error(expected, multi_head_by_formula(layer, x, [&, w = window, p = pinned](const At& at) {
                         return at.key_position <= at.query_position &&
                                (at.key_position < p || at.query_position - at.key_position <= w);
-                      })) <= layer_tolerance<TestType>);
+                      })) <= layer_tolerance<double>);
     for (const std::vector<Index>& pieces :
          {std::vector<Index>{1}, {97}, {slack, 1}, {29, 1, 1, 2, 17}, {3, 60, 1}}) {  // longer than the slack too
-      auto cache = ring<TestType>(window, pinned, slack);
-      CHECK(max_error(feed(layer, cache, x, pieces), expected) <= layer_tolerance<TestType>);
+      auto cache = ring<double>(window, pinned, slack);
+      CHECK(max_error(feed(layer, cache, x, pieces), expected) <= layer_tolerance<double>);
       CHECK(cache.position() == 97);
       CHECK(cache.rows() == std::min<Index>(97, cache.capacity()));
     }
@@ -64,7 +64,7 @@ TEST_CASE("a ring has the bits of the window, however its rows arrive", "[layer]
   }
 }
 
-TEMPLATE_TEST_CASE("rings keep their rows in any storage", "[layer]", qkv::half, qkv::bfloat16, std::int8_t) {
+TEMPLATE_TEST_CASE("rings keep their rows in any storage", "[layer]", qkv::half, std::int8_t) {
   const auto layer = multi_head_layer<float>(small_gqa);
   const Matrix<float> x = normals<float>(70, 23, 3);
   const LayerOptions options{.kernel = Kernel::tiled};
@@ -127,5 +127,4 @@ TEST_CASE("a mask that does not fit one of a chunk's pieces is refused before th
   CHECK(same_bits(cache.keys(), held));
   CHECK((out.array() == 7).all());
   CHECK(complaint(qkv::boolean(piece), 3).empty());
-  CHECK(complaint(qkv::documents(ids), 1).empty());
 }
