@@ -7,6 +7,7 @@
 //     f              any T f(T score, const At&), inlined; then(a, b) applies a, then b
 //
 // The order is ONNX's (Attention, opset 25): scale, scores from left to right, mask, softmax. A score of -inf is masked.
+// A function may be called for pairs that the mask hides too (the result is dropped): it must be defined for them.
 // Scores hold views of slopes and matrices: those must outlive the call.
 //
 // Before: data_masks.hpp   Next: softmax.hpp

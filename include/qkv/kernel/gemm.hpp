@@ -2,7 +2,8 @@
 //
 //     x [n, in]   W [in, out]   b [out]   out [n, out]          2·n·in·out flops; W is read once from memory
 //
-// Every output element is one chain of multiply-adds in ascending k, starting at b (0 without a bias),
+// Every output element is one chain of multiply-adds in ascending k, starting at b (0 without a bias; of int8 weights the
+// chain starts at 0, and scale and b come last),
 //
 //     s ← b_c;   for k = 0 … in-1:  s ← x_rk · w_kc + s;   out_rc = s
 //
@@ -12,7 +13,7 @@
 // Packed: W in panels of 128 bytes of T, [⌈out/panel⌉][in][panel], zeros after the last column. The layout is the same on
 // every instruction set. Weights of another storage S keep T's panel and are converted in the register.
 //
-// Before: kernel/register_tile.hpp   Next: embedding.hpp
+// Before: kernel/register_tile.hpp   Next: kernel/words.hpp
 #pragma once
 
 #if defined(__linux__)

@@ -7,7 +7,7 @@
 //                out_h   = (Σ p c)·W_UV(h)                    one key and value row for all heads; good for few queries
 //
 // with c [latent_dim] the cached latent of a key and r [rope_dim] its rotated key part, shared by all heads. Both are the
-// same sum, in another order. The naive form restores `naive_chunk` rows at a time in scratch and merges the states:
+// same sum, in another order. The naive form restores `latent_chunk` rows at a time in scratch and merges the states:
 // the whole of K and V is never there. DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C.
 //
 // Before: multi_head_attention.hpp   Next: latent_attention.hpp
@@ -19,7 +19,7 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// Rows restored (naive) or converted (absorbed, int8) at a time.
+/// Rows restored (naive) or converted to T (absorbed) at a time.
 inline constexpr Index latent_chunk = 192;
 
 /// Chunks of latent rows on the position grid: f(run, first_row, row, count), each inside one run. The pieces of a chunk
