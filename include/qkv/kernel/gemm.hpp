@@ -2,8 +2,8 @@
 //
 //     x [n, in]   W [in, out]   b [out]   out [n, out]          2·n·in·out flops; W is read once from memory
 //
-// Every output element is one chain of multiply-adds in ascending k, starting at b (0 without a bias; of int8 weights the
-// chain starts at 0, and scale and b come last),
+// Every output element is one chain of multiply-adds in ascending k, starting at b (0 without a bias; with int8 weights
+// the chain starts at 0, and scale and b come last),
 //
 //     s ← b_c;   for k = 0 … in-1:  s ← x_rk · w_kc + s;   out_rc = s
 //
