@@ -108,6 +108,20 @@ TEST_CASE("NaN in a value reaches that feature of the queries that see it and no
       }
 }
 
+TEST_CASE("NaN in a value that is seen reaches the output, however small its weight", "[attention][nan]") {
+  // A weight that underflows to zero is not a mask.
+  const auto far_below = [](float s, const At& at) { return at.key == 5 ? -1e5F : s; };
+  for (const Case& c : {many, few})
+    for (const Kernel kernel : kernels) {
+      INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries");
+      Inputs<float> in(c);
+      in.v(5, 2) = std::numeric_limits<float>::quiet_NaN();
+      const auto out = attention(in.q, in.k, in.v, c.heads, full, far_below, {.kernel = kernel});
+      CHECK(out.col(2).array().isNaN().all());
+      CHECK(out.leftCols(2).array().isFinite().all());
+    }
+}
+
 TEST_CASE("NaN in a query reaches its own row and head only", "[attention][nan]") {
   for (const Case& c : {many, few})
     for (const Kernel kernel : kernels) {

@@ -66,6 +66,14 @@ TEST_CASE("NaN in a row of scores makes that row NaN and no other", "[softmax]")
   }
 }
 
+TEST_CASE("NaN beside nothing but masked entries is NaN, not a row of zeros", "[softmax]") {
+  for (Index where = 0; where < 3; ++where) {
+    Matrix<double> scores = Matrix<double>::Constant(1, 3, -inf<double>);
+    scores(where) = nan_of<double>;
+    CHECK(softmax(scores).array().isNaN().all());
+  }
+}
+
 TEST_CASE("the state of no keys gives zeros, log-sum-exp -inf, and only the sink where there is one", "[softmax]") {
   const auto none = SoftmaxState<double>::empty(2, 3, 5);
   CHECK(none.n_queries() == 2);
@@ -106,6 +114,11 @@ TEST_CASE("maxima of any size merge without overflow", "[softmax]") {
 
 TEST_CASE("NaN in either state reaches the merged one", "[softmax]") {
   const auto good = state<double>(1, 2, 3, 4), none = SoftmaxState<double>::empty(1, 1, 2);
+  const auto bad_score = state<double>(nan_of<double>, nan_of<double>, nan_of<double>, nan_of<double>);
+  for (const auto& other : {good, none}) {
+    CHECK(std::isnan(merge(bad_score, other).log_sum_exp()(0)));
+    CHECK(std::isnan(merge(other, bad_score).log_sum_exp()(0)));
+  }
   for (const auto& bad : {state<double>(nan_of<double>, 1, 1, 1), state<double>(1, 1, nan_of<double>, nan_of<double>)})
     for (const auto& other : {good, none}) {
       CHECK(merge(bad, other).finish().array().isNaN().all());

@@ -89,6 +89,12 @@ TEST_CASE("rows keep their positions where a cache has forgotten what was betwee
     }
     CHECK(max_error(attention_weights(in.q, cache, c.heads, mask, distance), expected.probabilities) <=
           tolerance<double>);
+    // Where all is seen the kernels ask nothing of single keys: the gaps are not keys even so.
+    const Expected all = attention_by_formula(in.q, in.k, in.v, {.heads = c.heads}, everyone, unchanged);
+    for (const Kernel kernel : kernels) {
+      INFO("kernel " << name(kernel) << ", " << n << " queries");
+      CHECK(max_error(attention(in.q, cache, c.heads, full, plain, {.kernel = kernel}), all.out) <= tolerance<double>);
+    }
   }
 }
 
