@@ -1,4 +1,5 @@
 #include <qkv/attention.hpp>
+#include <qkv/kv_cache.hpp>
 
 #include "support/attention_case.hpp"
 #include "support/key_source.hpp"
@@ -154,4 +155,20 @@ TEMPLATE_TEST_CASE("a stored value that is not finite reaches its feature and no
         }
       }
     }
+}
+
+TEST_CASE("tiny, infinite and NaN queries of an int8 cache spoil nobody, and who sees nothing gives zeros",
+          "[attention]") {
+  KvCache<std::int8_t> cache({.kv_heads = 1, .head_dim = 24, .capacity = 40});
+  cache.append(numbers<float>(40, 24, 1), numbers<float>(40, 24, 2));
+  Matrix<float> q = numbers<float>(9, 24, 3);
+  const Matrix<float> before = attention(q, cache, {}, causal, plain, {.first_position = -3, .kernel = Kernel::tiled});
+  q.row(0).setConstant(std::numeric_limits<float>::quiet_NaN());  // at position -3: sees nothing
+  q.row(4).setConstant(1e-44F);
+  q.row(5).setConstant(std::numeric_limits<float>::infinity());
+  const Matrix<float> out = attention(q, cache, {}, causal, plain, {.first_position = -3, .kernel = Kernel::tiled});
+  CHECK(out.topRows(3).isZero(0));
+  CHECK(same_bits(Matrix<float>(out.row(3)), Matrix<float>(before.row(3))));
+  CHECK(max_error(out.row(4), cache.values().topRows(2).colwise().mean()) <= 1e-2);
+  CHECK(same_bits(Matrix<float>(out.bottomRows(3)), Matrix<float>(before.bottomRows(3))));
 }

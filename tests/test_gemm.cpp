@@ -313,3 +313,13 @@ TEMPLATE_TEST_CASE("a tile adds to what it starts from, with rows of a apart or 
   qkv::kernel::tile<3, TileShape<TestType>::vectors>(op, op.a_row, op.a_step);
   CHECK(same_bits(c, product(a, PackedWeights<TestType>(b))));
 }
+
+TEST_CASE("a product over no features is the bias, for any number of rows", "[gemm]") {
+  const PackedWeights<float> weights(Matrix<float>(0, 9));
+  const qkv::RowVector<float> bias = qkv::RowVector<float>::LinSpaced(9, 1, 2);
+  for (const Index n : {1, 2, 13}) {
+    Matrix<float> out = Matrix<float>::Constant(n, 9, 7);
+    qkv::kernel::packed_product_into(out, Matrix<float>(n, 0), weights, std::span<const float>(bias.data(), 9));
+    for (Index i = 0; i < n; ++i) CHECK(out.row(i) == bias);
+  }
+}

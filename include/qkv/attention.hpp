@@ -32,9 +32,9 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
   cache.key_rows().kv_heads;
 };
 
-/// Scratch bytes a call leases at once with the serial executor: a Workspace of which this much is in use already lets a
-/// call of these sizes allocate nothing. Grows with n_queries (two numbers per query and head), never with
-/// n_queries · n_keys.
+/// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
+/// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
+/// n_keys (packed keys of some kv heads), never with n_queries · n_keys.
 template <class T>
 std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
                            Index v_head_dim) {
@@ -76,6 +76,12 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
   detail::require_disjoint(out, q, "q");
   detail::require_disjoint(out, k, "k");
   detail::require_disjoint(out, v, "v");
+  if (options.log_sum_exp) {
+    detail::require_disjoint(*options.log_sum_exp, q, "q (log_sum_exp)");
+    detail::require_disjoint(*options.log_sum_exp, k, "k (log_sum_exp)");
+    detail::require_disjoint(*options.log_sum_exp, v, "v (log_sum_exp)");
+    detail::require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+  }
   const detail::Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
@@ -131,6 +137,10 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   detail::check_out(out, q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
   detail::check_options(options, heads);
   detail::require_disjoint(out, q, "q");
+  if (options.log_sum_exp) {
+    detail::require_disjoint(*options.log_sum_exp, q, "q (log_sum_exp)");
+    detail::require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+  }
   detail::require(options.query_offsets.empty() && options.key_offsets.empty(),
                   "a cache holds one sequence: query_offsets and key_offsets must be empty");
   detail::check_call(m, score, rows,

@@ -9,6 +9,7 @@
 // Before: storage.hpp   Next: workspace.hpp
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <concepts>
 #include <condition_variable>

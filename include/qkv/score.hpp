@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <concepts>
+#include <limits>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -39,10 +40,18 @@ inline constexpr Plain plain{};
 struct SoftCap {
   double cap = 0;
 
+  /// The cap as a finite T.
+  template <class T>
+  T cap_as() const {
+    return std::numeric_limits<T>::is_specialized && cap > static_cast<double>(std::numeric_limits<T>::max())
+               ? std::numeric_limits<T>::max()
+               : static_cast<T>(cap);
+  }
+
   template <class T>
   T operator()(T score, const At&) const {
     using std::tanh;
-    const T c = static_cast<T>(cap);
+    const T c = cap_as<T>();
     return c * tanh(score / c);
   }
 };

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "matrix.hpp"
 
@@ -86,17 +87,24 @@ class Workspace {
     for (Slot& slot : slots_) {
       if (slot.taken.exchange(true, std::memory_order_acquire)) continue;
       if (slot.size < bytes) {
+        struct Release {  // the slot, should the allocation fail
+          Slot* slot;
+          ~Release() {
+            if (slot) slot->taken.store(false, std::memory_order_release);
+          }
+        } release{&slot};
         slot.bytes.reset();
         slot.size = 0;
         slot.bytes = detail::aligned_bytes(bytes);
         slot.size = bytes;
+        release.slot = nullptr;
       }
       return {&slot, nullptr};
     }
     return {nullptr, detail::aligned_bytes(bytes)};
   }
 
-  /// Allocates `bytes` for one work item at a time now, so that the first call does not.
+  /// Allocates `bytes` for one lease now. A call may hold two or three at once: one call of the same sizes warms them all.
   void reserve(std::size_t bytes) { lease(bytes); }
 
   /// Bytes held at present. Not to be called while leases are out.

@@ -31,7 +31,7 @@ void expect(bool ok, const Parts&... parts) {
 /// "2x3x4", as case.txt writes shapes; "scalar" without dimensions.
 inline std::string shape_text(const std::vector<Index>& shape) {
   std::string text;
-  for (const Index n : shape) text += (text.empty() ? "" : "x") + std::to_string(n);
+  for (const Index n : shape) text.append(text.empty() ? "" : "x").append(std::to_string(n));
   return text.empty() ? "scalar" : text;
 }
 

@@ -1,6 +1,7 @@
 // detail/call.hpp — everything about a call that must be checked before the first write.
 #pragma once
 
+#include <limits>
 #include <span>
 
 #include "../heads.hpp"
@@ -77,6 +78,9 @@ void check_options(const Options<T>& options, Heads heads) {
   require(options.sinks.empty() || static_cast<Index>(options.sinks.size()) == heads.heads,
           "sinks needs one logit per head; given ", options.sinks.size(), " for ", heads.heads, " heads");
   require(options.scale == options.scale, "scale must be a number; given NaN");
+  constexpr Index far = std::numeric_limits<Index>::max() / 4;  // positions are added up without overflow
+  require(!options.first_position || (*options.first_position >= -far && *options.first_position <= far),
+          "first_position must lie within ", -far, " ... ", far, "; given ", options.first_position.value_or(0));
 }
 
 /// q [n_queries, heads·head_dim] against keys of head_dim and kv_heads.

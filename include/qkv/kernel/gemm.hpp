@@ -141,7 +141,7 @@ struct ProductItem {
   /// `after`: the weights that are probably read next.
   void run(Index first, Index last, const S* after) const {
     alignas(detail::cache_line) T storage[std::size_t(Blocks::capacity + pack_slack<T>)];
-    const Index in = w.in(), step = rows == 1 ? in : Blocks::packed_depth(rows);
+    const Index in = w.in(), step = rows == 1 ? std::max<Index>(in, 1) : Blocks::packed_depth(rows);
     for (Index k = 0; k == 0 || k < in; k += step) {
       const Index depth = std::min(step, in - k);
       if (rows > 1)  // a single row is its own panel

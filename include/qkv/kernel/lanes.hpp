@@ -46,7 +46,7 @@ EIGEN_ALWAYS_INLINE typename Simd<T>::Vec score_lanes(const F& f, typename Simd<
   if constexpr (std::is_same_v<F, Plain>) {
     return s;
   } else if constexpr (std::is_same_v<F, SoftCap>) {
-    const auto cap = V::broadcast(static_cast<T>(f.cap));
+    const auto cap = V::broadcast(f.template cap_as<T>());
     return V::mul(cap, V::tanh(V::div(s, cap)));
   } else if constexpr (is_alibi<F>) {
     const T slope = static_cast<T>(f.slopes[static_cast<std::size_t>(at.first.head)]);

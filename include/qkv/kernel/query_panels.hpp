@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "panels.hpp"
 
@@ -83,8 +84,11 @@ inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index la
       zero = V::fma(V::zero(), x, zero);
     }
     const float amax = V::max_lanes(most), nan_if_not_finite = V::sum_lanes(zero);
-    inverse[i] = amax > 0 ? 127 / amax : 0;
-    if (amax > 0 || nan_if_not_finite != 0) unit[i] *= amax / 127 + nan_if_not_finite;
+    // A row this small is as good as zeros; below it the factors would leave the range of float.
+    const bool zeros = amax < 1e-30F;
+    inverse[i] = zeros ? 0 : 127 / amax;
+    if (!zeros || nan_if_not_finite != 0) unit[i] *= amax / 127 + nan_if_not_finite;
+    unit[i] = std::max(unit[i], std::numeric_limits<float>::min());  // keeps NaN
   }
   for (Index w = 0; w < depth; w += word_lanes) {
     __m512 block[16];

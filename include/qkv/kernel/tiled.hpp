@@ -107,7 +107,10 @@ class Tiled {
  private:
   /// What is kept of a score: ±q·k itself where nothing but the scale is applied, so that what enters the exponent is a
   /// difference before it is rounded; otherwise the score. In natural units one of it is `unit`, lane by lane.
-  T natural(Index lane) const { return plain ? scratch_.m[lane] * scratch_.unit[lane] : scratch_.m[lane]; }
+  T natural(Index lane) const {
+    const T m = scratch_.m[lane];
+    return plain && m != detail::minus_infinity<T> ? m * scratch_.unit[lane] : m;
+  }
   Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
   Number* q(Index p) const { return reinterpret_cast<Number*>(scratch_.q) + p * panels_.key_depth() * lanes; }
   T* o(Index p) const { return scratch_.o + p * task_.v_head_dim() * lanes; }
@@ -294,15 +297,15 @@ class Tiled {
     unroll<vectors>([&](auto v) {
       T* const at = s + v * V::width;
       const Vec here = largest(at, begin, end);
-      const Vec low = V::broadcast(detail::minus_infinity<T>),
-                to_log2 = V::mul(V::broadcast(log2_e<T>),
-                                 plain ? V::load(scratch_.unit + p * lanes + v * V::width) : V::broadcast(T(1)));
+      const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
       T* const m = scratch_.m + p * lanes + v * V::width;
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec old = V::load(m);
       const Vec now = V::max_nan(old, here);
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
+      const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
+      const Vec to_log2 = V::mul(V::broadcast(log2_e<T>), V::select(nothing, one, unit));  // a query of NaN has no unit
       const Vec factor = V::exp2(V::mul(V::sub(old, base), to_log2));
       const Vec sum = weigh(at, begin, end, base, to_log2);
       V::store(m, now);
