@@ -186,10 +186,13 @@ TEST_CASE("states and weights refuse what belongs to whole calls", "[attention][
 }
 
 TEST_CASE("a log-sum-exp that is an operand, and positions out of reach, are refused", "[attention]") {
-  Matrix<float> q = numbers<float>(4, 4, 1), out(4, 4);
-  const Matrix<float> before = q;
-  CHECK_THROWS_AS(attention_into(out, q, q, q, {}, causal, plain, {.log_sum_exp = &q}), std::invalid_argument);
-  CHECK_THROWS_AS(attention_into(out, q, q, q, {}, causal, plain, {.log_sum_exp = &out}), std::invalid_argument);
-  CHECK_THROWS_AS(attention(q, q, q, {}, causal, plain, {.first_position = infinite - 1}), std::invalid_argument);
-  CHECK(q == before);
+  Matrix<float> queries = numbers<float>(4, 4, 1), out(4, 4);
+  const Matrix<float> before = queries;
+  CHECK_THROWS_AS(attention_into(out, queries, queries, queries, {}, causal, plain, {.log_sum_exp = &queries}),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(attention_into(out, queries, queries, queries, {}, causal, plain, {.log_sum_exp = &out}),
+                  std::invalid_argument);
+  CHECK_THROWS_AS(attention(queries, queries, queries, {}, causal, plain, {.first_position = infinite - 1}),
+                  std::invalid_argument);
+  CHECK(queries == before);
 }
