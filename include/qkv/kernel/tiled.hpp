@@ -12,7 +12,7 @@
 // The mask is asked for blocks, then for tiles of a mixed block, then for lanes of a mixed tile: what it hides in whole is
 // never computed. Every element of S and O is one multiply-add chain in ascending order of features and keys, whatever
 // panel its query sits in: a prompt fed in pieces gives the same bits as at once.
-// Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice, measured in benchmarks/README.md.
+// Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
 //
 // Before: kernel/lanes.hpp   Next: kernel/decode.hpp
 #pragma once
