@@ -21,8 +21,11 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
   const Index n_blocks = kernel::count_blocks(task.keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
   const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
+  // One thread packs a head when it comes to it, while its rows are still in the caches.
   const Index at_once =
-      kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
+      std::is_same_v<E, Serial>
+          ? 1
+          : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
   for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
     const Index count = std::min(at_once, task.heads.kv_heads - first);
@@ -40,10 +43,9 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
       const Index head = first * group + item / query_blocks, query = item % query_blocks * kernel::tile_queries;
       const Index rows = std::min(kernel::tile_queries, n - query);
       const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
-      if (start == Start::empty) state.clear(query, rows, head, 1, dv);
+      if (start == Start::empty) state.clear_sums(query, rows, head);  // then the kernel writes every row of weighted
       const Panels panels = panels_of(task.heads.kv_head(head));
-      kernel::Tiled<A, T, S, M, F>(task, state, panels, n_blocks, head, query, scratch.data()).run();
-      done(query, rows, head, Index(1));
+      kernel::Tiled<A, T, S, M, F>(task, state, panels, n_blocks, head, query, scratch.data()).run(done);
     });
   }
 }

@@ -11,6 +11,9 @@
 //                                 (double); 0.9 ulp with FMA, 1.1 without. exp2(-inf) = +0, exp2(0) = 1 and
 //                                 exp2(NaN) = NaN exactly. Below the smallest normal number the result may be +0;
 //                                 from x = 127.5 (double: 1023.5) on it may be +inf.
+//     weight(d, c) = 2^(d·c)      for d <= 0: what a softmax needs, in fewer steps. AVX-512, float: n in steps of 1/32 with
+//                                 a table, degree 2, d·c not rounded; 1.5 ulp. weight(0, c) = 1, weight(-inf, c) = +0 and
+//                                 NaN stays NaN, exactly. Elsewhere exp2 of the rounded product.
 //
 // Before: workspace.hpp   Next: kernel/register_tile.hpp
 #pragma once
@@ -19,6 +22,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 #include "../detail/intrinsics.hpp"
@@ -101,6 +105,33 @@ inline constexpr double exp2_coefficients<double>[] = {
     0x1.ffcbfc6685ee5p-17, 0x1.4309130f6cbdbp-13, 0x1.5d87fe789e96fp-10, 0x1.3b2ab6fb9fda6p-7,
     0x1.c6b08d704a12cp-5,  0x1.ebfbdff82c5a6p-3,  0x1.62e42fefa39efp-1};
 
+#if defined(EIGEN_VECTORIZE_AVX512)
+// 2^(j/32) less j·2¹⁸, as bits: what the index adds to the mantissa when it is shifted up together with the exponent.
+alignas(64) inline constexpr std::uint32_t table_powers[32] = {
+    0x3F800000, 0x3F7ECD87, 0x3F7DAAC3, 0x3F7C980F, 0x3F7B95C2, 0x3F7AA43A, 0x3F79C3D3, 0x3F78F4F0,
+    0x3F7837F0, 0x3F778D3A, 0x3F76F532, 0x3F767043, 0x3F75FED7, 0x3F75A15B, 0x3F75583F, 0x3F7523F6,
+    0x3F7504F3, 0x3F74FBAF, 0x3F7508A4, 0x3F752C4D, 0x3F75672A, 0x3F75B9BE, 0x3F76248C, 0x3F76A81E,
+    0x3F7744FD, 0x3F77FBB8, 0x3F78CCDF, 0x3F79B907, 0x3F7AC0C7, 0x3F7BE4BA, 0x3F7D257D, 0x3F7E83B3};
+// 2ʳ - 1 for |r| <= 1/64: r·(p₁ + p₀·r), error 5.3e-8.
+inline constexpr float weight_coefficients[] = {0.240226507F, 0.693157345F};
+
+/// 2^(d·c) = step · 2^rest, |rest| <= 1/64; `normal` is false where the power is below 2⁻¹²⁶.
+struct TablePower {
+  __m512 step, rest;
+  __mmask16 normal;
+
+  EIGEN_ALWAYS_INLINE TablePower(__m512 d, __m512 c) {
+    const __m512 magic = _mm512_set1_ps(0x1.8p18F);  // adding it rounds to a multiple of 1/32, in the low bits
+    const __m512 shifted = _mm512_fmadd_ps(d, c, magic);
+    rest = _mm512_fmsub_ps(d, c, _mm512_sub_ps(shifted, magic));
+    const __m512i bits = _mm512_castps_si512(shifted);
+    const __m512i low = _mm512_load_si512(table_powers), high = _mm512_load_si512(table_powers + 16);
+    step = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(low, bits, high), _mm512_slli_epi32(bits, 18)));
+    normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(0x1.8p18F - 126), _CMP_NLT_UQ);
+  }
+};
+#endif
+
 // The low bits of a lane moved up into the exponent: from 1.5·2²³ + 127 + n (double: 1.5·2⁵² + 1023 + n) to 2ⁿ.
 template <class P>
 EIGEN_ALWAYS_INLINE P low_bits_to_exponent(const P& biased) {
@@ -164,6 +195,8 @@ struct Simd {
     using std::exp2;
     return exp2(x);
   }
+
+  static Vec weight(Vec d, Vec c) { return exp2(d * c); }
 
   static Vec tanh(Vec x) {
     using std::tanh;
@@ -257,6 +290,20 @@ requires(detail::has_packets<T>) struct Simd<T> {
     const Vec y = mul(two_to_the(sub(x, n)), detail::low_bits_to_exponent(shifted));  // x unclamped: NaN stays NaN
     return select(less(x, broadcast(1 - bias)), zero(), y);
 #endif
+  }
+
+  /// 2^(d·c), d <= 0; see the head of this file.
+  static EIGEN_ALWAYS_INLINE Vec weight(Vec d, Vec c) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+    // Adds, integer operations and permutations are not done by the units that multiply: fewer of those are busy.
+    if constexpr (std::same_as<T, float>) {
+      constexpr auto& p = detail::weight_coefficients;
+      const detail::TablePower power(d, c);
+      const Vec q = mul(power.rest, fma(power.rest, broadcast(p[0]), broadcast(p[1])));
+      return _mm512_maskz_fmadd_ps(power.normal, power.step, q, power.step);
+    } else
+#endif
+      return exp2(mul(d, c));
   }
 
   /// Float: Eigen's rational approximation, a few ulp. Double: lane by lane.

@@ -53,6 +53,10 @@ struct StateView {
   T* o(Index query, Index head, Index v_head_dim) const {
     return const_cast<T*>(weighted.data()) + query * weighted.outerStride() + head * v_head_dim;
   }
+  /// Without `weighted`: for a kernel that writes a row where its maximum is -inf.
+  void clear_sums(Index query, Index n_queries, Index head) const {
+    for (Index i = query; i < query + n_queries; ++i) m(i, head) = detail::minus_infinity<T>, l(i, head) = 0;
+  }
   void clear(Index query, Index n_queries, Index head, Index n_heads, Index v_head_dim) const {
     for (Index i = query; i < query + n_queries; ++i)
       for (Index h = head; h < head + n_heads; ++h) {

@@ -95,13 +95,17 @@ class Tiled {
         carver_(scratch),
         scratch_(carver_, task.head_dim(), task.v_head_dim()) {}
 
-  /// Merges all keys of the task into the state of these queries.
-  void run() {
+  /// Merges all keys of the task into the state of these queries; done(query, n_queries, head, 1) for some at a time.
+  template <class Done>
+  void run(const Done& done) {
     const Index n_panels = (n_queries_ + lanes - 1) / lanes;
     for (Index p = 0; p < n_panels; ++p) load_panel(p);
     for (Index b = 0; b < n_blocks_; ++b)
       for (Index p = 0; p < n_panels; ++p) attend(b, p);
-    for (Index p = 0; p < n_panels; ++p) store_panel(p);
+    for (Index p = 0; p < n_panels; ++p) {
+      store_panel(p);
+      done(query_ + p * lanes, panel_queries(p), head_, Index(1));
+    }
   }
 
  private:
@@ -301,14 +305,14 @@ class Tiled {
       T* const m = scratch_.m + p * lanes + v * V::width;
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec old = V::load(m);
-      const Vec now = V::max_nan(old, here);
+      const Vec now = V::max(old, here);
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
       const Vec to_log2 = V::mul(V::broadcast(log2_e<T>), V::select(nothing, one, unit));  // a query of NaN has no unit
-      const Vec factor = V::exp2(V::mul(V::sub(old, base), to_log2));
+      const Vec factor = V::weight(V::sub(old, base), to_log2);
       const Vec sum = weigh(at, begin, end, base, to_log2);
-      V::store(m, now);
+      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(l, V::fma(V::load(l), factor, sum));
       V::store(keep + v * V::width, factor);
       moved = moved || V::any(V::less(old, now));
@@ -330,13 +334,13 @@ class Tiled {
     Vec a = V::broadcast(detail::minus_infinity<T>), b = a, c = a, d = a;
     Index i = begin;
     for (; i + 4 <= end; i += 4) {
-      a = V::max_nan(a, V::load(at + i * lanes));
-      b = V::max_nan(b, V::load(at + (i + 1) * lanes));
-      c = V::max_nan(c, V::load(at + (i + 2) * lanes));
-      d = V::max_nan(d, V::load(at + (i + 3) * lanes));
+      a = V::max(a, V::load(at + i * lanes));
+      b = V::max(b, V::load(at + (i + 1) * lanes));
+      c = V::max(c, V::load(at + (i + 2) * lanes));
+      d = V::max(d, V::load(at + (i + 3) * lanes));
     }
-    for (; i < end; ++i) a = V::max_nan(a, V::load(at + i * lanes));
-    return V::max_nan(V::max_nan(a, b), V::max_nan(c, d));
+    for (; i < end; ++i) a = V::max(a, V::load(at + i * lanes));
+    return V::max(V::max(a, b), V::max(c, d));
   }
 
   /// One register of queries: scores of columns [begin, end) become weights e^(score - base); returns their sum. The
@@ -370,18 +374,16 @@ class Tiled {
     }
     return V::add(V::add(w, x), V::add(y, z));
   }
-  static EIGEN_ALWAYS_INLINE Vec exponent(const T* at, Index c, Vec base, Vec to_log2) {
-    return V::mul(V::sub(V::load(at + c * lanes), base), to_log2);
-  }
+  static EIGEN_ALWAYS_INLINE Vec below(const T* at, Index c, Vec base) { return V::sub(V::load(at + c * lanes), base); }
   static EIGEN_ALWAYS_INLINE Vec put(T* at, Index c, Vec base, Vec to_log2) {
-    const Vec weight = V::exp2(exponent(at, c, base, to_log2));
+    const Vec weight = V::weight(below(at, c, base), to_log2);
     V::store(at + c * lanes, weight);
     return weight;
   }
 #ifdef QKV_DETAIL_WORDS
   static EIGEN_ALWAYS_INLINE __m512i put_pair(float* at, Index c, Index end, Vec base, Vec to_log2) {
-    const Vec low = exp2_short(exponent(at, c, base, to_log2));
-    const Vec high = c + 1 < end ? exp2_short(exponent(at, c + 1, base, to_log2)) : V::zero();
+    const Vec low = weight_short(below(at, c, base), to_log2);
+    const Vec high = c + 1 < end ? weight_short(below(at, c + 1, base), to_log2) : V::zero();
     const __m512i pair = to_pairs(low, high);
     store_words(reinterpret_cast<Word*>(at) + c / 2 * lanes, pair);
     return pair;

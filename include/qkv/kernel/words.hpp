@@ -143,14 +143,11 @@ inline void pack_words(const void* from, Index stride, Index rows, Index bytes, 
   }
 }
 
-/// 2ˣ to 1e-4, enough before rounding to bfloat16: degree 3 on [0, 1) after the integer part. 2^-inf = +0, NaN stays NaN.
-EIGEN_ALWAYS_INLINE __m512 exp2_short(__m512 x) {
-  const __m512 r = _mm512_reduce_ps(x, 1);  // x - floor(x)
-  __m512 p = _mm512_set1_ps(0.0780245227F);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.226067155F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.695833541F));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.999925219F));
-  return _mm512_scalef_ps(p, x);
+/// Simd<float>::weight to 6e-5, enough before rounding to bfloat16: one step of the series after the table.
+EIGEN_ALWAYS_INLINE __m512 weight_short(__m512 d, __m512 c) {
+  const detail::TablePower power(d, c);
+  const __m512 slope = _mm512_mul_ps(power.step, _mm512_set1_ps(0.693147181F));
+  return _mm512_maskz_fmadd_ps(power.normal, slope, power.rest, power.step);
 }
 
 /// Lane l of the result holds (low[l], high[l]) as bfloat16, each rounded to nearest even.
