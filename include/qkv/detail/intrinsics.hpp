@@ -148,7 +148,13 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
   __builtin_prefetch(p, 0, 2);
 #endif
 }
-/// The same into the first-level cache.
+/// The same, for writing.
+EIGEN_ALWAYS_INLINE void prefetch_to_write([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 1, 2);
+#endif
+}
+/// For reading, into the first-level cache.
 EIGEN_ALWAYS_INLINE void prefetch_near([[maybe_unused]] const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 3);

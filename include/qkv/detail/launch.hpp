@@ -21,9 +21,10 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
   const Index n_blocks = kernel::count_blocks(task.keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
   const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
-  // One thread packs a head when it comes to it, while its rows are still in the caches.
+  // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
+  constexpr bool one_thread = std::is_same_v<E, Serial>;
   const Index at_once =
-      std::is_same_v<E, Serial>
+      one_thread
           ? 1
           : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
@@ -35,10 +36,11 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
     };
     for (Index kv_head = first; kv_head < first + count; ++kv_head)
       kernel::describe_blocks(panels_of(kv_head), task.keys);
-    executor(count * n_blocks, [&](Index item) {
-      const Panels panels = panels_of(first + item / n_blocks);
-      kernel::BlockPacker<A, S>(panels, task.keys, first + item / n_blocks, item % n_blocks).run();
-    });
+    if constexpr (!one_thread)
+      executor(count * n_blocks, [&](Index item) {
+        const Panels panels = panels_of(first + item / n_blocks);
+        kernel::BlockPacker<A, S>(panels, task.keys, first + item / n_blocks, item % n_blocks).run();
+      });
     executor(count * group * query_blocks, [&](Index item) {
       const Index head = first * group + item / query_blocks, query = item % query_blocks * kernel::tile_queries;
       const Index rows = std::min(kernel::tile_queries, n - query);

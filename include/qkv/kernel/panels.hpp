@@ -38,6 +38,7 @@ struct KeyBlock {
   Index base = 0, row = 0;
   Index not_finite = 0;  // value rows that are not
   bool gaps = false;     // a column in between holds no row
+  bool packed = false;
 };
 
 /// In which numbers the tiled kernel multiplies.
@@ -179,6 +180,7 @@ class BlockPacker {
         });
     drop_not_finite(sources);
     pack_values(sources);
+    block_.packed = true;
   }
 
  private:
@@ -245,9 +247,16 @@ class BlockPacker {
       for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
       return sum;
     };
-    auto all = V::zero();
-    for (Index c = 0; c < block_.count; ++c) all = zeros(sources[c], all);
-    if (V::sum_lanes(all) == 0) return;
+    auto w = V::zero(), x = w, y = w, z = w;  // four chains, since one multiply-add waits for the one before
+    Index row = 0;
+    for (; row + 4 <= block_.count; row += 4) {
+      w = zeros(sources[row], w);
+      x = zeros(sources[row + 1], x);
+      y = zeros(sources[row + 2], y);
+      z = zeros(sources[row + 3], z);
+    }
+    for (; row < block_.count; ++row) w = zeros(sources[row], w);
+    if (V::sum_lanes(V::add(V::add(w, x), V::add(y, z))) == 0) return;
     for (Index c = 0; c < block_.count; ++c) {
       if (V::sum_lanes(zeros(sources[c], V::zero())) == 0) continue;
       panels_.not_finite[b_ * tile_keys + block_.not_finite++] = c;

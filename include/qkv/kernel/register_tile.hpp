@@ -55,6 +55,44 @@ struct Fetch {
   EIGEN_ALWAYS_INLINE void move() { at += step; }
 };
 
+/// Rows of memory wanted soon, asked for some lines at a time between tiles.
+struct FetchRows {
+  const char* row = nullptr;
+  Index stride = 0, bytes = 0, rows = 0;  // from row to row, of a row, how many
+  bool write = false;
+  Index at = 0;
+
+  template <class T>
+  static FetchRows of(const T* first, Index stride, Index numbers, Index rows, bool write = false) {
+    constexpr auto size = static_cast<Index>(sizeof(T));
+    return {reinterpret_cast<const char*>(first), stride * size, numbers * size, rows, write};
+  }
+  /// The next n lines; returns how many were left to ask for.
+  EIGEN_ALWAYS_INLINE Index lines(Index n) {
+    for (; n > 0 && rows > 0; --n) {
+      write ? prefetch_to_write(row + at) : prefetch(row + at);
+      at += 64;
+      if (at >= bytes) at = 0, row += stride, --rows;
+    }
+    return n;
+  }
+};
+
+/// A few of them, one after another.
+struct FetchList {
+  static constexpr Index per_tile = 24;  // lines
+  FetchRows list[4];
+  Index count = 0;
+
+  void clear() { count = 0; }
+  void add(const FetchRows& rows) {
+    if (rows.rows > 0 && count < 4) list[count++] = rows;
+  }
+  EIGEN_ALWAYS_INLINE void next() {
+    for (Index n = per_tile; count > 0 && (n = list[count - 1].lines(n)) > 0;) --count;
+  }
+};
+
 /// c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j): pointers and the distances, in elements, of their rows and steps.
 template <class T, class S = T>
 struct TileOperands {
@@ -120,10 +158,11 @@ void packed_tile(const TileOperands<T, S> op) {  // a copy, which no store can c
 /// `tiles` full tiles one after another, a and c moving on by a_next and c_next: a call of its own for every tile would
 /// cost about 200 cycles each, because the next tile's loads then wait for the last one's stores to be issued.
 template <Index Rows, Index Vectors, class T, class S>
-void packed_tiles(TileOperands<T, S> op, Index tiles, Index a_next, Index c_next) {
+void packed_tiles(TileOperands<T, S> op, Index tiles, Index a_next, Index c_next, FetchList& fetch) {
   const bool continues = op.start != nullptr;
   for (; tiles > 0; --tiles) {
     tile<Rows, Vectors>(op, 1, Rows);
+    fetch.next();
     op.a += a_next;
     op.c += c_next;
     if (continues) op.start += c_next;

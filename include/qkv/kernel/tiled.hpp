@@ -99,9 +99,28 @@ class Tiled {
   template <class Done>
   void run(const Done& done) {
     const Index n_panels = (n_queries_ + lanes - 1) / lanes;
-    for (Index p = 0; p < n_panels; ++p) load_panel(p);
-    for (Index b = 0; b < n_blocks_; ++b)
-      for (Index p = 0; p < n_panels; ++p) attend(b, p);
+    // The blocks that these queries see anything of lie in [first, last].
+    Index first = 0, last = n_blocks_ - 1;
+    while (first <= last && !seen(first)) ++first;
+    while (first < last && !seen(last)) --last;
+    if (first > last)
+      for (Index p = 0; p < n_panels; ++p) load_panel(p);
+    for (Index b = first; b <= last; ++b) {
+      if (b != first && b != last && !seen(b)) continue;
+      if (!panels_.blocks[b].packed) BlockPacker<A, S>(panels_, task_.keys, task_.heads.kv_head(head_), b).run();
+      for (Index p = 0; p < n_panels; ++p) {
+        if (b == first) load_panel(p);
+        fetch_.clear();
+        if (b == last)
+          fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim()), state_.weighted.outerStride(),
+                                   task_.v_head_dim(), panel_queries(p), true));
+        fetch_block(b + 1, p, n_panels);
+        if (b == first && p + 1 < n_panels)
+          fetch_.add(FetchRows::of(task_.query(query_ + (p + 1) * lanes, head_), task_.q.outerStride(),
+                                   task_.head_dim(), panel_queries(p + 1)));
+        attend(b, p);
+      }
+    }
     for (Index p = 0; p < n_panels; ++p) {
       store_panel(p);
       done(query_ + p * lanes, panel_queries(p), head_, Index(1));
@@ -136,37 +155,75 @@ class Tiled {
   }
   /// The state of the panel, in natural units, merged into that of the task.
   void store_panel(Index p) {
-    const Index dv = task_.v_head_dim(), n = panel_queries(p);
-    for (Index v = 0; v < vectors; ++v)
-      for (Index k = 0; k < dv; k += V::width) {
-        const Index width = std::min(V::width, dv - k), first = v * V::width;
-        Vec block[V::lanes];
-        for (Index i = 0; i < V::width; ++i) block[i] = i < width ? V::load(o(p) + (k + i) * lanes + first) : V::zero();
-        V::transpose(block);
-        for (Index i = 0; i < V::width && first + i < n; ++i)
-          merge_part(query_ + p * lanes + first + i, p * lanes + first + i, k, width, block[i]);
-      }
+    const Index n = panel_queries(p), dv = task_.v_head_dim(), stride = state_.weighted.outerStride();
+    bool empty[std::size_t(lanes)], all_empty = true;  // rows that hold nothing yet: not even zeros
+    T keep[std::size_t(lanes)], take[std::size_t(lanes)];
     for (Index i = 0; i < n; ++i) {
-      const Index query = query_ + p * lanes + i;
-      const T m = natural(p * lanes + i), l = scratch_.l[p * lanes + i];
-      T& m2 = state_.m(query, head_);
-      T& l2 = state_.l(query, head_);
-      const T top = detail::nan_max(m2, m);
-      l2 = detail::weight_of(m2, top) * l2 + detail::weight_of(m, top) * l;
-      m2 = top;
+      T& m = state_.m(query_ + p * lanes + i, head_);
+      T& l = state_.l(query_ + p * lanes + i, head_);
+      const T here = natural(p * lanes + i), top = detail::nan_max(m, here);
+      empty[i] = m == detail::minus_infinity<T>;
+      all_empty = all_empty && empty[i];
+      keep[i] = detail::weight_of(m, top), take[i] = detail::weight_of(here, top);
+      l = keep[i] * l + take[i] * scratch_.l[p * lanes + i];
+      m = top;
+    }
+    for (Index first = 0; first < n; first += V::width) {
+      const Index rows_here = std::min(V::width, n - first);
+      T* const to = state_.o(query_ + p * lanes + first, head_, dv);
+      for (Index k = 0; k < dv; k += V::width) {
+        const Index width = std::min(V::width, dv - k);
+        const T* const from = o(p) + k * lanes + first;
+        if (all_empty && rows_here == V::width && width == V::width) {
+          store_block(from, to + k, stride, std::make_index_sequence<V::lanes>{});
+          continue;
+        }
+        Vec block[V::lanes];
+        for (Index i = 0; i < V::width; ++i) block[i] = i < width ? V::load(from + i * lanes) : V::zero();
+        V::transpose(block);
+        for (Index i = 0; i < rows_here; ++i) {
+          T* const row = to + i * stride + k;
+          const Index lane = first + i;
+          const Vec old = empty[lane] ? V::zero() : V::mul(V::broadcast(keep[lane]), V::load_n(row, width));
+          V::store_n(row, empty[lane] ? block[i] : V::fma(V::broadcast(take[lane]), block[i], old), width);
+        }
+      }
     }
   }
-  void merge_part(Index query, Index lane, Index k, Index width, Vec part) {
-    T* const to = state_.o(query, head_, task_.v_head_dim()) + k;
-    const T m2 = state_.m(query, head_);
-    if (m2 == detail::minus_infinity<T>) return V::store_n(to, part, width);
-    const T m = natural(lane), top = detail::nan_max(m2, m);
-    const Vec old = V::mul(V::broadcast(detail::weight_of(m2, top)), V::load_n(to, width));
-    V::store_n(to, V::fma(V::broadcast(detail::weight_of(m, top)), part, old), width);
+  template <std::size_t... I>
+  static EIGEN_ALWAYS_INLINE void store_block(const T* from, T* to, Index stride, std::index_sequence<I...>) {
+    Vec block[] = {V::load(from + Index(I) * lanes)...};
+    V::transpose(block);
+    (V::store(to + Index(I) * stride, block[I]), ...);
   }
 
   Block block_of(Index p, const KeyRun<S>& run, Index base, Index row, Index count) const {
     return task_.block(head_, query_ + p * lanes, panel_queries(p), run, base, row, count);
+  }
+
+  /// Whether a query of this item may see a key of block b.
+  bool seen(Index b) const {
+    const KeyBlock& block = panels_.blocks[b];
+    bool any = false;
+    for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
+                   [&](const KeyRun<S>& run, Index base, Index row, Index count, Index) {
+                     any = any || detail::cover(*task_.mask, task_.block(head_, query_, n_queries_, run, base, row,
+                                                                         count)) != Cover::none;
+                   });
+    return any;
+  }
+  /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
+  void fetch_block(Index b, Index p, Index n_panels) {
+    if (b >= n_blocks_ || panels_.blocks[b].packed) return;
+    const KeyBlock& block = panels_.blocks[b];
+    const KeyRun<S>& run = task_.keys.runs[block.run];
+    const Index count = std::min(run.rows - block.row, block.count), kv_head = task_.heads.kv_head(head_);
+    const Index begin = count * p / n_panels, rows = count * (p + 1) / n_panels - begin;
+    if (rows <= 0) return;
+    fetch_.add(FetchRows::of(task_.keys.key(run, kv_head, block.row + begin), task_.keys.key_row_stride,
+                             task_.head_dim(), rows));
+    fetch_.add(FetchRows::of(task_.keys.value(run, kv_head, block.row + begin), task_.keys.value_row_stride,
+                             task_.v_head_dim(), rows));
   }
 
   /// Merges block b into the state of panel p.
@@ -207,14 +264,14 @@ class Tiled {
   }
 
   /// `tiles` tiles of `height` columns, from column c on.
-  void multiply_keys(Index b, Index p, Index c, Index height, Index tiles) const {
+  void multiply_keys(Index b, Index p, Index c, Index height, Index tiles) {
     const Index depth = panels_.key_depth();
     const Number* const a = panels_.block_keys(b) + c * depth;
     T* const to = scratch_.s + c * lanes;
     if constexpr (!A::words) {
       const TileOperands<T> op{.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes};
       if (height == rows)
-        packed_tiles<rows, vectors>(op, tiles, depth * rows, lanes * rows);
+        packed_tiles<rows, vectors>(op, tiles, depth * rows, lanes * rows, fetch_);
       else
         packed_tile_of<T>(height, op);
     }
@@ -227,9 +284,9 @@ class Tiled {
         op.scale = panels_.key_scales + b * tile_keys + c;
       }
       if (height == rows)
-        word_tiles<Dot, rows>(op, tiles, depth * rows, lanes * rows);
+        word_tiles<Dot, rows>(op, tiles, depth * rows, lanes * rows, fetch_);
       else
-        word_tile_of<Dot>(height, op);
+        word_tile_of<Dot>(height, op, fetch_);
     }
 #endif
   }
@@ -392,7 +449,7 @@ class Tiled {
 
   /// `tiles` slices of `height` features, from feature x on.
   void multiply_values(const KeyBlock& block, Index b, Index p, Index begin, Index end, Index x, Index height,
-                       Index tiles) const {
+                       Index tiles) {
     T* const to = o(p) + x * lanes;
     const Index count = (block.count + A::keys - 1) / A::keys, first = begin / A::keys;
     const Number* const a = panels_.block_values(b) + x * count + first * height;
@@ -408,7 +465,7 @@ class Tiled {
                                .c = to,
                                .c_row = lanes};
       if (height == rows)
-        packed_tiles<rows, vectors>(op, tiles, count * rows, lanes * rows);
+        packed_tiles<rows, vectors>(op, tiles, count * rows, lanes * rows, fetch_);
       else
         packed_tile_of<T>(height, op);
     }
@@ -417,9 +474,9 @@ class Tiled {
       const WordOperands op{
           .depth = depth, .a = a, .b = weights, .b_step = lanes, .carry_on = true, .c = to, .c_row = lanes};
       if (height == rows)
-        word_tiles<PairDot, rows>(op, tiles, count * rows, lanes * rows);
+        word_tiles<PairDot, rows>(op, tiles, count * rows, lanes * rows, fetch_);
       else
-        word_tile_of<PairDot>(height, op);
+        word_tile_of<PairDot>(height, op, fetch_);
     }
 #endif
   }
@@ -470,6 +527,7 @@ class Tiled {
   Index n_blocks_, head_, query_, n_queries_;
   detail::Carver carver_;
   TiledScratch<T> scratch_;
+  FetchList fetch_;
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel

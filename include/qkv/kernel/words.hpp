@@ -99,10 +99,11 @@ EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I
 
 /// `tiles` tiles of Rows rows one after another; a, offset and scale move on with them, c by c_next.
 template <class Dot, Index Rows>
-void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next) {
+void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next, FetchList& fetch) {
   static_assert(TileShape<float>::vectors == 2);
   for (; tiles > 0; --tiles) {
     word_tile<Dot, Rows>(op, std::make_index_sequence<std::size_t(Rows * 2)>{});
+    fetch.next();
     op.a += a_next;
     op.c += c_next;
     if constexpr (std::is_same_v<Dot, QuadDot>) op.offset += Rows, op.scale += Rows;
@@ -111,13 +112,13 @@ void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next) {
 
 /// One tile of 1 … TileShape<float>::rows rows.
 template <class Dot>
-void word_tile_of(Index rows, const WordOperands& op) {
+void word_tile_of(Index rows, const WordOperands& op, FetchList& fetch) {
   using Shape = TileShape<float>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
     return std::array{&word_tiles<Dot, R + 1>...};
   }
   (std::make_integer_sequence<Index, Shape::rows>{});
-  tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0);
+  tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0, fetch);
 }
 
 /// Words [first, first + 16) of a row of `bytes` bytes; zeros after its end, and no access past it.
