@@ -34,7 +34,7 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 
 /// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
 /// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
-/// n_keys (packed keys of some kv heads), never with n_queries · n_keys.
+/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys.
 template <class T>
 std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
                            Index v_head_dim) {
@@ -43,8 +43,7 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
     case Kernel::tiled: {
       const std::size_t per_head = kernel::panel_bytes<kernel::Exact<T>>(
           (n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
-      const auto at_once = static_cast<std::size_t>(kernel::heads_at_once(per_head, heads.kv_heads));
-      return state + per_head * at_once + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
+      return state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
     }
     case Kernel::decode:
       return state + kernel::decode_scratch_bytes<T>(n_queries, heads.group_size(), head_dim, v_head_dim);

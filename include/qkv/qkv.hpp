@@ -35,6 +35,8 @@
 #include "kernel/panels.hpp"            // keys and values packed for the tiled kernel
 #include "kernel/query_panels.hpp"      // queries packed for the tiled kernel
 #include "kernel/lanes.hpp"             // masks and scores for a register of queries
+#include "kernel/panel_mask.hpp"        // what a panel of queries sees of a block of keys
+#include "kernel/panel_softmax.hpp"     // scores of a panel become weights
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/decode.hpp"            // few queries: decode
 #include "attention.hpp"                // the front door

@@ -24,9 +24,8 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
   // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
   constexpr bool one_thread = std::is_same_v<E, Serial>;
   const Index at_once =
-      one_thread
-          ? 1
-          : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
+      one_thread ? 1
+                 : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
   for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
     const Index count = std::min(at_once, task.heads.kv_heads - first);

@@ -6,7 +6,7 @@
 // them): `seen_by` asks for it and one comparison per register does the rest. Other masks are asked lane by lane. The
 // library's own scores work on the register; a function of the user's is called for every lane, inlined.
 //
-// Before: kernel/query_panels.hpp   Next: kernel/tiled.hpp
+// Before: kernel/query_panels.hpp   Next: kernel/panel_mask.hpp
 #pragma once
 
 #include <numbers>

@@ -36,15 +36,29 @@ struct QueryRows {
     const T* const at = first + row * stride + k;
     const Index left = head_dim - k;
     if (row >= rows || left <= 0) return V::zero();
-    prefetch_near(at + 2 * V::width);  // rows are far apart, and many at a time
     return V::mul(V::broadcast(sign), left >= V::width ? V::load(at) : V::load_n(at, left));
   }
 };
 
+/// width features of width rows, turned.
+template <class T, std::size_t... I>
+EIGEN_ALWAYS_INLINE void pack_whole_block(const T* from, Index stride, typename Simd<T>::Vec sign, T* to, Index lanes,
+                                          std::index_sequence<I...>) {
+  using V = Simd<T>;
+  typename V::Vec block[] = {V::load(from + Index(I) * stride)...};
+  V::transpose(block);
+  (V::store(to + Index(I) * lanes, V::mul(sign, block[I])), ...);
+}
+
 template <class T>
 void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
   using V = Simd<T>;
-  for (Index k = 0; k < from.head_dim; k += V::width) {
+  Index k = 0;
+  if (from.rows >= V::width)
+    for (; k + V::width <= from.head_dim; k += V::width)
+      pack_whole_block<T>(from.first + k, from.stride, V::broadcast(from.sign), to + k * lanes, lanes,
+                          std::make_index_sequence<V::lanes>{});
+  for (; k < from.head_dim; k += V::width) {
     typename V::Vec block[V::lanes];
     for (Index i = 0; i < V::width; ++i) block[i] = from.part(i, k);
     V::transpose(block);

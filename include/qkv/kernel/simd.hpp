@@ -126,7 +126,8 @@ struct TablePower {
     rest = _mm512_fmsub_ps(d, c, _mm512_sub_ps(shifted, magic));
     const __m512i bits = _mm512_castps_si512(shifted);
     const __m512i low = _mm512_load_si512(table_powers), high = _mm512_load_si512(table_powers + 16);
-    step = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(low, bits, high), _mm512_slli_epi32(bits, 18)));
+    step =
+        _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(low, bits, high), _mm512_slli_epi32(bits, 18)));
     normal = _mm512_cmp_ps_mask(shifted, _mm512_set1_ps(0x1.8p18F - 126), _CMP_NLT_UQ);
   }
 };

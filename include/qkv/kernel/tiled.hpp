@@ -9,12 +9,11 @@
 //     Q is packed [panel][head_dim][lanes] with its scale's sign; K and V as in kernel/panels.hpp, once per kv head for all
 //     query blocks and the whole group. Oᵀ is turned back once at the end. Nothing of size n_queries·n_keys exists.
 //
-// The mask is asked for blocks, then for tiles of a mixed block, then for lanes of a mixed tile: what it hides in whole is
-// never computed. Every element of S and O is one multiply-add chain in ascending order of features and keys, whatever
-// panel its query sits in: a prompt fed in pieces gives the same bits as at once.
-// Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
+// What a mask hides in whole is never computed: kernel/panel_mask.hpp. Every element of S and O is one multiply-add chain in
+// ascending order of features and keys, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at
+// once. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
 //
-// Before: kernel/lanes.hpp   Next: kernel/decode.hpp
+// Before: kernel/panel_softmax.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <algorithm>
@@ -24,8 +23,8 @@
 
 #include "../softmax.hpp"
 #include "../workspace.hpp"
-#include "lanes.hpp"
-#include "panels.hpp"
+#include "panel_mask.hpp"
+#include "panel_softmax.hpp"
 #include "query_panels.hpp"
 #include "register_tile.hpp"
 #include "task.hpp"
@@ -77,10 +76,8 @@ class Tiled {
   static constexpr Index lanes = TileShape<T>::columns;
   static constexpr Index vectors = TileShape<T>::vectors;
   static constexpr Index rows = TileShape<T>::rows;
-  // Where a panel's columns may begin: on a tile, and on a partial sum of `soften`.
   static constexpr bool plain = std::is_same_v<F, Plain>;
-  static constexpr Index partial_sums = 4, aligned = 12;
-  static_assert(aligned % rows == 0 && aligned % partial_sums == 0);
+  using Softmax = PanelSoftmax<A>;
 
  public:
   Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
@@ -112,8 +109,8 @@ class Tiled {
         if (b == first) load_panel(p);
         fetch_.clear();
         if (b == last)
-          fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim()), state_.weighted.outerStride(),
-                                   task_.v_head_dim(), panel_queries(p), true));
+          fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim()),
+                                   state_.weighted.outerStride(), task_.v_head_dim(), panel_queries(p), true));
         fetch_block(b + 1, p, n_panels);
         if (b == first && p + 1 < n_panels)
           fetch_.add(FetchRows::of(task_.query(query_ + (p + 1) * lanes, head_), task_.q.outerStride(),
@@ -197,10 +194,6 @@ class Tiled {
     (V::store(to + Index(I) * stride, block[I]), ...);
   }
 
-  Block block_of(Index p, const KeyRun<S>& run, Index base, Index row, Index count) const {
-    return task_.block(head_, query_ + p * lanes, panel_queries(p), run, base, row, count);
-  }
-
   /// Whether a query of this item may see a key of block b.
   bool seen(Index b) const {
     const KeyBlock& block = panels_.blocks[b];
@@ -218,265 +211,156 @@ class Tiled {
     const KeyBlock& block = panels_.blocks[b];
     const KeyRun<S>& run = task_.keys.runs[block.run];
     const Index count = std::min(run.rows - block.row, block.count), kv_head = task_.heads.kv_head(head_);
-    const Index begin = count * p / n_panels, rows = count * (p + 1) / n_panels - begin;
-    if (rows <= 0) return;
-    fetch_.add(FetchRows::of(task_.keys.key(run, kv_head, block.row + begin), task_.keys.key_row_stride,
-                             task_.head_dim(), rows));
+    const Index begin = count * p / n_panels, n = count * (p + 1) / n_panels - begin;
+    if (n <= 0) return;
+    fetch_.add(
+        FetchRows::of(task_.keys.key(run, kv_head, block.row + begin), task_.keys.key_row_stride, task_.head_dim(), n));
     fetch_.add(FetchRows::of(task_.keys.value(run, kv_head, block.row + begin), task_.keys.value_row_stride,
-                             task_.v_head_dim(), rows));
+                             task_.v_head_dim(), n));
   }
+
+  /// Columns [begin, end) of `vectors` registers of queries from register v on.
+  struct Part {
+    Index v, vectors, begin, end;
+  };
 
   /// Merges block b into the state of panel p.
   void attend(Index b, Index p) {
     const KeyBlock& block = panels_.blocks[b];
-    // The tiles that the panel sees anything of, from the first to the last of them; those in between that it does not
-    // see, and columns that hold no key, get scores of -inf.
-    Index begin = block.count, end = 0;
-    bool mixed = block.gaps;
-    const auto note = [&](Cover c, Index column, Index count) {
-      if (c == Cover::none) {
-        mixed = true;
-        return;
-      }
-      begin = std::min(begin, column / aligned * aligned);
-      end = std::max(end, column + count);
-      mixed = mixed || c == Cover::some;
+    const PanelMask<T, S, M, F> mask(task_, block, head_, query_ + p * lanes, panel_queries(p));
+    if (mask.all_empty()) return;
+    // Both registers where both see keys; before and after, where one alone does, half the work.
+    static_assert(vectors == 2);
+    const Columns &left = mask.columns(0), &right = mask.columns(1);
+    const Index begin = std::max(left.begin, right.begin), end = std::min(left.end, right.end);
+    Part parts[3];
+    Index n_parts = 0;
+    const auto add = [&](const Part& part) {
+      if (part.begin < part.end) parts[n_parts++] = part;
     };
-    for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
-                   [&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
-                     const Cover c = detail::cover(*task_.mask, block_of(p, run, base, row, count));
-                     if (c != Cover::some) return note(c, column, count);
-                     for (Index i = 0; i < count;) {
-                       const Index some = std::min(count - i, rows - (column + i) % rows);
-                       note(detail::cover(*task_.mask, block_of(p, run, base, row + i, some)), column + i, some);
-                       i += some;
-                     }
-                   });
-    if (end <= begin) return;
-    end = std::min(block.count, (end + rows - 1) / rows * rows);
-
-    const Index full = (std::min(end, block.count) - begin) / rows;
-    multiply_keys(b, p, begin, rows, full);
-    if (const Index c = begin + full * rows; c < end) multiply_keys(b, p, c, block.count - c, 1);
-    end = std::min(end, block.count);
-    if (mixed || !plain) rescore(block, p, begin, end, mixed);
-    soften(block, b, p, begin, end);
+    if (begin >= end) {
+      add({0, 1, left.begin, left.end}), add({1, 1, right.begin, right.end});
+    } else {
+      add({0, 1, left.begin, begin}), add({1, 1, right.begin, begin});
+      add({0, 2, begin, end});
+      add({0, 1, end, left.end}), add({1, 1, end, right.end});
+    }
+    for (Index i = 0; i < n_parts; ++i)
+      parts[i].vectors == 2 ? multiply_keys<2>(b, p, parts[i]) : multiply_keys<1>(b, p, parts[i]);
+    for (Index v = 0; v < vectors; ++v) mask.rescore(v, scratch_.s, V::load(scratch_.unit + p * lanes + v * V::width));
+    mark_hidden(block, b, mask);
+    soften(mask, p);
+    for (Index i = 0; i < n_parts; ++i)
+      parts[i].vectors == 2 ? multiply_values<2>(b, p, parts[i]) : multiply_values<1>(b, p, parts[i]);
+    add_not_finite(block, b, p);
   }
 
-  /// `tiles` tiles of `height` columns, from column c on.
-  void multiply_keys(Index b, Index p, Index c, Index height, Index tiles) {
-    const Index depth = panels_.key_depth();
+  /// Sᵀ of the part. Its last tile may be lower than the others.
+  template <Index Vectors>
+  void multiply_keys(Index b, Index p, const Part& part) {
+    const Index depth = panels_.key_depth(), c = part.begin, full = (part.end - c) / rows, rest = (part.end - c) % rows;
     const Number* const a = panels_.block_keys(b) + c * depth;
-    T* const to = scratch_.s + c * lanes;
+    T* const to = scratch_.s + c * lanes + part.v * V::width;
     if constexpr (!A::words) {
-      const TileOperands<T> op{.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes};
-      if (height == rows)
-        packed_tiles<rows, vectors>(op, tiles, depth * rows, lanes * rows, fetch_);
-      else
-        packed_tile_of<T>(height, op);
+      TileOperands<T> op{
+          .depth = depth, .a = a, .b = q(p) + part.v * V::width, .b_step = lanes, .c = to, .c_row = lanes};
+      packed_tiles<rows, Vectors>(op, full, depth * rows, lanes * rows, fetch_);
+      if (rest > 0) {
+        op.a += full * rows * depth, op.c += full * rows * lanes;
+        packed_tile_of<T, T, 0, Vectors>(rest, op);
+      }
     }
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::words) {
       using Dot = std::conditional_t<A::quads, QuadDot, PairDot>;
-      WordOperands op{.depth = depth, .a = a, .b = q(p), .b_step = lanes, .c = to, .c_row = lanes};
+      WordOperands op{.depth = depth, .a = a, .b = q(p) + part.v * V::width, .b_step = lanes, .c = to, .c_row = lanes};
       if constexpr (A::quads) {
         op.offset = panels_.key_offsets + b * tile_keys + c;
         op.scale = panels_.key_scales + b * tile_keys + c;
       }
-      if (height == rows)
-        word_tiles<Dot, rows>(op, tiles, depth * rows, lanes * rows, fetch_);
-      else
-        word_tile_of<Dot>(height, op, fetch_);
+      word_tiles<Dot, rows, Vectors>(op, full, depth * rows, lanes * rows, fetch_);
+      if (rest > 0) {
+        op.a += full * rows * depth, op.c += full * rows * lanes;
+        if constexpr (A::quads) op.offset += full * rows, op.scale += full * rows;
+        word_tile_of<Dot, Vectors>(rest, op, fetch_);
+      }
     }
 #endif
   }
 
-  /// Scores and masks of columns [begin, end).
-  void rescore(const KeyBlock& block, Index p, Index begin, Index end, bool mixed) {
-    Index next = begin;  // columns before it are done
-    const auto hide = [&](Index from, Index to) {
-      if (from < to) std::fill_n(scratch_.s + from * lanes, (to - from) * lanes, detail::minus_infinity<T>);
-    };
-    for_each_piece(
-        task_.keys, tile_keys, block.first, block.run, block.base, block.row,
-        [&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
-          if (column + count <= begin || column >= end) return;
-          hide(next, column);
-          next = std::min(column + count, end);
-          for (Index i = std::max<Index>(begin - column, 0); column + i < next;) {
-            const Index some = std::min(next - column - i, rows - (column + i) % rows);
-            const Cover c = mixed ? detail::cover(*task_.mask, block_of(p, run, base, row + i, some)) : Cover::all;
-            if (c == Cover::none)
-              hide(column + i, column + i + some);
-            else if (!plain || c == Cover::some)
-              for (Index j = i; j < i + some; ++j)
-                rescore_key(block_of(p, run, base, row + j, 1), p, scratch_.s + (column + j) * lanes, c == Cover::some);
-            i += some;
-          }
-        });
-    hide(next, end);
-  }
-
-  void rescore_key(const Block& one, Index p, T* s, bool mixed) {
-    const Index n = panel_queries(p);
-    const At first = task_.at(head_, one.query, one.key, one.key_position);
-    if constexpr (!plain) {
-      for (Index v = 0; v < vectors; ++v) {
-        T* const at = s + v * V::width;
-        const LaneAt lane{advance(first, v * V::width), n - v * V::width};
-        V::store(at, score_lanes<T>(*task_.score,
-                                    V::mul(V::load(scratch_.unit + p * lanes + v * V::width), V::load(at)), lane));
-      }
-    }
-    if (!mixed) return;
-    const SeenBy seen = detail::seen_by(*task_.mask, one);
-    if (seen.exact) {
-      const Vec low = V::broadcast(static_cast<T>(seen.begin)), high = V::broadcast(static_cast<T>(seen.end));
-      const Vec hidden = V::broadcast(detail::minus_infinity<T>);
-      for (Index v = 0; v < vectors; ++v) {
-        const Vec lane = V::add(V::iota(), V::broadcast(static_cast<T>(v * V::width)));
-        T* const at = s + v * V::width;
-        V::store(at, V::select(V::both(V::less_equal(low, lane), V::less(lane, high)), V::load(at), hidden));
-      }
-    } else {
-      for (Index i = 0; i < n; ++i)
-        if (!task_.mask->sees(advance(first, i))) s[i] = detail::minus_infinity<T>;
-    }
-  }
-  static At advance(At at, Index lane) {
-    at.query += lane, at.query_position += lane;
-    return at;
-  }
-
-  /// m, l and Oᵀ of the panel ← merged with the scores of columns [begin, end).
-  void soften(const KeyBlock& block, Index b, Index p, Index begin, Index end) {
-    const Index dv = task_.v_head_dim();
-    T* const s = scratch_.s;
-    mark_hidden(block, b, begin, end);
+  /// m and l of the panel ← merged with the scores, which become weights; Oᵀ ← rescaled.
+  void soften(const PanelMask<T, S, M, F>& mask, Index p) {
     bool moved = false;
     alignas(detail::cache_line) T keep[std::size_t(lanes)];
-    unroll<vectors>([&](auto v) {
-      T* const at = s + v * V::width;
-      const Vec here = largest(at, begin, end);
-      const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
+    for (Index v = 0; v < vectors; ++v) {
+      const Columns& columns = mask.columns(v);
+      if (columns.empty()) {
+        V::store(keep + v * V::width, V::broadcast(T(1)));
+        continue;
+      }
+      T* const s = scratch_.s + v * V::width;
       T* const m = scratch_.m + p * lanes + v * V::width;
       T* const l = scratch_.l + p * lanes + v * V::width;
+      const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
       const Vec old = V::load(m);
-      const Vec now = V::max(old, here);
+      const Vec now = V::max(old, Softmax::largest(s, columns.begin, columns.end));
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
       const Vec to_log2 = V::mul(V::broadcast(log2_e<T>), V::select(nothing, one, unit));  // a query of NaN has no unit
       const Vec factor = V::weight(V::sub(old, base), to_log2);
-      const Vec sum = weigh(at, begin, end, base, to_log2);
+      const Vec sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
       V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(l, V::fma(V::load(l), factor, sum));
       V::store(keep + v * V::width, factor);
       moved = moved || V::any(V::less(old, now));
-    });
-    if (moved)
-      for (Index x = 0; x < dv; ++x)
-        unroll<vectors>([&](auto v) {
-          T* const at = o(p) + x * lanes + v * V::width;
-          V::store(at, V::mul(V::load(at), V::load(keep + v * V::width)));
-        });
-    const Index full = dv / rows;
-    multiply_values(block, b, p, begin, end, 0, rows, full);
-    if (const Index x = full * rows; x < dv) multiply_values(block, b, p, begin, end, x, dv - x, 1);
-    add_not_finite(block, b, p, begin, end);
+    }
+    if (!moved) return;
+    T* at = o(p);
+    for (Index x = 0; x < task_.v_head_dim(); ++x, at += lanes)
+      for (Index v = 0; v < vectors; ++v)
+        V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(keep + v * V::width)));
   }
 
-  /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
-  static Vec largest(const T* at, Index begin, Index end) {
-    Vec a = V::broadcast(detail::minus_infinity<T>), b = a, c = a, d = a;
-    Index i = begin;
-    for (; i + 4 <= end; i += 4) {
-      a = V::max(a, V::load(at + i * lanes));
-      b = V::max(b, V::load(at + (i + 1) * lanes));
-      c = V::max(c, V::load(at + (i + 2) * lanes));
-      d = V::max(d, V::load(at + (i + 3) * lanes));
-    }
-    for (; i < end; ++i) a = V::max(a, V::load(at + i * lanes));
-    return V::max(V::max(a, b), V::max(c, d));
-  }
-
-  /// One register of queries: scores of columns [begin, end) become weights e^(score - base); returns their sum. The
-  /// partial sums are fixed by position, so that bits do not depend on where columns begin.
-  static Vec weigh(T* at, Index begin, Index end, Vec base, Vec to_log2) {
-    Index c = begin;
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) {  // in place: the pair of columns c, c + 1 goes to row c / 2; sums of the rounded weights
-      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
-      Vec a = V::zero(), b = a;
-      for (; c + 4 <= end; c += 4) {
-        a = PairDot::dot(a, put_pair(at, c, end, base, to_log2), ones);
-        b = PairDot::dot(b, put_pair(at, c + 2, end, base, to_log2), ones);
-      }
-      if (c < end) a = PairDot::dot(a, put_pair(at, c, end, base, to_log2), ones);
-      if (c + 2 < end) b = PairDot::dot(b, put_pair(at, c + 2, end, base, to_log2), ones);
-      return V::add(a, b);
-    }
-#endif
-    Vec w = V::zero(), x = w, y = w, z = w;
+  /// Oᵀ += Vᵀ Sᵀ of the part, `rows` features at a time.
+  template <Index Vectors>
+  void multiply_values(Index b, Index p, const Part& part) {
+    const Index dv = task_.v_head_dim(), full = dv / rows, rest = dv % rows;
+    const Index count = (panels_.blocks[b].count + A::keys - 1) / A::keys, first = part.begin / A::keys;
+    const Index depth = (part.end + A::keys - 1) / A::keys - first;
+    const Number* const a = panels_.block_values(b);
+    const Number* const weights = reinterpret_cast<const Number*>(scratch_.s) + first * lanes + part.v * V::width;
+    T* const to = o(p) + part.v * V::width;
+    T* const last = to + full * rows * lanes;
     if constexpr (!A::words) {
-      for (; c + 4 <= end; c += 4) {
-        w = V::add(w, put(at, c, base, to_log2));
-        x = V::add(x, put(at, c + 1, base, to_log2));
-        y = V::add(y, put(at, c + 2, base, to_log2));
-        z = V::add(z, put(at, c + 3, base, to_log2));
+      TileOperands<T> op{.depth = depth,
+                         .a = a + first * rows,
+                         .b = weights,
+                         .b_step = lanes,
+                         .start = to,
+                         .start_row = lanes,
+                         .c = to,
+                         .c_row = lanes};
+      packed_tiles<rows, Vectors>(op, full, count * rows, lanes * rows, fetch_);
+      if (rest > 0) {
+        op.a = a + full * rows * count + first * rest, op.start = op.c = last;
+        packed_tile_of<T, T, 0, Vectors>(rest, op);
       }
-      if (c < end) w = V::add(w, put(at, c, base, to_log2));
-      if (c + 1 < end) x = V::add(x, put(at, c + 1, base, to_log2));
-      if (c + 2 < end) y = V::add(y, put(at, c + 2, base, to_log2));
-    }
-    return V::add(V::add(w, x), V::add(y, z));
-  }
-  static EIGEN_ALWAYS_INLINE Vec below(const T* at, Index c, Vec base) { return V::sub(V::load(at + c * lanes), base); }
-  static EIGEN_ALWAYS_INLINE Vec put(T* at, Index c, Vec base, Vec to_log2) {
-    const Vec weight = V::weight(below(at, c, base), to_log2);
-    V::store(at + c * lanes, weight);
-    return weight;
-  }
-#ifdef QKV_DETAIL_WORDS
-  static EIGEN_ALWAYS_INLINE __m512i put_pair(float* at, Index c, Index end, Vec base, Vec to_log2) {
-    const Vec low = weight_short(below(at, c, base), to_log2);
-    const Vec high = c + 1 < end ? weight_short(below(at, c + 1, base), to_log2) : V::zero();
-    const __m512i pair = to_pairs(low, high);
-    store_words(reinterpret_cast<Word*>(at) + c / 2 * lanes, pair);
-    return pair;
-  }
-#endif
-
-  /// `tiles` slices of `height` features, from feature x on.
-  void multiply_values(const KeyBlock& block, Index b, Index p, Index begin, Index end, Index x, Index height,
-                       Index tiles) {
-    T* const to = o(p) + x * lanes;
-    const Index count = (block.count + A::keys - 1) / A::keys, first = begin / A::keys;
-    const Number* const a = panels_.block_values(b) + x * count + first * height;
-    const Number* const weights = reinterpret_cast<const Number*>(scratch_.s) + first * lanes;
-    const Index depth = (end + A::keys - 1) / A::keys - first;
-    if constexpr (!A::words) {
-      const TileOperands<T> op{.depth = depth,
-                               .a = a,
-                               .b = weights,
-                               .b_step = lanes,
-                               .start = to,
-                               .start_row = lanes,
-                               .c = to,
-                               .c_row = lanes};
-      if (height == rows)
-        packed_tiles<rows, vectors>(op, tiles, count * rows, lanes * rows, fetch_);
-      else
-        packed_tile_of<T>(height, op);
     }
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::words) {
-      const WordOperands op{
-          .depth = depth, .a = a, .b = weights, .b_step = lanes, .carry_on = true, .c = to, .c_row = lanes};
-      if (height == rows)
-        word_tiles<PairDot, rows>(op, tiles, count * rows, lanes * rows, fetch_);
-      else
-        word_tile_of<PairDot>(height, op, fetch_);
+      WordOperands op{.depth = depth,
+                      .a = a + first * rows,
+                      .b = weights,
+                      .b_step = lanes,
+                      .carry_on = true,
+                      .c = to,
+                      .c_row = lanes};
+      word_tiles<PairDot, rows, Vectors>(op, full, count * rows, lanes * rows, fetch_);
+      if (rest > 0) {
+        op.a = a + full * rows * count + first * rest, op.c = last;
+        word_tile_of<PairDot, Vectors>(rest, op, fetch_);
+      }
     }
 #endif
   }
@@ -494,19 +378,18 @@ class Tiled {
   }
 
   /// Value rows that are not finite are packed as zeros; they reach the lanes that see them here, one by one.
-  void mark_hidden(const KeyBlock& block, Index b, Index begin, Index end) {
+  void mark_hidden(const KeyBlock& block, Index b, const PanelMask<T, S, M, F>& mask) {
     for (Index i = 0; i < block.not_finite; ++i) {
       const Index c = panels_.not_finite[b * tile_keys + i];
-      if (c < begin || c >= end) continue;
       for (Index lane = 0; lane < lanes; ++lane)
-        scratch_.hidden[c * lanes + lane] = scratch_.s[c * lanes + lane] == detail::minus_infinity<T>;
+        scratch_.hidden[c * lanes + lane] =
+            !mask.columns(lane / V::width).holds(c) || scratch_.s[c * lanes + lane] == detail::minus_infinity<T>;
     }
   }
-  void add_not_finite(const KeyBlock& block, Index b, Index p, Index begin, Index end) {
+  void add_not_finite(const KeyBlock& block, Index b, Index p) {
     const Index dv = task_.v_head_dim();
     for (Index i = 0; i < block.not_finite; ++i) {
       const Index c = panels_.not_finite[b * tile_keys + i];
-      if (c < begin || c >= end) continue;
       for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
                      [&](const KeyRun<S>& run, Index, Index row, Index count, Index column) {
                        if (c < column || c >= column + count) return;

@@ -50,8 +50,13 @@ struct PairDot {
 };
 /// Sums in int32 of products of four: a signed, b unsigned.
 struct QuadDot {
+#if defined(__GNUC__)
+  // Not __m512i: g++ takes that for eight numbers of 64 bits, and moves every sum to memory and back to see it as sixteen.
+  typedef int Sum __attribute__((vector_size(64)));
+#else
   using Sum = __m512i;
-  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(c, b, a); }
+#endif
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return (Sum)_mm512_dpbusd_epi32((__m512i)c, b, a); }
 };
 
 /// A tile of words: c(r, j) = start(r, j) + Σ_k a(k, r)·b(k, j). PairDot continues from c where `start` is c, else from
@@ -69,14 +74,14 @@ struct WordOperands {
 };
 
 // By constant indices and without lambdas, as in kernel/register_tile.hpp: the sums stay in registers.
-template <class Dot, Index Rows, std::size_t... I>
-EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I...>) {
-  constexpr Index vectors = TileShape<float>::vectors;
-  constexpr auto row_of = [](std::size_t i) { return static_cast<Index>(i) / vectors; };
-  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % vectors * word_lanes; };
+template <class Dot, Index Rows, Index Vectors, std::size_t... I, std::size_t... Vector>
+EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I...>, std::index_sequence<Vector...>) {
+  constexpr auto row_of = [](std::size_t i) { return static_cast<Index>(i) / Vectors; };
+  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % Vectors * word_lanes; };
   typename Dot::Sum sum[sizeof...(I)];
+  __m512i row[sizeof...(Vector)];
   if constexpr (std::is_same_v<Dot, QuadDot>)
-    ((sum[I] = _mm512_set1_epi32(op.offset[row_of(I)])), ...);
+    ((sum[I] = (typename Dot::Sum)_mm512_set1_epi32(op.offset[row_of(I)])), ...);
   else if (op.carry_on)
     ((sum[I] = _mm512_loadu_ps(op.c + row_of(I) * op.c_row + lane_of(I))), ...);
   else
@@ -84,25 +89,25 @@ EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I
   const Word* a = op.a;
   const Word* b = op.b;
   for (Index k = op.depth; k > 0; --k) {
-    const __m512i first = load_words(b), second = load_words(b + word_lanes);
-    ((sum[I] = Dot::dot(sum[I], _mm512_set1_epi32(static_cast<int>(a[row_of(I)])), I % 2 == 0 ? first : second)), ...);
+    ((row[Vector] = load_words(b + Index(Vector) * word_lanes)), ...);
+    ((sum[I] = Dot::dot(sum[I], _mm512_set1_epi32(static_cast<int>(a[row_of(I)])), row[I % sizeof...(Vector)])), ...);
     a += Rows;
     b += op.b_step;
   }
   if constexpr (std::is_same_v<Dot, QuadDot>)
     (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
-                      _mm512_mul_ps(_mm512_cvtepi32_ps(sum[I]), _mm512_set1_ps(op.scale[row_of(I)]))),
+                      _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]), _mm512_set1_ps(op.scale[row_of(I)]))),
      ...);
   else
     (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I), sum[I]), ...);
 }
 
 /// `tiles` tiles of Rows rows one after another; a, offset and scale move on with them, c by c_next.
-template <class Dot, Index Rows>
+template <class Dot, Index Rows, Index Vectors>
 void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next, FetchList& fetch) {
-  static_assert(TileShape<float>::vectors == 2);
   for (; tiles > 0; --tiles) {
-    word_tile<Dot, Rows>(op, std::make_index_sequence<std::size_t(Rows * 2)>{});
+    word_tile<Dot, Rows, Vectors>(op, std::make_index_sequence<std::size_t(Rows * Vectors)>{},
+                                  std::make_index_sequence<std::size_t(Vectors)>{});
     fetch.next();
     op.a += a_next;
     op.c += c_next;
@@ -111,11 +116,11 @@ void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next, FetchL
 }
 
 /// One tile of 1 … TileShape<float>::rows rows.
-template <class Dot>
+template <class Dot, Index Vectors>
 void word_tile_of(Index rows, const WordOperands& op, FetchList& fetch) {
   using Shape = TileShape<float>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&word_tiles<Dot, R + 1>...};
+    return std::array{&word_tiles<Dot, R + 1, Vectors>...};
   }
   (std::make_integer_sequence<Index, Shape::rows>{});
   tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0, fetch);

@@ -1,0 +1,161 @@
+// kernel/panel_mask.hpp — what a panel of queries sees of a block of keys, register by register, and what scores become.
+//
+//              columns of the block, `step` at a time
+//              ┌─────┬─────┬─────┬─────┬─────┐
+//     v = 0    │ all │ all │some │none │none │    columns [begin, end) of register 0: three steps
+//     v = 1    │ all │ all │ all │ all │some │    of register 1: five
+//              └─────┴─────┴─────┴─────┴─────┘
+//
+// The mask is asked for the block, then for steps of a mixed block, then for the registers of a mixed step, then for keys.
+// What it hides in whole at either end is never computed; what it hides in between gets a score of -inf.
+//
+// Before: kernel/lanes.hpp   Next: kernel/panel_softmax.hpp
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.hpp"
+#include "panels.hpp"
+#include "task.hpp"
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// Columns that one register of queries has to do with: none of [begin, end) if empty. begin is a multiple of `step`.
+struct Columns {
+  Index begin = 0, end = 0;
+  bool mixed = false;  // some pairs are hidden
+
+  bool empty() const { return begin >= end; }
+  bool holds(Index column) const { return begin <= column && column < end; }
+};
+
+template <class T, StorageType S, class M, class F>
+class PanelMask {
+  using V = Simd<T>;
+  static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
+  static constexpr bool plain = std::is_same_v<F, Plain>;
+
+ public:
+  /// A multiple of every tile height, and of the partial sums of kernel/panel_softmax.hpp: bits must not depend on where
+  /// the columns of a register begin.
+  static constexpr Index step = 12, steps = tile_keys / step;
+  static_assert(step % TileShape<T>::rows == 0 && tile_keys % step == 0);
+
+  /// `n_queries` <= lanes queries from row `query` on, of one head, and a block of keys.
+  PanelMask(const Task<T, S, M, F>& task, const KeyBlock& block, Index head, Index query, Index n_queries)
+      : task_(task), block_(block), head_(head), query_(query), n_queries_(n_queries) {
+    look();
+  }
+
+  const Columns& columns(Index v) const { return columns_[v]; }
+  bool all_empty() const {
+    for (const Columns& c : columns_)
+      if (!c.empty()) return false;
+    return true;
+  }
+
+  /// Scores [column][lanes] of register v, in natural units after `unit` where there is a score function, in place.
+  void rescore(Index v, T* scores, typename V::Vec unit) const {
+    const auto [begin, end, mixed] = columns_[v];
+    if (!mixed && plain) return;
+    T* const at = scores + v * V::width;
+    const auto hide = [&](Index from, Index to) {
+      for (; from < to; ++from) V::store(at + from * lanes, V::broadcast(detail::minus_infinity<T>));
+    };
+    Index next = begin;  // columns before it are done
+    each_piece([&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
+      if (column + count <= begin || column >= end) return;
+      hide(next, column);
+      next = std::min(column + count, end);
+      for (Index c = std::max(column, begin); c < next;) {
+        const Index to = std::min(next, (c / step + 1) * step);
+        const Cover cover = cover_[v][c / step];
+        if (cover == Cover::none)
+          hide(c, to);
+        else if (!plain || cover == Cover::some)
+          for (Index i = c; i < to; ++i)
+            rescore_key(v, key_block(v, run, base, row + i - column, 1), at + i * lanes, unit, cover == Cover::some);
+        c = to;
+      }
+    });
+    hide(next, end);
+  }
+
+ private:
+  template <class G>
+  void each_piece(G&& f) const {
+    for_each_piece(task_.keys, tile_keys, block_.first, block_.run, block_.base, block_.row, f);
+  }
+  Index queries(Index v) const { return std::clamp<Index>(n_queries_ - v * V::width, 0, V::width); }
+  Block key_block(Index v, const KeyRun<S>& run, Index base, Index row, Index count) const {
+    return task_.block(head_, query_ + v * V::width, queries(v), run, base, row, count);
+  }
+
+  void look() {
+    bool mixed = block_.gaps;
+    // Columns of one step, or some of them: a step may hold pieces of several runs.
+    const auto note = [&](Index v, Cover c, Index column) {
+      Columns& columns = columns_[v];
+      Cover& here = cover_[v][column / step];
+      const bool first = column / step >= noted_[v];
+      noted_[v] = column / step + 1;
+      here = first || here == c ? c : Cover::some;
+      if (here != Cover::all) columns.mixed = true;
+      if (c == Cover::none) return;
+      if (columns.empty()) columns.begin = column / step * step;
+      columns.end = std::min((column / step + 1) * step, block_.count);
+    };
+    const auto all_of = [&](Cover c, Index column, Index count) {
+      for (Index i = 0; i < count;) {
+        const Index some = std::min(count - i, step - (column + i) % step);
+        for (Index v = 0; v < vectors; ++v) note(v, queries(v) > 0 ? c : Cover::none, column + i);
+        i += some;
+      }
+    };
+    each_piece([&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
+      const auto whole = [&](Index from, Index n) {
+        return detail::cover(*task_.mask, task_.block(head_, query_, n_queries_, run, base, row + from, n));
+      };
+      if (const Cover c = whole(0, count); c != Cover::some) return all_of(c, column, count);
+      for (Index i = 0; i < count;) {
+        const Index some = std::min(count - i, step - (column + i) % step);
+        const Cover c = whole(i, some);
+        for (Index v = 0; v < vectors; ++v)
+          note(v,
+               queries(v) == 0    ? Cover::none
+               : c != Cover::some ? c
+                                  : detail::cover(*task_.mask, key_block(v, run, base, row + i, some)),
+               column + i);
+        i += some;
+      }
+    });
+    for (Columns& c : columns_) c.mixed = c.mixed || mixed;
+  }
+
+  void rescore_key(Index v, const Block& one, T* s, typename V::Vec unit, bool mixed) const {
+    const Index n = queries(v);
+    const At first = task_.at(head_, one.query, one.key, one.key_position);
+    typename V::Vec score = V::load(s);
+    if constexpr (!plain) score = score_lanes<T>(*task_.score, V::mul(unit, score), LaneAt{first, n});
+    if (!mixed) return V::store(s, score);
+    const SeenBy seen = detail::seen_by(*task_.mask, one);
+    if (seen.exact) {
+      const auto low = V::broadcast(static_cast<T>(seen.begin)), high = V::broadcast(static_cast<T>(seen.end));
+      const auto visible = V::both(V::less_equal(low, V::iota()), V::less(V::iota(), high));
+      V::store(s, V::select(visible, score, V::broadcast(detail::minus_infinity<T>)));
+    } else {
+      V::store(s, score);
+      for (Index i = 0; i < n; ++i)
+        if (!task_.mask->sees(LaneAt{first, n}.at(i))) s[i] = detail::minus_infinity<T>;
+    }
+  }
+
+  const Task<T, S, M, F>& task_;
+  const KeyBlock& block_;
+  Index head_, query_, n_queries_;
+  Columns columns_[std::size_t(vectors)];
+  Index noted_[std::size_t(vectors)] = {};
+  Cover cover_[std::size_t(vectors)][std::size_t(steps)];
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel
