@@ -50,6 +50,7 @@ enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
               // has the instructions and q is float; otherwise exact
   exact,      // everything widened to the scalar of q
+  int8,       // as automatic, but an int8 cache in int8 throughout: softmax weights in 8 bits; faster and coarser
 };
 
 /// The two ways of latent attention; see kernel/latent.hpp.

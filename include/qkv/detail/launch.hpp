@@ -60,8 +60,11 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
   if (n == 0) return;
   if (kernel == Kernel::tiled) {
     using Narrow = kernel::NarrowArithmetic<T, S>;
+    if constexpr (std::is_same_v<Narrow, kernel::Quads>)
+      if (task.arithmetic == Arithmetic::int8)
+        return launch_tiled<kernel::Bytes>(task, state, workspace, executor, done, start);
     if constexpr (!std::is_same_v<Narrow, kernel::Exact<T>>)
-      if (task.arithmetic == Arithmetic::automatic)
+      if (task.arithmetic != Arithmetic::exact)
         return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
     launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
   } else if (kernel == Kernel::decode) {

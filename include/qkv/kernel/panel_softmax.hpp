@@ -3,7 +3,8 @@
 //     m = max_c s(c)      s(c) ← 2^((s(c) - base)·to_log2)      Σ_c of the new s(c)        s(c) at [column][lanes]
 //
 // Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
-// NaN: a maximum may pass it over, the sum never does.
+// In bfloat16 the rounded weights are summed; in 8 bits they are steps of 1/255 of the largest of the block, times the scale
+// of the value row, and the sum is that of the weights before rounding. NaN: a maximum may pass it over, the sum never does.
 //
 // Before: kernel/panel_mask.hpp   Next: kernel/tiled.hpp
 #pragma once
@@ -42,12 +43,23 @@ class PanelSoftmax {
     return V::max(V::max(w, x), V::max(y, z));
   }
 
-  /// Weights in place of the scores, and their sum. In pairs, columns c and c + 1 go to row c / 2, and what is summed are
-  /// the rounded weights.
-  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2) {
+  /// Weights in place of the scores, and their sum. Columns that share a word go to one row: c / 2 or c / 4. `steps` is for
+  /// Bytes: value_steps of the block's columns.
+  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2, [[maybe_unused]] const float* steps) {
     Index c = begin;
 #ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) {
+    if constexpr (A::bytes) {
+      Vec w = V::zero(), x = w;
+      for (; c + 8 <= end; c += 8) {
+        put_quad<4>(s, c, base, to_log2, steps, w);
+        put_quad<4>(s, c + 4, base, to_log2, steps, x);
+      }
+      if (c + 4 <= end) put_quad<4>(s, c, base, to_log2, steps, w), c += 4;
+      if (end - c == 3) put_quad<3>(s, c, base, to_log2, steps, x);
+      if (end - c == 2) put_quad<2>(s, c, base, to_log2, steps, x);
+      if (end - c == 1) put_quad<1>(s, c, base, to_log2, steps, x);
+      return V::add(w, x);
+    } else if constexpr (A::words) {
       const __m512i ones = _mm512_set1_epi32(0x3F803F80);
       Vec w = V::zero(), x = w;
       for (; c + 4 <= end; c += 4) {
@@ -87,6 +99,21 @@ class PanelSoftmax {
     const __m512i pair = to_pairs(low, high);
     store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
     return pair;
+  }
+  template <int Byte>
+  static EIGEN_ALWAYS_INLINE __m512i byte_of(const float* s, Index c, Vec base, Vec to_log2, const float* steps,
+                                             Vec& sum) {
+    const Vec weight = weight_short(V::sub(V::load(s + (c + Byte) * lanes), base), to_log2);
+    sum = V::add(sum, weight);
+    return _mm512_slli_epi32(_mm512_cvtps_epi32(V::mul(weight, V::broadcast(steps[c + Byte]))), 8 * Byte);
+  }
+  template <int Columns>
+  static EIGEN_ALWAYS_INLINE void put_quad(float* s, Index c, Vec base, Vec to_log2, const float* steps, Vec& sum) {
+    __m512i word = byte_of<0>(s, c, base, to_log2, steps, sum);
+    if constexpr (Columns > 1) word = _mm512_or_si512(word, byte_of<1>(s, c, base, to_log2, steps, sum));
+    if constexpr (Columns > 2) word = _mm512_or_si512(word, byte_of<2>(s, c, base, to_log2, steps, sum));
+    if constexpr (Columns > 3) word = _mm512_or_si512(word, byte_of<3>(s, c, base, to_log2, steps, sum));
+    store_words(reinterpret_cast<Word*>(s) + c / 4 * lanes, word);
   }
 #endif
 };

@@ -6,7 +6,7 @@
 //       values  [slice][count][height]       slice x holds features x·R … x·R + height-1
 //
 // In narrow arithmetic (kernel/words.hpp) a word takes the place of a number: 2 (bfloat16) or 4 (int8) features of a key,
-// two keys of a value. Values of int8 are restored and rounded to bfloat16.
+// two keys of a value. Values of int8 are restored and rounded to bfloat16, or stay as they are, four keys to a word.
 //
 // The broadcast operand of both products then lies in memory in the order in which it is read. Columns that hold no row
 // (gaps between runs) are zeros. A value row that is not finite is packed as zeros and listed, because a weight of zero
@@ -39,6 +39,7 @@ struct KeyBlock {
   Index not_finite = 0;  // value rows that are not
   bool gaps = false;     // a column in between holds no row
   bool packed = false;
+  float value_top = 0;  // Bytes: largest scale of a value row
 };
 
 /// In which numbers the tiled kernel multiplies.
@@ -47,22 +48,29 @@ struct Exact {  // everything widened to T
   static constexpr const char* name = "";
   using Scalar = T;
   using Number = T;
-  static constexpr bool words = false, quads = false;
+  static constexpr bool words = false, quads = false, bytes = false;
   static constexpr Index features = 1, keys = 1;  // in one number
 };
 struct Pairs {  // bfloat16 throughout, sums in float
   static constexpr const char* name = " multiplied in bf16";
   using Scalar = float;
   using Number = Word;
-  static constexpr bool words = true, quads = false;
+  static constexpr bool words = true, quads = false, bytes = false;
   static constexpr Index features = 2, keys = 2;
 };
 struct Quads {  // int8 queries and keys, bfloat16 weights and values
   static constexpr const char* name = " multiplied in int8, values in bf16";
   using Scalar = float;
   using Number = Word;
-  static constexpr bool words = true, quads = true;
+  static constexpr bool words = true, quads = true, bytes = false;
   static constexpr Index features = 4, keys = 2;
+};
+struct Bytes {  // int8 throughout: weights in 8 bits, of the largest one in the block
+  static constexpr const char* name = " multiplied in int8";
+  using Scalar = float;
+  using Number = Word;
+  static constexpr bool words = true, quads = true, bytes = true;
+  static constexpr Index features = 4, keys = 4;
 };
 
 /// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
@@ -84,6 +92,7 @@ struct Panels {
   Index* not_finite = nullptr;          // [blocks][tile_keys]: columns
   float* key_scales = nullptr;          // Quads [blocks][tile_keys]
   std::int32_t* key_offsets = nullptr;  // Quads [blocks][tile_keys]: -128·Σ row
+  float* value_steps = nullptr;         // Bytes [blocks][tile_keys]: 255 · scale / value_top
   Index head_dim = 0, v_head_dim = 0;
 
   /// Scratch for `n_blocks` blocks; a carver without memory only counts.
@@ -97,6 +106,7 @@ struct Panels {
     if constexpr (A::quads) {
       p.key_scales = carver.take<float>(n_blocks * tile_keys);
       p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
+      if constexpr (A::bytes) p.value_steps = carver.take<float>(n_blocks * tile_keys);
     }
     return p;
   }
@@ -179,6 +189,14 @@ class BlockPacker {
             sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
         });
     drop_not_finite(sources);
+    if constexpr (A::bytes) {
+      block_.value_top = 0;
+      for (Index c = 0; c < block_.count; ++c)
+        if (sources[c].row) block_.value_top = std::max(block_.value_top, sources[c].scale);
+      const float step = block_.value_top > 0 ? 255 / block_.value_top : 0;
+      for (Index c = 0; c < block_.count; ++c)
+        panels_.value_steps[b_ * tile_keys + c] = sources[c].row ? sources[c].scale * step : 0;
+    }
     pack_values(sources);
     block_.packed = true;
   }
@@ -241,9 +259,19 @@ class BlockPacker {
     return has_row_scale<S> ? V::mul(v, V::broadcast(static_cast<T>(from.scale))) : v;
   }
 
+#ifdef QKV_DETAIL_WORDS
+  __m128i bytes(const Source& from, Index x) const {
+    const Index left = panels_.v_head_dim - x;
+    if (!from.row || left <= 0) return _mm_setzero_si128();
+    if (left >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.row + x));
+    return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1U << left) - 1U), from.row + x);
+  }
+#endif
+
   /// Rows with a number that is not finite are listed and become zeros: 0·x is 0 for finite x and NaN otherwise.
   void drop_not_finite(Source (&sources)[std::size_t(tile_keys)]) {
     const auto zeros = [&](const Source& from, typename V::Vec sum) {
+      if constexpr (has_row_scale<S>) return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0)), sum);
       for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
       return sum;
     };
@@ -274,7 +302,10 @@ class BlockPacker {
         for (Index x = 0; x < height; x += V::width) {
           if constexpr (!A::words) V::store(to + x, value(sources[k], slice + x));
 #ifdef QKV_DETAIL_WORDS
-          if constexpr (A::words)  // columns 2k and 2k + 1 side by side
+          if constexpr (A::bytes)  // columns 4k … 4k + 3 side by side
+            store_words(to + x, to_quads(bytes(sources[4 * k], slice + x), bytes(sources[4 * k + 1], slice + x),
+                                         bytes(sources[4 * k + 2], slice + x), bytes(sources[4 * k + 3], slice + x)));
+          else if constexpr (A::words)  // columns 2k and 2k + 1
             store_words(to + x, to_pairs(value(sources[2 * k], slice + x), value(sources[2 * k + 1], slice + x)));
 #endif
         }

@@ -2,7 +2,8 @@
 //
 //     Exact    [head_dim][lanes] of T
 //     Pairs    [head_dim / 2][lanes] of words, two bfloat16 each
-//     Quads    [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; the factor goes
+//     Quads, Bytes
+//              [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; the factor goes
 //              to `unit`, so that a score in these numbers times unit is the score
 //
 // The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
@@ -117,6 +118,9 @@ inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index la
     }
     store_turned(block, w, depth, to, lanes);
   }
+}
+inline void pack_queries(Bytes, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
+  pack_queries(Quads{}, from, to, lanes, unit);
 }
 #endif
 

@@ -111,10 +111,10 @@ class Tiled {
         if (b == last)
           fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim()),
                                    state_.weighted.outerStride(), task_.v_head_dim(), panel_queries(p), true));
+        if (b == last && p + 1 == n_panels)  // of the item that is likely to come next
+          fetch_queries(query_ + n_queries_);
         fetch_block(b + 1, p, n_panels);
-        if (b == first && p + 1 < n_panels)
-          fetch_.add(FetchRows::of(task_.query(query_ + (p + 1) * lanes, head_), task_.q.outerStride(),
-                                   task_.head_dim(), panel_queries(p + 1)));
+        if (b == first && p + 1 < n_panels) fetch_queries(query_ + (p + 1) * lanes);
         attend(b, p);
       }
     }
@@ -205,6 +205,11 @@ class Tiled {
                    });
     return any;
   }
+  void fetch_queries(Index query) {
+    const Index n = std::min(lanes, task_.n_queries() - query);
+    if (n > 0)
+      fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim(), n));
+  }
   /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
   void fetch_block(Index b, Index p, Index n_panels) {
     if (b >= n_blocks_ || panels_.blocks[b].packed) return;
@@ -249,7 +254,7 @@ class Tiled {
       parts[i].vectors == 2 ? multiply_keys<2>(b, p, parts[i]) : multiply_keys<1>(b, p, parts[i]);
     for (Index v = 0; v < vectors; ++v) mask.rescore(v, scratch_.s, V::load(scratch_.unit + p * lanes + v * V::width));
     mark_hidden(block, b, mask);
-    soften(mask, p);
+    soften(mask, b, p);
     for (Index i = 0; i < n_parts; ++i)
       parts[i].vectors == 2 ? multiply_values<2>(b, p, parts[i]) : multiply_values<1>(b, p, parts[i]);
     add_not_finite(block, b, p);
@@ -289,7 +294,7 @@ class Tiled {
   }
 
   /// m and l of the panel ← merged with the scores, which become weights; Oᵀ ← rescaled.
-  void soften(const PanelMask<T, S, M, F>& mask, Index p) {
+  void soften(const PanelMask<T, S, M, F>& mask, Index b, Index p) {
     bool moved = false;
     alignas(detail::cache_line) T keep[std::size_t(lanes)];
     for (Index v = 0; v < vectors; ++v) {
@@ -303,13 +308,21 @@ class Tiled {
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
       const Vec old = V::load(m);
-      const Vec now = V::max(old, Softmax::largest(s, columns.begin, columns.end));
+      const Vec here = Softmax::largest(s, columns.begin, columns.end), now = V::max(old, here);
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
       const Vec to_log2 = V::mul(V::broadcast(log2_e<T>), V::select(nothing, one, unit));  // a query of NaN has no unit
       const Vec factor = V::weight(V::sub(old, base), to_log2);
-      const Vec sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
+      // In 8 bits the weights are steps of the block's largest, whatever came before; `take` turns them into those of base.
+      const Vec top = A::bytes ? V::select(V::less_equal(here, low), V::zero(), here) : base;
+      Vec sum = Softmax::weigh(s, columns.begin, columns.end, top, to_log2,
+                               A::bytes ? panels_.value_steps + b * tile_keys : nullptr);
+      if constexpr (A::bytes) {
+        const Vec ratio = V::weight(V::sub(here, base), to_log2);
+        sum = V::mul(sum, ratio);
+        V::store(take_ + v * V::width, V::mul(ratio, V::broadcast(panels_.blocks[b].value_top / 255)));
+      }
       V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(l, V::fma(V::load(l), factor, sum));
       V::store(keep + v * V::width, factor);
@@ -356,17 +369,21 @@ class Tiled {
                       .carry_on = true,
                       .c = to,
                       .c_row = lanes};
-      word_tiles<PairDot, rows, Vectors>(op, full, count * rows, lanes * rows, fetch_);
+      if constexpr (A::bytes) op.take = take_ + part.v * V::width;
+      using Dot = std::conditional_t<A::bytes, WeightDot, PairDot>;
+      word_tiles<Dot, rows, Vectors>(op, full, count * rows, lanes * rows, fetch_);
       if (rest > 0) {
         op.a = a + full * rows * count + first * rest, op.c = last;
-        word_tile_of<PairDot, Vectors>(rest, op, fetch_);
+        word_tile_of<Dot, Vectors>(rest, op, fetch_);
       }
     }
 #endif
   }
-  /// The weight of one pair, as it was multiplied.
+  /// The weight of one pair, as it was multiplied; what it multiplies here is not finite.
   T weight(Index c, Index lane) const {
-    if constexpr (A::words) {
+    if constexpr (A::bytes) {
+      return static_cast<T>(reinterpret_cast<const Word*>(scratch_.s)[c / 4 * lanes + lane] >> (8 * (c % 4)) & 255U);
+    } else if constexpr (A::words) {
       const Word pair = reinterpret_cast<const Word*>(scratch_.s)[c / 2 * lanes + lane];
       const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
       T value;
@@ -411,6 +428,7 @@ class Tiled {
   detail::Carver carver_;
   TiledScratch<T> scratch_;
   FetchList fetch_;
+  alignas(detail::cache_line) T take_[std::size_t(A::bytes ? lanes : 1)];
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -1,7 +1,8 @@
 // kernel/words.hpp — products in narrow numbers, 32-bit words at a time: two bfloat16 or four int8 of one row.
 //
 //     bfloat16   c += a₀b₀ + a₁b₁                          vdpbf16ps: products and sums in float
-//     int8       c += Σ₄ aᵢ·bᵢ,   a signed, b unsigned       vpdpbusd: exact in 32 bits
+//     int8       c += Σ₄ aᵢ·bᵢ,   a signed, b unsigned       vpdpbusd: exact in 32 bits; then c = sum · scale, or for
+//                                                          weights and values  c += sum · take
 //
 // The tile is that of kernel/register_tile.hpp with a word in place of a number: a word of `a` is broadcast, words of `b`
 // are a vector, one per query. Signs: a query's int8 is stored as q + 128, so a sum starts at -128·Σ(key row).
@@ -59,6 +60,9 @@ struct QuadDot {
   static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return (Sum)_mm512_dpbusd_epi32((__m512i)c, b, a); }
 };
 
+/// The same, for weights (b) and values (a): added to c at the end.
+struct WeightDot : QuadDot {};
+
 /// A tile of words: c(r, j) = start(r, j) + Σ_k a(k, r)·b(k, j). PairDot continues from c where `start` is c, else from
 /// 0; QuadDot starts row r at offset[r] and multiplies it by scale[r] at the end.
 struct WordOperands {
@@ -69,6 +73,7 @@ struct WordOperands {
   bool carry_on = false;                 // PairDot: add to c
   const std::int32_t* offset = nullptr;  // QuadDot [Rows]
   const float* scale = nullptr;          // QuadDot [Rows]
+  const float* take = nullptr;           // WeightDot [lanes]
   float* c = nullptr;
   Index c_row = 0;
 };
@@ -82,6 +87,8 @@ EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I
   __m512i row[sizeof...(Vector)];
   if constexpr (std::is_same_v<Dot, QuadDot>)
     ((sum[I] = (typename Dot::Sum)_mm512_set1_epi32(op.offset[row_of(I)])), ...);
+  else if constexpr (std::is_same_v<Dot, WeightDot>)
+    ((sum[I] = typename Dot::Sum{}), ...);
   else if (op.carry_on)
     ((sum[I] = _mm512_loadu_ps(op.c + row_of(I) * op.c_row + lane_of(I))), ...);
   else
@@ -97,6 +104,11 @@ EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I
   if constexpr (std::is_same_v<Dot, QuadDot>)
     (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
                       _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]), _mm512_set1_ps(op.scale[row_of(I)]))),
+     ...);
+  else if constexpr (std::is_same_v<Dot, WeightDot>)
+    (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
+                      _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum[I]), _mm512_loadu_ps(op.take + lane_of(I)),
+                                      _mm512_loadu_ps(op.c + row_of(I) * op.c_row + lane_of(I)))),
      ...);
   else
     (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I), sum[I]), ...);
@@ -161,6 +173,15 @@ EIGEN_ALWAYS_INLINE __m512i to_pairs(__m512 low, __m512 high) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+/// Bytes of four rows side by side: word i of the result holds byte i of each.
+EIGEN_ALWAYS_INLINE __m512i to_quads(__m128i a, __m128i b, __m128i c, __m128i d) {
+  const __m128i ab = _mm_unpacklo_epi8(a, b), ab_high = _mm_unpackhi_epi8(a, b);
+  const __m128i cd = _mm_unpacklo_epi8(c, d), cd_high = _mm_unpackhi_epi8(c, d);
+  const __m512i one = _mm512_castsi128_si512(_mm_unpacklo_epi16(ab, cd));
+  const __m512i two = _mm512_inserti32x4(one, _mm_unpackhi_epi16(ab, cd), 1);
+  const __m512i three = _mm512_inserti32x4(two, _mm_unpacklo_epi16(ab_high, cd_high), 2);
+  return _mm512_inserti32x4(three, _mm_unpackhi_epi16(ab_high, cd_high), 3);
 }
 #else
 inline constexpr bool words_available = false;
