@@ -213,3 +213,30 @@ TEST_CASE("2^x keeps NaN whatever its payload", "[simd]") {
     CHECK(std::isnan(exp2_of(std::bit_cast<float>(bits | 0x80000000U))));
   }
 }
+
+TEMPLATE_TEST_CASE("a softmax weight is 2^(d c), to 1.5 ulp where the product is not rounded", "[simd]", float,
+                   double) {
+  using S = Simd<TestType>;
+  const auto weight = [](TestType d, TestType c) {
+    return lanes_of<TestType>(S::weight(S::broadcast(d), S::broadcast(c))).back();
+  };
+  double worst = 0;
+  for (int i = 0; i <= 40000; ++i) {
+    const TestType d = -static_cast<TestType>(i) * TestType(0.017), c = TestType(0.1803368801);
+    const long double exponent = static_cast<long double>(d) * static_cast<long double>(c), want = std::exp2(exponent);
+    if (exponent < -125) break;
+    // Where the product is rounded before, that shows as well: half a unit of the exponent.
+    const long double rounded = std::abs(exponent) * std::numeric_limits<TestType>::epsilon() / 2;
+    const long double relative = std::abs(static_cast<long double>(weight(d, c)) - want) / want;
+    const double error = static_cast<double>((relative - 0.7L * rounded) / std::numeric_limits<TestType>::epsilon());
+    if (!(error <= worst)) worst = error;
+  }
+  CHECK(worst <= 1.5);
+  CHECK(weight(0, 3) == TestType(1));
+  CHECK(weight(-inf<TestType>, TestType(0.1)) == TestType(0));
+  CHECK_FALSE(std::signbit(weight(-inf<TestType>, TestType(0.1))));
+  CHECK(weight(-20000, 2) == TestType(0));
+  CHECK(weight(std::numeric_limits<TestType>::lowest(), 1) == TestType(0));
+  CHECK(weight(-8, TestType(0.5)) == TestType(0.0625));
+  CHECK(std::isnan(weight(not_a_number<TestType>, 1)));
+}

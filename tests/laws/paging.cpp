@@ -50,7 +50,7 @@ TEST_CASE("pages in any order and of any size give the bits of contiguous rows",
 
 TEST_CASE("rows of every storage type give the same bits in pages", "[attention][bits]") {
   for (const Case& c : {prompt, step}) {
-    for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact}) {
+    for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8}) {
       check_paged<half, float>(c, causal, arithmetic);
       check_paged<bfloat16, float>(c, causal, arithmetic);
       check_paged<std::int8_t, float>(c, causal, arithmetic);

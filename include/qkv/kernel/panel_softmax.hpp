@@ -3,8 +3,10 @@
 //     m = max_c s(c)      s(c) ← 2^((s(c) - base)·to_log2)      Σ_c of the new s(c)        s(c) at [column][lanes]
 //
 // Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
-// In bfloat16 the rounded weights are summed; in 8 bits they are steps of 1/255 of the largest of the block, times the scale
-// of the value row, and the sum is that of the weights before rounding. NaN: a maximum may pass it over, the sum never does.
+// In bfloat16 the rounded weights are summed. NaN: a maximum may pass it over, the sum never does.
+//
+// In 8 bits (Bytes) what is rounded is the weight times the scale of the value row, in steps of 1/255 of the largest such
+// product of the block and lane, top = max_c (s(c)·to_log2 + log2 scale(c)): a sink with a small value costs no precision.
 //
 // Before: kernel/panel_mask.hpp   Next: kernel/tiled.hpp
 #pragma once
@@ -43,23 +45,11 @@ class PanelSoftmax {
     return V::max(V::max(w, x), V::max(y, z));
   }
 
-  /// Weights in place of the scores, and their sum. Columns that share a word go to one row: c / 2 or c / 4. `steps` is for
-  /// Bytes: value_steps of the block's columns.
-  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2, [[maybe_unused]] const float* steps) {
+  /// Weights in place of the scores, and their sum. In pairs, columns c and c + 1 go to row c / 2.
+  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2) {
     Index c = begin;
 #ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) {
-      Vec w = V::zero(), x = w;
-      for (; c + 8 <= end; c += 8) {
-        put_quad<4>(s, c, base, to_log2, steps, w);
-        put_quad<4>(s, c + 4, base, to_log2, steps, x);
-      }
-      if (c + 4 <= end) put_quad<4>(s, c, base, to_log2, steps, w), c += 4;
-      if (end - c == 3) put_quad<3>(s, c, base, to_log2, steps, x);
-      if (end - c == 2) put_quad<2>(s, c, base, to_log2, steps, x);
-      if (end - c == 1) put_quad<1>(s, c, base, to_log2, steps, x);
-      return V::add(w, x);
-    } else if constexpr (A::words) {
+    if constexpr (A::words) {
       const __m512i ones = _mm512_set1_epi32(0x3F803F80);
       Vec w = V::zero(), x = w;
       for (; c + 4 <= end; c += 4) {
@@ -86,6 +76,34 @@ class PanelSoftmax {
     return V::add(V::add(w, x), V::add(y, z));
   }
 
+#ifdef QKV_DETAIL_WORDS
+  /// Bytes: `top` of each lane; -inf where nothing is seen.
+  static Vec largest_product(const T* s, Index begin, Index end, Vec to_log2, const float* logs) {
+    Vec w = V::broadcast(detail::minus_infinity<T>), x = w;
+    Index c = begin;
+    for (; c + 2 <= end; c += 2) {
+      w = V::max(w, V::fma(V::load(s + c * lanes), to_log2, V::broadcast(logs[c])));
+      x = V::max(x, V::fma(V::load(s + (c + 1) * lanes), to_log2, V::broadcast(logs[c + 1])));
+    }
+    if (c < end) w = V::max(w, V::fma(V::load(s + c * lanes), to_log2, V::broadcast(logs[c])));
+    return V::max(w, x);
+  }
+  /// Bytes: 2^(s·to_log2 + log2 scale - bottom) rounded, with bottom = top - log2 255, four columns to row c / 4; returns
+  /// the sum of the unrounded ones over scale.
+  static Vec weigh_products(T* s, Index begin, Index end, Vec bottom, Vec to_log2, const float* logs,
+                            const float* inverses) {
+    const Products in{s, bottom, to_log2, logs, inverses};
+    Vec w = V::zero(), x = w;
+    Index c = begin;
+    for (; c + 8 <= end; c += 8) put_quad<4>(in, c, w), put_quad<4>(in, c + 4, x);
+    if (c + 4 <= end) put_quad<4>(in, c, w), c += 4;
+    if (end - c == 3) put_quad<3>(in, c, x);
+    if (end - c == 2) put_quad<2>(in, c, x);
+    if (end - c == 1) put_quad<1>(in, c, x);
+    return V::add(w, x);
+  }
+#endif
+
  private:
   static EIGEN_ALWAYS_INLINE Vec put(T* s, Index c, Vec base, Vec to_log2) {
     const Vec weight = V::weight(V::sub(V::load(s + c * lanes), base), to_log2);
@@ -100,20 +118,25 @@ class PanelSoftmax {
     store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
     return pair;
   }
+  struct Products {
+    T* s;
+    Vec bottom, to_log2;
+    const float *logs, *inverses;
+  };
   template <int Byte>
-  static EIGEN_ALWAYS_INLINE __m512i byte_of(const float* s, Index c, Vec base, Vec to_log2, const float* steps,
-                                             Vec& sum) {
-    const Vec weight = weight_short(V::sub(V::load(s + (c + Byte) * lanes), base), to_log2);
-    sum = V::add(sum, weight);
-    return _mm512_slli_epi32(_mm512_cvtps_epi32(V::mul(weight, V::broadcast(steps[c + Byte]))), 8 * Byte);
+  static EIGEN_ALWAYS_INLINE __m512i byte_of(const Products& in, Index c, Vec& sum) {
+    const Vec log = V::sub(V::broadcast(in.logs[c + Byte]), in.bottom);
+    const Vec weight = weight_short(V::fma(V::load(in.s + (c + Byte) * lanes), in.to_log2, log), V::broadcast(1));
+    sum = V::fma(weight, V::broadcast(in.inverses[c + Byte]), sum);
+    return _mm512_slli_epi32(_mm512_cvtps_epi32(weight), 8 * Byte);
   }
   template <int Columns>
-  static EIGEN_ALWAYS_INLINE void put_quad(float* s, Index c, Vec base, Vec to_log2, const float* steps, Vec& sum) {
-    __m512i word = byte_of<0>(s, c, base, to_log2, steps, sum);
-    if constexpr (Columns > 1) word = _mm512_or_si512(word, byte_of<1>(s, c, base, to_log2, steps, sum));
-    if constexpr (Columns > 2) word = _mm512_or_si512(word, byte_of<2>(s, c, base, to_log2, steps, sum));
-    if constexpr (Columns > 3) word = _mm512_or_si512(word, byte_of<3>(s, c, base, to_log2, steps, sum));
-    store_words(reinterpret_cast<Word*>(s) + c / 4 * lanes, word);
+  static EIGEN_ALWAYS_INLINE void put_quad(const Products& in, Index c, Vec& sum) {
+    __m512i word = byte_of<0>(in, c, sum);
+    if constexpr (Columns > 1) word = _mm512_or_si512(word, byte_of<1>(in, c, sum));
+    if constexpr (Columns > 2) word = _mm512_or_si512(word, byte_of<2>(in, c, sum));
+    if constexpr (Columns > 3) word = _mm512_or_si512(word, byte_of<3>(in, c, sum));
+    store_words(reinterpret_cast<Word*>(in.s) + c / 4 * lanes, word);
   }
 #endif
 };

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -39,7 +40,6 @@ struct KeyBlock {
   Index not_finite = 0;  // value rows that are not
   bool gaps = false;     // a column in between holds no row
   bool packed = false;
-  float value_top = 0;  // Bytes: largest scale of a value row
 };
 
 /// In which numbers the tiled kernel multiplies.
@@ -65,7 +65,7 @@ struct Quads {  // int8 queries and keys, bfloat16 weights and values
   static constexpr bool words = true, quads = true, bytes = false;
   static constexpr Index features = 4, keys = 2;
 };
-struct Bytes {  // int8 throughout: weights in 8 bits, of the largest one in the block
+struct Bytes {  // int8 throughout; weights in 8 bits: kernel/panel_softmax.hpp
   static constexpr const char* name = " multiplied in int8";
   using Scalar = float;
   using Number = Word;
@@ -89,10 +89,10 @@ struct Panels {
 
   KeyBlock* blocks = nullptr;
   Number *keys = nullptr, *values = nullptr;
-  Index* not_finite = nullptr;          // [blocks][tile_keys]: columns
-  float* key_scales = nullptr;          // Quads [blocks][tile_keys]
-  std::int32_t* key_offsets = nullptr;  // Quads [blocks][tile_keys]: -128·Σ row
-  float* value_steps = nullptr;         // Bytes [blocks][tile_keys]: 255 · scale / value_top
+  Index* not_finite = nullptr;                             // [blocks][tile_keys]: columns
+  float* key_scales = nullptr;                             // Quads [blocks][tile_keys]
+  std::int32_t* key_offsets = nullptr;                     // Quads [blocks][tile_keys]: -128·Σ row
+  float *value_logs = nullptr, *value_inverses = nullptr;  // Bytes [blocks][tile_keys]: log2 and inverse of the scale
   Index head_dim = 0, v_head_dim = 0;
 
   /// Scratch for `n_blocks` blocks; a carver without memory only counts.
@@ -106,7 +106,10 @@ struct Panels {
     if constexpr (A::quads) {
       p.key_scales = carver.take<float>(n_blocks * tile_keys);
       p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
-      if constexpr (A::bytes) p.value_steps = carver.take<float>(n_blocks * tile_keys);
+      if constexpr (A::bytes) {
+        p.value_logs = carver.take<float>(n_blocks * tile_keys);
+        p.value_inverses = carver.take<float>(n_blocks * tile_keys);
+      }
     }
     return p;
   }
@@ -189,14 +192,13 @@ class BlockPacker {
             sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
         });
     drop_not_finite(sources);
-    if constexpr (A::bytes) {
-      block_.value_top = 0;
-      for (Index c = 0; c < block_.count; ++c)
-        if (sources[c].row) block_.value_top = std::max(block_.value_top, sources[c].scale);
-      const float step = block_.value_top > 0 ? 255 / block_.value_top : 0;
-      for (Index c = 0; c < block_.count; ++c)
-        panels_.value_steps[b_ * tile_keys + c] = sources[c].row ? sources[c].scale * step : 0;
-    }
+    if constexpr (A::bytes)
+      for (Index c = 0; c < block_.count; ++c) {
+        // Rows of zeros count for the sum of the weights alone: a scale so small that they never fill the 8 bits.
+        const float scale = sources[c].row && sources[c].scale > 0x1p-90F ? sources[c].scale : 0x1p-90F;
+        panels_.value_logs[b_ * tile_keys + c] = std::log2(scale);
+        panels_.value_inverses[b_ * tile_keys + c] = 1 / scale;
+      }
     pack_values(sources);
     block_.packed = true;
   }
@@ -271,7 +273,8 @@ class BlockPacker {
   /// Rows with a number that is not finite are listed and become zeros: 0·x is 0 for finite x and NaN otherwise.
   void drop_not_finite(Source (&sources)[std::size_t(tile_keys)]) {
     const auto zeros = [&](const Source& from, typename V::Vec sum) {
-      if constexpr (has_row_scale<S>) return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0)), sum);
+      if constexpr (has_row_scale<S>)
+        return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0)), sum);
       for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
       return sum;
     };

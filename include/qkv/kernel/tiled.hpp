@@ -78,6 +78,7 @@ class Tiled {
   static constexpr Index rows = TileShape<T>::rows;
   static constexpr bool plain = std::is_same_v<F, Plain>;
   using Softmax = PanelSoftmax<A>;
+  static constexpr T log2_255 = static_cast<T>(7.994353436858858L);
 
  public:
   Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
@@ -207,8 +208,7 @@ class Tiled {
   }
   void fetch_queries(Index query) {
     const Index n = std::min(lanes, task_.n_queries() - query);
-    if (n > 0)
-      fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim(), n));
+    if (n > 0) fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim(), n));
   }
   /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
   void fetch_block(Index b, Index p, Index n_panels) {
@@ -294,7 +294,7 @@ class Tiled {
   }
 
   /// m and l of the panel ← merged with the scores, which become weights; Oᵀ ← rescaled.
-  void soften(const PanelMask<T, S, M, F>& mask, Index b, Index p) {
+  void soften(const PanelMask<T, S, M, F>& mask, [[maybe_unused]] Index b, Index p) {
     bool moved = false;
     alignas(detail::cache_line) T keep[std::size_t(lanes)];
     for (Index v = 0; v < vectors; ++v) {
@@ -308,21 +308,27 @@ class Tiled {
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
       const Vec old = V::load(m);
-      const Vec here = Softmax::largest(s, columns.begin, columns.end), now = V::max(old, here);
+      const Vec now = V::max(old, Softmax::largest(s, columns.begin, columns.end));
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
       const Vec to_log2 = V::mul(V::broadcast(log2_e<T>), V::select(nothing, one, unit));  // a query of NaN has no unit
       const Vec factor = V::weight(V::sub(old, base), to_log2);
-      // In 8 bits the weights are steps of the block's largest, whatever came before; `take` turns them into those of base.
-      const Vec top = A::bytes ? V::select(V::less_equal(here, low), V::zero(), here) : base;
-      Vec sum = Softmax::weigh(s, columns.begin, columns.end, top, to_log2,
-                               A::bytes ? panels_.value_steps + b * tile_keys : nullptr);
+      Vec sum;
+#ifdef QKV_DETAIL_WORDS
       if constexpr (A::bytes) {
-        const Vec ratio = V::weight(V::sub(here, base), to_log2);
-        sum = V::mul(sum, ratio);
-        V::store(take_ + v * V::width, V::mul(ratio, V::broadcast(panels_.blocks[b].value_top / 255)));
-      }
+        const float* const logs = panels_.value_logs + b * tile_keys;
+        const Vec top = Softmax::largest_product(s, columns.begin, columns.end, to_log2, logs);
+        const Vec bottom = V::sub(V::select(V::less_equal(top, low), V::zero(), top), V::broadcast(log2_255));
+        sum = Softmax::weigh_products(s, columns.begin, columns.end, bottom, to_log2, logs,
+                                      panels_.value_inverses + b * tile_keys);
+        // From steps to weights relative to base.
+        const Vec step = V::weight(V::sub(V::sub(top, V::broadcast(log2_255)), V::mul(base, to_log2)), one);
+        sum = V::mul(sum, step);
+        V::store(take_ + v * V::width, step);
+      } else
+#endif
+        sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
       V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(l, V::fma(V::load(l), factor, sum));
       V::store(keep + v * V::width, factor);
