@@ -37,6 +37,7 @@
 #include "kernel/lanes.hpp"             // masks and scores for a register of queries
 #include "kernel/panel_mask.hpp"        // what a panel of queries sees of a block of keys
 #include "kernel/panel_softmax.hpp"     // scores of a panel become weights
+#include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/decode.hpp"            // few queries: decode
 #include "attention.hpp"                // the front door

@@ -130,6 +130,10 @@ class PanelMask {
       }
     });
     for (Columns& c : columns_) c.mixed = c.mixed || mixed;
+    // Later queries are to see what is further on. Where a mask turns that round, both registers get all columns.
+    Columns &left = columns_[0], &right = columns_[1];
+    if (!left.empty() && !right.empty() && (left.begin > right.begin || left.end > right.end))
+      left = right = {std::min(left.begin, right.begin), std::max(left.end, right.end), true};
   }
 
   void rescore_key(Index v, const Block& one, T* s, typename V::Vec unit, bool mixed) const {

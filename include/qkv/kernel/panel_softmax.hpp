@@ -8,7 +8,7 @@
 // In 8 bits (Bytes) what is rounded is the weight times the scale of the value row, in steps of 1/255 of the largest such
 // product of the block and lane, top = max_c (s(c)·to_log2 + log2 scale(c)): a sink with a small value costs no precision.
 //
-// Before: kernel/panel_mask.hpp   Next: kernel/tiled.hpp
+// Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
 
 #include "panels.hpp"

@@ -170,11 +170,11 @@ void packed_tiles(TileOperands<T, S> op, Index tiles, Index a_next, Index c_next
 }
 
 /// packed_tile for 1 … TileShape<T>::rows rows, chosen at run time.
-template <class T, class S = T, int AheadLines = 0, Index Vectors = TileShape<T>::vectors>
+template <class T, class S = T, int AheadLines = 0>
 void packed_tile_of(Index rows, const TileOperands<T, S>& op) {
   using Shape = TileShape<T>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&packed_tile<R + 1, Vectors, AheadLines, T, S>...};
+    return std::array{&packed_tile<R + 1, Shape::vectors, AheadLines, T, S>...};
   }
   (std::make_integer_sequence<Index, Shape::rows>{});
   tiles[static_cast<std::size_t>(rows - 1)](op);

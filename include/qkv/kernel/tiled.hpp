@@ -13,7 +13,7 @@
 // ascending order of features and keys, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at
 // once. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
 //
-// Before: kernel/panel_softmax.hpp   Next: kernel/decode.hpp
+// Before: kernel/value_tile.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <algorithm>
@@ -28,6 +28,7 @@
 #include "query_panels.hpp"
 #include "register_tile.hpp"
 #include "task.hpp"
+#include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -224,71 +225,53 @@ class Tiled {
                              task_.v_head_dim(), n));
   }
 
-  /// Columns [begin, end) of `vectors` registers of queries from register v on.
-  struct Part {
-    Index v, vectors, begin, end;
-  };
-
   /// Merges block b into the state of panel p.
   void attend(Index b, Index p) {
     const KeyBlock& block = panels_.blocks[b];
     const PanelMask<T, S, M, F> mask(task_, block, head_, query_ + p * lanes, panel_queries(p));
     if (mask.all_empty()) return;
-    // Both registers where both see keys; before and after, where one alone does, half the work.
     static_assert(vectors == 2);
     const Columns &left = mask.columns(0), &right = mask.columns(1);
-    const Index begin = std::max(left.begin, right.begin), end = std::min(left.end, right.end);
-    Part parts[3];
-    Index n_parts = 0;
-    const auto add = [&](const Part& part) {
-      if (part.begin < part.end) parts[n_parts++] = part;
-    };
-    if (begin >= end) {
-      add({0, 1, left.begin, left.end}), add({1, 1, right.begin, right.end});
-    } else {
-      add({0, 1, left.begin, begin}), add({1, 1, right.begin, begin});
-      add({0, 2, begin, end});
-      add({0, 1, end, left.end}), add({1, 1, end, right.end});
-    }
-    for (Index i = 0; i < n_parts; ++i)
-      parts[i].vectors == 2 ? multiply_keys<2>(b, p, parts[i]) : multiply_keys<1>(b, p, parts[i]);
+    Span before{left.begin, left.end}, both, after{right.begin, right.end};
+    if (!left.empty() && !right.empty() && right.begin < left.end)
+      both = {right.begin, left.end}, before.end = right.begin, after.begin = left.end;
+    multiply_keys<1>(b, p, 0, before);
+    multiply_keys<2>(b, p, 0, both);
+    multiply_keys<1>(b, p, 1, after);
     for (Index v = 0; v < vectors; ++v) mask.rescore(v, scratch_.s, V::load(scratch_.unit + p * lanes + v * V::width));
     mark_hidden(block, b, mask);
     soften(mask, b, p);
-    for (Index i = 0; i < n_parts; ++i)
-      parts[i].vectors == 2 ? multiply_values<2>(b, p, parts[i]) : multiply_values<1>(b, p, parts[i]);
+    multiply_values(b, p, before, both, after);
     add_not_finite(block, b, p);
   }
 
-  /// Sᵀ of the part. Its last tile may be lower than the others.
+  /// Sᵀ of some columns, of Vectors registers from v on. The last tile of a block may be lower than the others: it is
+  /// always computed for both registers.
   template <Index Vectors>
-  void multiply_keys(Index b, Index p, const Part& part) {
-    const Index depth = panels_.key_depth(), c = part.begin, full = (part.end - c) / rows, rest = (part.end - c) % rows;
-    const Number* const a = panels_.block_keys(b) + c * depth;
-    T* const to = scratch_.s + c * lanes + part.v * V::width;
+  void multiply_keys(Index b, Index p, Index v, const Span& columns) {
+    const Index count = columns.end - columns.begin, depth = panels_.key_depth(), c = columns.begin;
+    if (count <= 0) return;
+    const Index full = count / rows, rest = count % rows, last = c + full * rows;
+    const Number* const a = panels_.block_keys(b);
     if constexpr (!A::words) {
-      TileOperands<T> op{
-          .depth = depth, .a = a, .b = q(p) + part.v * V::width, .b_step = lanes, .c = to, .c_row = lanes};
+      TileOperands<T> op{.depth = depth, .b_step = lanes, .c_row = lanes};
+      op.a = a + c * depth, op.b = q(p) + v * V::width, op.c = scratch_.s + c * lanes + v * V::width;
       packed_tiles<rows, Vectors>(op, full, depth * rows, lanes * rows, fetch_);
-      if (rest > 0) {
-        op.a += full * rows * depth, op.c += full * rows * lanes;
-        packed_tile_of<T, T, 0, Vectors>(rest, op);
-      }
+      op.a = a + last * depth, op.b = q(p), op.c = scratch_.s + last * lanes;
+      if (rest > 0) packed_tile_of<T>(rest, op);
     }
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::words) {
       using Dot = std::conditional_t<A::quads, QuadDot, PairDot>;
-      WordOperands op{.depth = depth, .a = a, .b = q(p) + part.v * V::width, .b_step = lanes, .c = to, .c_row = lanes};
-      if constexpr (A::quads) {
-        op.offset = panels_.key_offsets + b * tile_keys + c;
-        op.scale = panels_.key_scales + b * tile_keys + c;
-      }
-      word_tiles<Dot, rows, Vectors>(op, full, depth * rows, lanes * rows, fetch_);
-      if (rest > 0) {
-        op.a += full * rows * depth, op.c += full * rows * lanes;
-        if constexpr (A::quads) op.offset += full * rows, op.scale += full * rows;
-        word_tile_of<Dot, Vectors>(rest, op, fetch_);
-      }
+      const auto at = [&](Index column, Index vector) {
+        WordOperands op{.depth = depth, .a = a + column * depth, .b = q(p) + vector * V::width, .b_step = lanes};
+        op.c = scratch_.s + column * lanes + vector * V::width, op.c_row = lanes;
+        if constexpr (A::quads) op.offset = panels_.key_offsets + b * tile_keys + column;
+        if constexpr (A::quads) op.scale = panels_.key_scales + b * tile_keys + column;
+        return op;
+      };
+      word_tiles<Dot, rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch_);
+      if (rest > 0) word_tile_of<Dot>(rest, at(last, 0), fetch_);
     }
 #endif
   }
@@ -301,6 +284,7 @@ class Tiled {
       const Columns& columns = mask.columns(v);
       if (columns.empty()) {
         V::store(keep + v * V::width, V::broadcast(T(1)));
+        if constexpr (A::bytes) V::store(take_ + v * V::width, V::zero());
         continue;
       }
       T* const s = scratch_.s + v * V::width;
@@ -341,49 +325,20 @@ class Tiled {
         V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(keep + v * V::width)));
   }
 
-  /// Oᵀ += Vᵀ Sᵀ of the part, `rows` features at a time.
-  template <Index Vectors>
-  void multiply_values(Index b, Index p, const Part& part) {
+  /// Oᵀ += Vᵀ Sᵀ, `rows` features at a time.
+  void multiply_values(Index b, Index p, Span before, Span both, Span after) {
     const Index dv = task_.v_head_dim(), full = dv / rows, rest = dv % rows;
-    const Index count = (panels_.blocks[b].count + A::keys - 1) / A::keys, first = part.begin / A::keys;
-    const Index depth = (part.end + A::keys - 1) / A::keys - first;
-    const Number* const a = panels_.block_values(b);
-    const Number* const weights = reinterpret_cast<const Number*>(scratch_.s) + first * lanes + part.v * V::width;
-    T* const to = o(p) + part.v * V::width;
-    T* const last = to + full * rows * lanes;
-    if constexpr (!A::words) {
-      TileOperands<T> op{.depth = depth,
-                         .a = a + first * rows,
-                         .b = weights,
-                         .b_step = lanes,
-                         .start = to,
-                         .start_row = lanes,
-                         .c = to,
-                         .c_row = lanes};
-      packed_tiles<rows, Vectors>(op, full, count * rows, lanes * rows, fetch_);
-      if (rest > 0) {
-        op.a = a + full * rows * count + first * rest, op.start = op.c = last;
-        packed_tile_of<T, T, 0, Vectors>(rest, op);
-      }
-    }
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) {
-      WordOperands op{.depth = depth,
-                      .a = a + first * rows,
-                      .b = weights,
-                      .b_step = lanes,
-                      .carry_on = true,
-                      .c = to,
-                      .c_row = lanes};
-      if constexpr (A::bytes) op.take = take_ + part.v * V::width;
-      using Dot = std::conditional_t<A::bytes, WeightDot, PairDot>;
-      word_tiles<Dot, rows, Vectors>(op, full, count * rows, lanes * rows, fetch_);
-      if (rest > 0) {
-        op.a = a + full * rows * count + first * rest, op.c = last;
-        word_tile_of<Dot, Vectors>(rest, op, fetch_);
-      }
-    }
-#endif
+    const Index count = (panels_.blocks[b].count + A::keys - 1) / A::keys;
+    for (Span* span : {&before, &both, &after})
+      span->begin = span->begin / A::keys, span->end = (span->end + A::keys - 1) / A::keys;
+    ValueOperands<Number> op{.before = before, .both = both, .after = after};
+    op.a = panels_.block_values(b);
+    op.b = reinterpret_cast<const Number*>(scratch_.s), op.b_step = lanes;
+    op.o = o(p), op.o_row = lanes;
+    if constexpr (A::bytes) op.take = take_;
+    value_tiles<ValueDot<A>, rows>(op, full, count * rows, fetch_);
+    op.a += full * rows * count, op.o += full * rows * lanes;
+    if (rest > 0) value_tile_of<ValueDot<A>, rows>(rest, op, fetch_);
   }
   /// The weight of one pair, as it was multiplied; what it multiplies here is not finite.
   T weight(Index c, Index lane) const {

@@ -1,8 +1,7 @@
 // kernel/words.hpp — products in narrow numbers, 32-bit words at a time: two bfloat16 or four int8 of one row.
 //
 //     bfloat16   c += a₀b₀ + a₁b₁                          vdpbf16ps: products and sums in float
-//     int8       c += Σ₄ aᵢ·bᵢ,   a signed, b unsigned       vpdpbusd: exact in 32 bits; then c = sum · scale, or for
-//                                                          weights and values  c += sum · take
+//     int8       c += Σ₄ aᵢ·bᵢ,   a signed, b unsigned       vpdpbusd: exact in 32 bits
 //
 // The tile is that of kernel/register_tile.hpp with a word in place of a number: a word of `a` is broadcast, words of `b`
 // are a vector, one per query. Signs: a query's int8 is stored as q + 128, so a sum starts at -128·Σ(key row).
@@ -60,20 +59,15 @@ struct QuadDot {
   static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return (Sum)_mm512_dpbusd_epi32((__m512i)c, b, a); }
 };
 
-/// The same, for weights (b) and values (a): added to c at the end.
-struct WeightDot : QuadDot {};
-
-/// A tile of words: c(r, j) = start(r, j) + Σ_k a(k, r)·b(k, j). PairDot continues from c where `start` is c, else from
-/// 0; QuadDot starts row r at offset[r] and multiplies it by scale[r] at the end.
+/// A tile of words: c(r, j) = Σ_k a(k, r)·b(k, j). QuadDot starts row r at offset[r] and multiplies it by scale[r] at the
+/// end.
 struct WordOperands {
   Index depth = 0;          // words
   const Word* a = nullptr;  // [depth][Rows]
   const Word* b = nullptr;  // [depth][b_step]
   Index b_step = 0;
-  bool carry_on = false;                 // PairDot: add to c
   const std::int32_t* offset = nullptr;  // QuadDot [Rows]
   const float* scale = nullptr;          // QuadDot [Rows]
-  const float* take = nullptr;           // WeightDot [lanes]
   float* c = nullptr;
   Index c_row = 0;
 };
@@ -87,10 +81,6 @@ EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I
   __m512i row[sizeof...(Vector)];
   if constexpr (std::is_same_v<Dot, QuadDot>)
     ((sum[I] = (typename Dot::Sum)_mm512_set1_epi32(op.offset[row_of(I)])), ...);
-  else if constexpr (std::is_same_v<Dot, WeightDot>)
-    ((sum[I] = typename Dot::Sum{}), ...);
-  else if (op.carry_on)
-    ((sum[I] = _mm512_loadu_ps(op.c + row_of(I) * op.c_row + lane_of(I))), ...);
   else
     ((sum[I] = _mm512_setzero_ps()), ...);
   const Word* a = op.a;
@@ -104,11 +94,6 @@ EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I
   if constexpr (std::is_same_v<Dot, QuadDot>)
     (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
                       _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]), _mm512_set1_ps(op.scale[row_of(I)]))),
-     ...);
-  else if constexpr (std::is_same_v<Dot, WeightDot>)
-    (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
-                      _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum[I]), _mm512_loadu_ps(op.take + lane_of(I)),
-                                      _mm512_loadu_ps(op.c + row_of(I) * op.c_row + lane_of(I)))),
      ...);
   else
     (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I), sum[I]), ...);
@@ -128,11 +113,11 @@ void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next, FetchL
 }
 
 /// One tile of 1 … TileShape<float>::rows rows.
-template <class Dot, Index Vectors>
+template <class Dot>
 void word_tile_of(Index rows, const WordOperands& op, FetchList& fetch) {
   using Shape = TileShape<float>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&word_tiles<Dot, R + 1, Vectors>...};
+    return std::array{&word_tiles<Dot, R + 1, Shape::vectors>...};
   }
   (std::make_integer_sequence<Index, Shape::rows>{});
   tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0, fetch);

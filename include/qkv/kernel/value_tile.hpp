@@ -1,0 +1,142 @@
+// kernel/value_tile.hpp — Oᵀ += Vᵀ Sᵀ for two registers of queries that need not see the same keys.
+//
+//                     keys →
+//     register 0      ├── before ──┼─────── both ───────┤
+//     register 1                   ├─────── both ───────┼── after ──┤
+//
+//     o(x, j) += Σ_c v(c, x)·s(c, j)     x < Rows features;  each sum one chain in ascending c
+//
+// The sums stay in registers from the first column to the last: a mask's edge costs the columns it has and nothing more.
+//
+// Before: kernel/panel_softmax.hpp   Next: kernel/tiled.hpp
+#pragma once
+
+#include <array>
+
+#include "register_tile.hpp"
+#include "words.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#endif
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// Columns [begin, end), in numbers: of Exact a key each, of words two or four.
+struct Span {
+  Index begin = 0, end = 0;
+};
+
+template <class Number>
+struct ValueOperands {
+  Span before, both, after;
+  const Number* a = nullptr;  // [columns][Rows]
+  const Number* b = nullptr;  // [columns][b_step], two registers each
+  Index b_step = 0;
+  typename std::conditional_t<std::is_same_v<Number, Word>, float, Number>* o = nullptr;  // [Rows][o_row]
+  Index o_row = 0;
+  const float* take = nullptr;  // weights in 8 bits: what a step is worth, [lanes]
+};
+
+/// How numbers are multiplied: T by T.
+template <class T>
+struct NumberDot {
+  using Number = T;
+  using V = Simd<T>;
+  using Sum = typename V::Vec;
+  static constexpr Index width = V::width;
+  static EIGEN_ALWAYS_INLINE auto load(const T* p) { return V::load(p); }
+  static EIGEN_ALWAYS_INLINE auto broadcast(T x) { return V::broadcast(x); }
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Sum a, Sum b) { return V::fma(a, b, c); }
+  static EIGEN_ALWAYS_INLINE Sum start(const T* o) { return V::load(o); }
+  static EIGEN_ALWAYS_INLINE void finish(T* o, Sum s, const float*) { V::store(o, s); }
+};
+#ifdef QKV_DETAIL_WORDS
+struct WordDot {
+  using Number = Word;
+  static constexpr Index width = word_lanes;
+  static EIGEN_ALWAYS_INLINE __m512i load(const Word* p) { return load_words(p); }
+  static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+};
+/// Pairs of bfloat16.
+struct PairValueDot : WordDot, PairDot {
+  static EIGEN_ALWAYS_INLINE Sum start(const float* o) { return _mm512_loadu_ps(o); }
+  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float*) { _mm512_storeu_ps(o, s); }
+};
+/// Fours of int8, weights unsigned: whole steps, summed exactly.
+struct QuadValueDot : WordDot, QuadDot {
+  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return Sum{}; }
+  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
+    const __m512 steps = _mm512_cvtepi32_ps((__m512i)s);
+    _mm512_storeu_ps(o, _mm512_fmadd_ps(steps, _mm512_loadu_ps(take), _mm512_loadu_ps(o)));
+  }
+};
+#endif
+
+template <class A>
+using ValueDot =
+#ifdef QKV_DETAIL_WORDS
+    std::conditional_t<A::bytes, QuadValueDot,
+                       std::conditional_t<A::words, PairValueDot, NumberDot<typename A::Scalar>>>;
+#else
+    NumberDot<typename A::Scalar>;
+#endif
+
+// Constant indices and folds, as in kernel/register_tile.hpp: the sums stay in registers.
+template <class Dot, std::size_t... R>
+EIGEN_ALWAYS_INLINE void value_tile(const ValueOperands<typename Dot::Number>& op, std::index_sequence<R...>) {
+  using Number = typename Dot::Number;
+  constexpr Index rows = sizeof...(R);
+  typename Dot::Sum left[sizeof...(R)] = {Dot::start(op.o + Index(R) * op.o_row)...};
+  typename Dot::Sum right[sizeof...(R)] = {Dot::start(op.o + Index(R) * op.o_row + Dot::width)...};
+  const Number* a = op.a + op.before.begin * rows;
+  const Number* b = op.b + op.before.begin * op.b_step;
+  for (Index k = op.before.end - op.before.begin; k > 0; --k, a += rows, b += op.b_step) {
+    const auto s = Dot::load(b);
+    ((left[R] = Dot::dot(left[R], Dot::broadcast(a[R]), s)), ...);
+  }
+  a = op.a + op.both.begin * rows, b = op.b + op.both.begin * op.b_step;
+  for (Index k = op.both.end - op.both.begin; k > 0; --k, a += rows, b += op.b_step) {
+    const auto s = Dot::load(b), t = Dot::load(b + Dot::width);
+    ((left[R] = Dot::dot(left[R], Dot::broadcast(a[R]), s), right[R] = Dot::dot(right[R], Dot::broadcast(a[R]), t)),
+     ...);
+  }
+  a = op.a + op.after.begin * rows, b = op.b + op.after.begin * op.b_step;
+  for (Index k = op.after.end - op.after.begin; k > 0; --k, a += rows, b += op.b_step) {
+    const auto t = Dot::load(b + Dot::width);
+    ((right[R] = Dot::dot(right[R], Dot::broadcast(a[R]), t)), ...);
+  }
+  (Dot::finish(op.o + Index(R) * op.o_row, left[R], op.take), ...);
+  (Dot::finish(op.o + Index(R) * op.o_row + Dot::width, right[R], op.take == nullptr ? nullptr : op.take + Dot::width),
+   ...);
+}
+
+/// `tiles` tiles of Rows features, a and o moving on by a_next and Rows rows. A call of its own for every tile would cost
+/// about 200 cycles each.
+template <class Dot, Index Rows>
+void value_tiles(ValueOperands<typename Dot::Number> op, Index tiles, Index a_next, FetchList& fetch) {
+  for (; tiles > 0; --tiles) {
+    value_tile<Dot>(op, std::make_index_sequence<std::size_t(Rows)>{});
+    fetch.next();
+    op.a += a_next;
+    op.o += Rows * op.o_row;
+  }
+}
+
+/// One tile of 1 … rows features, chosen at run time.
+template <class Dot, Index Rows>
+void value_tile_of(Index features, const ValueOperands<typename Dot::Number>& op, FetchList& fetch) {
+  constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
+    return std::array{&value_tiles<Dot, R + 1>...};
+  }
+  (std::make_integer_sequence<Index, Rows>{});
+  tiles[static_cast<std::size_t>(features - 1)](op, 1, 0, fetch);
+}
+
+}  // namespace qkv::inline QKV_ABI::kernel
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
