@@ -56,7 +56,8 @@ class PanelMask {
 
   /// Scores [column][lanes] of register v, in natural units after `unit` where there is a score function, in place.
   void rescore(Index v, T* scores, typename V::Vec unit) const {
-    const auto [begin, end, mixed] = columns_[v];
+    const Index begin = columns_[v].begin, end = columns_[v].end;
+    const bool mixed = columns_[v].mixed;
     if (!mixed && plain) return;
     T* const at = scores + v * V::width;
     const auto hide = [&](Index from, Index to) {
