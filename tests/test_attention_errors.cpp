@@ -160,6 +160,36 @@ TEST_CASE("an output that shares an element with an input is refused", "[attenti
   CHECK_NOTHROW(attention_into(buffer.block(5, 0, 3, 12), query, key, value, heads));
 }
 
+TEST_CASE("an output that shares an element with an operand of the mask or score is refused", "[attention][errors]") {
+  Matrix<float> buffer = normals<float>(9, 30, 5);
+  const Matrix<float> before_call = buffer;
+  const PagedKeys<float> cache(k, v, 2, consecutive_pages(n_keys, {2, 3}));
+  const auto out = [&] { return buffer.block(1, 3, 3, 12); };
+  const auto said = [&](const auto& mask, const auto& score, const Options<float>& options = {}) {
+    const auto text = message_of([&] { attention_into(out(), q, k, v, heads, mask, score, options); });
+    CHECK(text == message_of([&] { attention_into(out(), q, cache, heads, mask, score, options); }));
+    CHECK(same_bits(buffer, before_call));
+    return text;
+  };
+  const std::string rule = "the output (and the log-sum-exp) must not share elements with the operand of ";
+  const auto added = buffer.block(3, 14, 3, 5), beside = buffer.block(3, 15, 3, 5);  // one element, none
+  CHECK(said(full, bias(added)) == rule + "a bias");
+  CHECK(said(causal, then(soft_cap(5), bias(added))) == rule + "a bias");
+  const auto slopes = buffer.row(2).segment(1, 4);
+  CHECK(said(causal, alibi(slopes)) == rule + "alibi");
+  CHECK(said(causal, plain, {.sinks = {&buffer(3, 12), 4}}) == rule + "sinks");
+  const Eigen::Map<const Matrix<bool>> allowed(reinterpret_cast<const bool*>(buffer.row(3).data() + 3), 3, 5);
+  CHECK(said(boolean(allowed) & causal, plain) == rule + "a boolean mask");
+  attention_into(out(), q, k, v, heads, full, bias(beside));
+  buffer = before_call;
+
+  // The log-sum-exp is an output too.
+  Matrix<float> lse = Matrix<float>::Constant(3, 5, 7), result(3, 12);
+  CHECK(message_of([&] { attention_into(result, q, k, v, heads, full, bias(lse), {.log_sum_exp = &lse}); }) ==
+        rule + "a bias");
+  CHECK((lse.array() == 7).all());
+}
+
 TEST_CASE("states and weights refuse what belongs to whole calls", "[attention][errors]") {
   const std::vector<float> sinks = {1, 2, 3, 4};
   const std::vector<Index> q_rows = {0, 3}, k_rows = {0, 5};

@@ -1,5 +1,8 @@
 #include <qkv/data_masks.hpp>
 
+#include <array>
+#include <vector>
+
 #include "support/catch.hpp"
 #include "support/numbers.hpp"
 
@@ -17,7 +20,17 @@ concept CanBeBoolean = requires(X&& x) {
   boolean_per_head(std::forward<X>(x), Index{1});
 };
 static_assert(CanBeBoolean<Matrix<bool>&> && CanBeBoolean<const Matrix<bool>&>);
-static_assert(!CanBeBoolean<Matrix<bool>>);
+static_assert(!CanBeBoolean<Matrix<bool>> && !CanBeBoolean<const Matrix<bool>>);
+template <class R>
+concept CanBeIndices = requires(R&& r) {
+  lengths(std::forward<R>(r));
+  documents(std::forward<R>(r));
+};
+static_assert(CanBeIndices<std::vector<Index>&> && CanBeIndices<const std::vector<Index>&> &&
+              CanBeIndices<Index (&)[3]>);
+static_assert(CanBeIndices<std::span<const Index>> && CanBeIndices<std::span<Index, 3>>);
+static_assert(!CanBeIndices<std::vector<Index>> && !CanBeIndices<const std::vector<Index>>);
+static_assert(!CanBeIndices<std::array<Index, 3>>);
 
 /// At these positions, in rows of the same numbers.
 At pair(Index query, Index key) { return {0, 0, query, key, query, key}; }

@@ -6,6 +6,18 @@
 using namespace support;
 using qkv::Heads;
 
+namespace {
+
+template <class X>
+concept HasHeads = requires(X&& x) {
+  qkv::head_columns(std::forward<X>(x), Index{0}, Index{1});
+};
+static_assert(HasHeads<qkv::Matrix<float>&> && HasHeads<const qkv::Matrix<float>&> && HasHeads<qkv::View<float>>);
+static_assert(HasHeads<decltype(std::declval<qkv::Matrix<float>&>().topRows(1))>);
+static_assert(!HasHeads<qkv::Matrix<float>> && !HasHeads<const qkv::Matrix<float>>);  // a view of what is gone
+
+}  // namespace
+
 TEST_CASE("neighbouring query heads share a key/value head", "[heads]") {
   static_assert(Heads{.heads = 8}.kv_heads == 8);  // MHA unless said otherwise
   static_assert(Heads{6, 2}.group_size() == 3);

@@ -20,6 +20,25 @@ using support::rows_until;
 
 namespace {
 
+/// A cache with a part taken away is none.
+struct WithoutTryAppend : private KvCache<float> {
+  using Storage = float;
+  using KvCache<float>::key_rows, KvCache<float>::kv_heads, KvCache<float>::head_dim, KvCache<float>::v_head_dim;
+  using KvCache<float>::position, KvCache<float>::rows, KvCache<float>::max_append, KvCache<float>::append;
+  using KvCache<float>::truncate, KvCache<float>::workspace;
+};
+struct Whole : WithoutTryAppend {
+  bool try_append(const View<float>&, const View<float>&);
+};
+struct WithoutWorkspace : Whole {
+  void workspace() = delete;
+};
+struct WithoutHeads : Whole {
+  void kv_heads() = delete;
+};
+static_assert(KeyValueCache<KvCache<float>> && KeyValueCache<KvCache<std::int8_t>> && KeyValueCache<Whole>);
+static_assert(!KeyValueCache<WithoutTryAppend> && !KeyValueCache<WithoutWorkspace> && !KeyValueCache<WithoutHeads>);
+
 constexpr KvCacheConfig sizes{.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .capacity = 12};
 
 template <class S>
@@ -184,6 +203,9 @@ TEST_CASE("scatter_rows overwrites, and appends past the rows held") {
   REQUIRE_THROWS_AS(support::scatter_ids(cache, 8, {1}), std::out_of_range);
   REQUIRE_THROWS_AS(support::scatter_ids(cache, -1, {1}), std::out_of_range);
   REQUIRE_THROWS_AS(support::scatter_ids(cache, 7, ids(0, 6)), std::length_error);
+  constexpr Index most = std::numeric_limits<Index>::max();  // position + n would not fit
+  REQUIRE_THROWS_AS(support::scatter_ids(cache, most, {1}), std::out_of_range);
+  REQUIRE_THROWS_AS(support::scatter_ids(cache, most - 1, {1, 2}), std::out_of_range);
   REQUIRE(holds(cache.key_rows(), {{0, 200}, {1, 1}, {2, 2}, {3, 3}, {4, 100}, {5, 101}, {6, 102}}));
 }
 

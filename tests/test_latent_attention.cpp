@@ -8,6 +8,13 @@ using qkv::Kernel, qkv::LatentForm, qkv::LayerOptions;
 
 namespace {
 
+struct OnlyRows {  // what kernels read, without what the layer writes
+  using Storage = float;
+  qkv::LatentRows<float> latent_rows() const;
+};
+static_assert(qkv::LatentKeySource<qkv::LatentCache<float>> && qkv::LatentKeySource<qkv::LatentCache<std::int8_t>>);
+static_assert(!qkv::LatentKeySource<OnlyRows> && !qkv::LatentKeySource<qkv::KvCache<float>>);
+
 inline constexpr LatentAttentionConfig with_q_latent{.model_dim = 29,
                                                      .heads = 5,
                                                      .q_latent_dim = 13,

@@ -58,6 +58,18 @@ TEST_CASE("x and out may be column blocks of one buffer, but share no element", 
   }
 }
 
+TEST_CASE("a layer refuses an output that its mask or score still reads", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  const Matrix<float> x = normals<float>(5, 23, 2);
+  auto cache = layer.make_cache(20);
+  Matrix<float> out = Matrix<float>::Constant(5, 23, 7);
+  const auto added = out.leftCols(5);  // [n_queries, n_keys]
+  const auto text = message_of([&] { layer.forward_into(out, x, cache, qkv::causal, qkv::bias(added)); });
+  CHECK(contains(text, "must not share elements with the operand of a bias"));
+  CHECK(cache.rows() == 0);
+  CHECK((out.array() == 7).all());
+}
+
 TEST_CASE("a const layer serves two threads at once", "[layer]") {
   auto prepared = multi_head_layer<float>(small_gqa, true);
   prepared.reserve_positions(40);

@@ -28,6 +28,12 @@ static_assert(!qkv::is_viewable<decltype(std::declval<Eigen::MatrixXf&>().row(0)
 static_assert(!qkv::is_viewable<decltype(std::declval<Rows&>() * 2.0F)>);
 static_assert(!qkv::is_viewable<Strided>);
 static_assert(!qkv::MatrixLike<std::vector<float>>);
+static_assert(qkv::is_writable<Rows&> && qkv::is_writable<Rows> && qkv::is_writable<qkv::View<float>>);
+static_assert(qkv::is_writable<decltype(std::declval<Rows&>().middleCols(0, 1))>);
+static_assert(!qkv::is_writable<const Rows&> && !qkv::is_writable<const qkv::View<float>&>);
+static_assert(!qkv::is_writable<qkv::ConstView<float>> && !qkv::is_writable<Eigen::MatrixXf&>);
+static_assert(!qkv::is_writable<decltype(std::declval<const Rows&>().middleCols(0, 1))>);
+static_assert(!qkv::is_writable<decltype(std::declval<Rows&>() * 2.0F)>);
 
 }  // namespace
 

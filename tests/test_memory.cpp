@@ -73,4 +73,15 @@ TEST_CASE("a figure that does not fit is an error") {
   REQUIRE_THROWS_AS(cache_bytes<half>(llama_2_7b, most / 1000), std::length_error);
   REQUIRE_THROWS_AS(cache_bytes<half>(llama_2_7b, most / 32768, 32), std::length_error);
   REQUIRE_THROWS_AS(cache_bytes<half>(deepseek_v3, -1), std::invalid_argument);
+  const MultiHeadAttentionConfig wide{.model_dim = 1, .heads = 1, .head_dim = most, .v_head_dim = most};
+  const MultiHeadAttentionConfig negative{.model_dim = 1, .heads = 1, .head_dim = -4, .v_head_dim = 8};
+  REQUIRE_THROWS_AS(elements_per_token(wide), std::length_error);
+  REQUIRE_THROWS_AS(bytes_per_token<std::int8_t>(wide), std::length_error);
+  REQUIRE_THROWS_AS(elements_per_token(negative), std::invalid_argument);
+  LatentAttentionConfig mla = deepseek_v3;
+  mla.rope_dim = most;
+  REQUIRE_THROWS_AS(elements_per_token(mla), std::length_error);
+  REQUIRE_THROWS_AS(naive_elements_per_token(mla), std::length_error);
+  REQUIRE_THROWS_AS(bytes_per_token<half>(mla), std::length_error);
+  REQUIRE_THROWS_AS(naive_bytes_per_token<std::int8_t>(mla), std::length_error);
 }

@@ -77,6 +77,34 @@ TEST_CASE("a pool executor returns only when all items are done", "[parallel]") 
   }
 }
 
+namespace {
+
+/// A pool that takes a few tasks and then throws.
+struct FullPool {
+  Eigen::ThreadPool pool{2};
+  int room;
+
+  explicit FullPool(int tasks) : room(tasks) {}
+  int NumThreads() const { return 5; }
+  void Schedule(std::function<void()> task) {
+    if (room-- <= 0) throw std::runtime_error("the pool is full");
+    pool.Schedule(std::move(task));
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a pool that takes no more tasks leaves the work to the threads that are there", "[parallel]") {
+  for (const int room : {0, 1, 3})
+    for (int trial = 0; trial < 50; ++trial) {
+      FullPool pool(room);
+      std::vector<std::atomic<int>> calls(101);
+      const qkv::PoolExecutor executor(pool);
+      executor(101, [&](Index i) { ++calls[static_cast<std::size_t>(i)]; });
+      for (const auto& count : calls) REQUIRE(count == 1);
+    }
+}
+
 #ifdef _OPENMP
 TEST_CASE("the OpenMP executor calls every item once and hands on exceptions", "[parallel]") {
   check_executor(qkv::OpenMp{});

@@ -25,6 +25,7 @@ concept CanBeAlibi = requires(X&& x) {
   alibi(std::forward<X>(x));
 };
 static_assert(CanBeBias<Matrix<float>&> && CanBeBias<const Matrix<double>&> && !CanBeBias<Matrix<float>>);
+static_assert(!CanBeBias<const Matrix<float>> && !CanBeAlibi<const RowVector<float>>);
 static_assert(CanBeAlibi<RowVector<float>&> && CanBeAlibi<Eigen::VectorXf&> && !CanBeAlibi<RowVector<float>>);
 
 const At somewhere{.sequence = 0, .head = 1, .query = 2, .key = 3, .query_position = 12, .key_position = 5};

@@ -95,6 +95,28 @@ TEST_CASE("the smallest and the largest rows stay inside ±127", "[storage]") {
   }
 }
 
+TEST_CASE("what was finite is read back finite, up to the largest float", "[storage]") {
+  constexpr float most = std::numeric_limits<float>::max();
+  for (const float x : {most, std::nextafter(most, 0.0F), most / 2, 0x1.fffffap127F}) {
+    float scale = 0, back[3];
+    const auto q = quantised({x, -x, x / 3}, scale);
+    qkv::load_row(q.data(), 3, scale, back);
+    CHECK(q[0] == 127);
+    CHECK(q[1] == -127);
+    for (const float b : back) CHECK(std::isfinite(b));
+    CHECK(std::abs(back[0] - x) <= scale / 2);
+    CHECK(std::abs(back[2] - x / 3) <= scale / 2 * (1 + 1e-5F));
+  }
+}
+
+TEST_CASE("a row whose bytes no Index holds is an error", "[storage]") {
+  constexpr Index most = std::numeric_limits<Index>::max();
+  CHECK(qkv::row_bytes<std::int8_t>(most - 4) == most);
+  CHECK(contains(message_of<std::length_error>([&] { (void)qkv::row_bytes<std::int8_t>(most - 3); }), "does not fit"));
+  CHECK(contains(message_of<std::length_error>([&] { (void)qkv::row_bytes<float>(most / 4 + 1); }), "does not fit"));
+  CHECK(contains(message_of([&] { (void)qkv::row_bytes<float>(-1); }), "a size must be >= 0"));
+}
+
 TEST_CASE("rows of other storage types are converted element by element", "[storage]") {
   const float x[] = {0.1F, -2.5F, 1e-6F, 300.0F, -0.0F};
   qkv::half h[5];

@@ -72,6 +72,7 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
   detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
   detail::check_out(out, q.rows(), detail::checked_product(heads.heads, v.cols() / heads.kv_heads));
   detail::check_options(options, heads);
+  detail::check_sinks_unwritten(out, options);
   detail::require_disjoint(out, q, "q");
   detail::require_disjoint(out, k, "k");
   detail::require_disjoint(out, v, "v");
@@ -90,7 +91,9 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
                         .heads = heads.heads,
                         .sequence = s,
                         .n_queries = rows.n_queries,
-                        .first_position = detail::first_position(m, source.rows, s, rows.n_queries, options)});
+                        .first_position = detail::first_position(m, source.rows, s, rows.n_queries, options),
+                        .output = detail::footprint(out),
+                        .log_sum_exp = detail::log_sum_exp_footprint(options)});
   }
 
   Workspace local;
@@ -135,6 +138,7 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
   detail::check_out(out, q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
   detail::check_options(options, heads);
+  detail::check_sinks_unwritten(out, options);
   detail::require_disjoint(out, q, "q");
   if (options.log_sum_exp) {
     detail::require_disjoint(*options.log_sum_exp, q, "q (log_sum_exp)");
@@ -145,7 +149,9 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   detail::check_call(m, score, rows,
                      {.heads = heads.heads,
                       .n_queries = q.rows(),
-                      .first_position = detail::first_position(m, rows, 0, q.rows(), options)});
+                      .first_position = detail::first_position(m, rows, 0, q.rows(), options),
+                      .output = detail::footprint(out),
+                      .log_sum_exp = detail::log_sum_exp_footprint(options)});
 
   Workspace local;
   Workspace& workspace = options.workspace ? *options.workspace : local;

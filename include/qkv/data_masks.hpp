@@ -4,14 +4,15 @@
 //     documents(ids)     ids[query_position] == ids[key_position]: several documents packed into one sequence
 //     boolean(matrix)    matrix(query, key), true = may see; boolean_per_head: one matrix per head
 //
-// They compose with all others. They hold views of their operands, which must outlive the call; a matrix that would not
-// is a compile error. Operands that do not fit the call are refused before anything is written.
+// They compose with all others. They hold views of their operands, which must outlive the call; a temporary that would not
+// is a compile error. Operands that do not fit the call, or that it would overwrite, are refused before anything is written.
 //
 // Before: mask.hpp   Next: score.hpp
 #pragma once
 
 #include <algorithm>
 #include <concepts>
+#include <cstddef>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -19,6 +20,20 @@
 #include "mask.hpp"
 
 namespace qkv::inline QKV_ABI {
+
+namespace detail {
+
+template <class R>
+inline constexpr bool is_span = false;
+template <class X, std::size_t N>
+inline constexpr bool is_span<std::span<X, N>> = true;
+
+/// A temporary vector or array of indices: a span of it would dangle.
+template <class R>
+concept DyingIndices = !std::is_lvalue_reference_v<R> && !is_span<std::remove_cvref_t<R>> &&
+                       std::convertible_to<R, std::span<const Index>>;
+
+}  // namespace detail
 
 /// Padding: in sequence s only the first lengths[s] key rows are real. They also define where the queries stand when
 /// options.first_position is not given: the last query is at position lengths[s] - 1.
@@ -43,9 +58,12 @@ struct Lengths {
     const Index valid = n[static_cast<std::size_t>(call.sequence)];
     detail::require(valid >= 0 && valid <= call.n_keys, "a length must satisfy 0 <= length <= n_keys; sequence ",
                     call.sequence, " has length ", valid, ", n_keys ", call.n_keys);
+    call.require_unwritten(n, "lengths");
   }
 };
 inline Lengths lengths(std::span<const Index> n) { return {n}; }
+template <detail::DyingIndices R>
+Lengths lengths(R&& n) = delete;  // the mask holds a view: the lengths must outlive it
 
 /// Several documents packed into one sequence: ids[position] names the document a position belongs to.
 struct Documents {
@@ -65,6 +83,7 @@ struct Documents {
                     "documents needs positions >= 0; the first query is at ", call.first_position);
     detail::require(last < static_cast<Index>(ids.size()), "documents needs an id for every position; given ",
                     ids.size(), " ids, the last position is ", last);
+    call.require_unwritten(ids, "documents");
   }
 
  private:
@@ -79,6 +98,8 @@ struct Documents {
   }
 };
 inline Documents documents(std::span<const Index> ids) { return {ids}; }
+template <detail::DyingIndices R>
+Documents documents(R&& ids) = delete;
 
 /// matrix(query, key) is true where the query may see the key; rows and columns of the call, not positions.
 /// [n_queries, n_keys], or [heads·n_queries, n_keys] with one block of rows per head.
@@ -95,6 +116,7 @@ struct Boolean {
         "a boolean mask must be [n_queries, n_keys], or [heads*n_queries, n_keys] for boolean_per_head; given ",
         detail::Shape{matrix.rows(), matrix.cols()}, " for n_queries ", call.n_queries, ", n_keys ", call.n_keys,
         ", heads ", call.heads);
+    call.require_unwritten(matrix, "a boolean mask");
   }
 };
 
@@ -104,9 +126,8 @@ Boolean boolean(const X& matrix) {
                 "qkv: boolean(matrix) needs a matrix of bool; scores to add go through bias(matrix)");
   return {view(matrix), 0};
 }
-template <MatrixLike X>
-requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Boolean boolean(X&& matrix)
-= delete;  // the mask holds a view: the matrix must outlive it
+template <detail::DyingOperand X>
+Boolean boolean(X&& matrix) = delete;  // the mask holds a view: the matrix must outlive it
 
 /// [heads·n_queries, n_keys]: head h uses rows h·n_queries …
 template <MatrixLike X>
@@ -116,8 +137,7 @@ Boolean boolean_per_head(const X& matrix, Index heads) {
                   matrix.rows(), " rows, heads ", heads);
   return {view(matrix), matrix.rows() / heads};
 }
-template <MatrixLike X>
-requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Boolean boolean_per_head(X&& matrix, Index heads)
-= delete;
+template <detail::DyingOperand X>
+Boolean boolean_per_head(X&& matrix, Index heads) = delete;
 
 }  // namespace qkv::inline QKV_ABI

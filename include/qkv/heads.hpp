@@ -39,6 +39,9 @@ auto head_columns(X&& x, Index head, Index heads) {
   return x.middleCols(head * width, width);
 }
 
+template <detail::DyingMatrix X>
+void head_columns(X&& x, Index head, Index heads) = delete;  // a view: the matrix must outlive it
+
 /// [n_keys, kv_heads·d] -> [n_keys, heads·d]: every key/value head repeated group_size() times in place
 /// (repeat-interleave). What GQA never has to do; MHA on the result equals GQA on x.
 template <MatrixLike X>

@@ -23,16 +23,21 @@
 
 namespace qkv::inline QKV_ABI {
 
-/// What attention and the layers ask of a cache; KvCache, RingCache and PagedCache are models, yours may be another.
+/// All that attention and the layers ask of a cache; KvCache, RingCache and PagedCache are models, yours may be another.
 template <class C>
-concept KeyValueCache = requires(C& cache, const C& constant, const Matrix<float>& rows, Index position) {
+concept KeyValueCache = requires(C& cache, const C& constant, const View<float>& rows, Index position) {
   typename C::Storage;
   { constant.key_rows() } -> std::same_as<KeyRows<typename C::Storage>>;
+  { constant.kv_heads() } -> std::same_as<Index>;
+  { constant.head_dim() } -> std::same_as<Index>;
+  { constant.v_head_dim() } -> std::same_as<Index>;
   { constant.position() } -> std::same_as<Index>;    // of the next token
   { constant.rows() } -> std::same_as<Index>;        // held
   { constant.max_append() } -> std::same_as<Index>;  // rows that one append may bring now
   cache.append(rows, rows);
+  { cache.try_append(rows, rows) } -> std::same_as<bool>;  // false, and nothing has changed, where it does not fit
   cache.truncate(position);
+  { cache.workspace() } -> std::same_as<Workspace&>;
 };
 
 /// What the three caches share. Errors leave a cache as it was; the try_ forms return false instead of raising where a
@@ -96,7 +101,7 @@ class CacheInterface {
     detail::require<std::out_of_range>(position >= 0 && position <= self().position(),
                                        "rows may be written at positions 0 ... ", self().position(), "; given ",
                                        position);
-    const Index grows = position + n - self().position();
+    const Index grows = n - (self().position() - position);
     detail::require<std::length_error>(grows <= self().max_append(), "the cache (capacity ", self().capacity(),
                                        ", rows held ", self().rows(), ", position ", self().position(),
                                        ") takes at most ", self().max_append(), " more rows in one piece; given ",
@@ -171,8 +176,9 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     detail::require<std::length_error>(!circular || n <= capacity_, "a circular write takes at most capacity ",
                                        capacity_, " rows; given ", n);
     if (circular) position %= capacity_;
-    const Index end = circular ? std::min(position + n, capacity_) : position + n;
-    this->check_write(position, end - position);
+    const Index up_to_end = circular ? std::min(n, capacity_ - position) : n;
+    this->check_write(position, up_to_end);
+    const Index end = position + up_to_end;
     const auto& keys = viewable(k);
     const auto& values = viewable(v);
     reserve(end);

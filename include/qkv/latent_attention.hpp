@@ -31,11 +31,19 @@
 
 namespace qkv::inline QKV_ABI {
 
-/// Anything that holds one sequence's latent rows: LatentCache, or your own type with latent_rows() and its append.
+/// All that the layer asks of what holds one sequence's latent rows: LatentCache, or your own type.
 template <class C>
-concept LatentKeySource = requires(const C& cache) {
+concept LatentKeySource = requires(C& cache, const C& constant, const View<float>& rows, Index position) {
   typename C::Storage;
-  cache.latent_rows().latent_dim;
+  { constant.latent_rows() } -> std::same_as<LatentRows<typename C::Storage>>;
+  { constant.latent_dim() } -> std::same_as<Index>;
+  { constant.rope_dim() } -> std::same_as<Index>;
+  { constant.position() } -> std::same_as<Index>;
+  { constant.rows() } -> std::same_as<Index>;
+  { constant.max_append() } -> std::same_as<Index>;
+  { cache.try_append(rows, rows) } -> std::same_as<bool>;
+  cache.truncate(position);
+  { cache.workspace() } -> std::same_as<Workspace&>;
 };
 
 /// The form that needs fewer flops. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
@@ -204,7 +212,8 @@ class LatentAttention {
       detail::require(caches[s]->latent_dim() == config_.latent_dim && caches[s]->rope_dim() == config_.rope_dim,
                       "the cache must have latent_dim ", config_.latent_dim, " and rope_dim ", config_.rope_dim,
                       "; it has ", caches[s]->latent_dim(), " and ", caches[s]->rope_dim());
-      detail::check_growth(m, score, *caches[s], {config_.heads, config_.heads}, row_offsets[s + 1] - row_offsets[s]);
+      detail::check_growth(m, score, *caches[s], {config_.heads, config_.heads}, row_offsets[s + 1] - row_offsets[s],
+                           detail::footprint(out));
     }
 
     Buffers b(*this, caches[0]->workspace(), x.rows());

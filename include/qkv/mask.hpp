@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "detail/overlap.hpp"
 #include "matrix.hpp"
 
 namespace qkv::inline QKV_ABI {
@@ -49,6 +50,16 @@ struct CallShape {
   Index sequence = 0, n_queries = 0, n_keys = 0;  // of this sequence
   Index first_position = 0;                       // of its first query
   Index last_key_position = -1;                   // of its last key
+  detail::Footprint output = {};                  // what the call writes: its output …
+  detail::Footprint log_sum_exp = {};             // … and, where it was asked for, the log-sum-exp
+
+  /// Raises where the call would write into an operand. x: a matrix, or a span of const.
+  template <class X>
+  void require_unwritten(const X& x, const char* name) const {
+    const detail::Footprint operand = detail::footprint(x);
+    detail::require(!detail::share_an_element(output, operand) && !detail::share_an_element(log_sum_exp, operand),
+                    "the output (and the log-sum-exp) must not share elements with the operand of ", name);
+  }
 };
 
 /// Rows [begin, end) of a block's queries that see its one key. `exact` false: a mask cannot say it as one interval.

@@ -19,6 +19,7 @@
 // Before: version.hpp   Next: storage.hpp
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <type_traits>
 
@@ -67,7 +68,29 @@ inline constexpr bool is_viewable = [] {
     return Plain::ColsAtCompileTime == 1 || (bool(Plain::IsRowMajor) && Plain::InnerStrideAtCompileTime == 1);
 }();
 
+/// … and where it may be written too: neither const nor a view of something const.
+template <class X>
+inline constexpr bool is_writable = [] {
+  if constexpr (!MatrixLike<X> || std::is_const_v<std::remove_reference_t<X>>)
+    return false;
+  else
+    return is_viewable<X> && (std::remove_cvref_t<X>::Flags & Eigen::LvalueBit) != 0;
+}();
+
 namespace detail {
+
+template <class Derived>
+void accept_owner(const Eigen::PlainObjectBase<Derived>&);  // never called
+
+/// A temporary that takes its elements along when it goes: a view of it would dangle.
+template <class X>
+concept DyingMatrix = MatrixLike<X> && !std::is_lvalue_reference_v<X> && requires(const std::remove_cvref_t<X>& x) {
+  detail::accept_owner(x);
+};
+/// The same, or a temporary that may hold a copy (an expression, a Ref). Blocks of a const matrix come as const
+/// temporaries, and only look.
+template <class X>
+concept DyingOperand = DyingMatrix<X> ||(MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X>);
 
 /// Elements from one row to the next.
 template <MatrixLike X>
@@ -90,11 +113,10 @@ ConstView<ScalarOf<X>> view(const X& x) {
 /// The same for something to be written.
 template <MatrixLike X>
 View<ScalarOf<X>> writable_view(X&& x) {
-  using Plain = std::remove_cvref_t<X>;
   static_assert(is_viewable<X>,
                 "qkv: an output must be row-major memory with unit inner stride (qkv::Matrix<T>, its row and column "
                 "blocks, an Eigen::Map of either)");
-  static_assert((Plain::Flags & Eigen::LvalueBit) != 0, "qkv: an output must be writable");
+  static_assert(!is_viewable<X> || is_writable<X>, "qkv: an output must be writable, not const");
   return {const_cast<ScalarOf<X>*>(x.derived().data()), x.rows(), x.cols(),
           Eigen::OuterStride<>(detail::row_stride(x.derived()))};
 }

@@ -13,55 +13,47 @@
 // Before: model_config.hpp   Next: kv_cache.hpp
 #pragma once
 
-#include <limits>
-
 #include "model_config.hpp"
 #include "storage.hpp"
 
 namespace qkv::inline QKV_ABI {
 
-namespace detail {
-
-/// checked_product for constant expressions.
-constexpr Index product(Index a, Index b) {
-  const bool fits = a >= 0 && b >= 0 && (b == 0 || a <= std::numeric_limits<Index>::max() / b);
-  return fits ? a * b : checked_product(a, b);
-}
-
-}  // namespace detail
-
 /// Numbers that one token adds to the cache of one layer. std::length_error where a size does not fit an Index.
 constexpr Index elements_per_token(const MultiHeadAttentionConfig& c) {
-  return detail::product(c.kv_heads, c.head_dim + c.v_head_dim);
+  return detail::checked_product(c.kv_heads, detail::checked_sum(c.head_dim, c.v_head_dim));
 }
-constexpr Index elements_per_token(const LatentAttentionConfig& c) { return c.latent_dim + c.rope_dim; }
+constexpr Index elements_per_token(const LatentAttentionConfig& c) {
+  return detail::checked_sum(c.latent_dim, c.rope_dim);
+}
 /// The same for MLA if the keys and values of every head were cached instead of the latent they come from.
 constexpr Index naive_elements_per_token(const LatentAttentionConfig& c) {
-  return detail::product(c.heads, c.head_dim() + c.v_head_dim);
+  return detail::checked_product(c.heads,
+                                 detail::checked_sum(detail::checked_sum(c.nope_dim, c.rope_dim), c.v_head_dim));
 }
 
 /// Bytes that one token adds to the cache of one layer, scales included.
 template <StorageType S>
 constexpr Index bytes_per_token(const MultiHeadAttentionConfig& c) {
-  return detail::product(c.kv_heads, row_bytes<S>(c.head_dim) + row_bytes<S>(c.v_head_dim));
+  return detail::checked_product(c.kv_heads, detail::checked_sum(row_bytes<S>(c.head_dim), row_bytes<S>(c.v_head_dim)));
 }
 template <StorageType S>
 constexpr Index bytes_per_token(const LatentAttentionConfig& c) {
-  return row_bytes<S>(c.latent_dim) + row_bytes<WideStorage<S>>(c.rope_dim);
+  return detail::checked_sum(row_bytes<S>(c.latent_dim), row_bytes<WideStorage<S>>(c.rope_dim));
 }
 template <StorageType S>
 constexpr Index naive_bytes_per_token(const LatentAttentionConfig& c) {
-  return detail::product(c.heads, row_bytes<S>(c.head_dim()) + row_bytes<S>(c.v_head_dim));
+  const Index key = row_bytes<S>(detail::checked_sum(c.nope_dim, c.rope_dim));
+  return detail::checked_product(c.heads, detail::checked_sum(key, row_bytes<S>(c.v_head_dim)));
 }
 
 /// Bytes of the caches of `layers` layers that hold `tokens` tokens each: what bytes() of the caches add up to.
 template <StorageType S, class Config>
 constexpr Index cache_bytes(const Config& config, Index tokens, Index layers = 1) {
-  return detail::product(layers, detail::product(tokens, bytes_per_token<S>(config)));
+  return detail::checked_product(layers, detail::checked_product(tokens, bytes_per_token<S>(config)));
 }
 template <StorageType S>
 constexpr Index naive_cache_bytes(const LatentAttentionConfig& config, Index tokens, Index layers = 1) {
-  return detail::product(layers, detail::product(tokens, naive_bytes_per_token<S>(config)));
+  return detail::checked_product(layers, detail::checked_product(tokens, naive_bytes_per_token<S>(config)));
 }
 
 /// The multi-head attention that an MLA layer is compared with: as many heads, of nope_dim and v_head_dim features. GQA

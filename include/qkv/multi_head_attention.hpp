@@ -148,7 +148,7 @@ class MultiHeadAttention {
     const View<T> result = writable_view(out);
     check_operands(out, x, cache);
     detail::check_room(cache, x.rows());
-    detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows());
+    detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows(), detail::footprint(out));
     // A window that slides over the cache must still see its old rows: long chunks go in pieces.
     for (Index first = 0; first < x.rows();) {
       const Index position = cache.position(), n = detail::piece(cache, position, x.rows() - first);
@@ -179,7 +179,8 @@ class MultiHeadAttention {
     if (caches.empty()) return;
     for (const C* cache : caches) check_operands(out, x, *cache);
     for (std::size_t s = 0; s < caches.size(); ++s)
-      detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s]);
+      detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s],
+                           detail::footprint(out));
 
     if constexpr (detail::SlidingCache<C>)
       if (detail::needs_pieces(row_offsets, caches)) {

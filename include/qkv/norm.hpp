@@ -53,7 +53,7 @@ void check_norm(const Out& out, const X& x, const G& gain, double eps, Index hea
   require(out.rows() == x.rows() && out.cols() == x.cols(), name, ": out must have the shape of x, ",
           Shape{x.rows(), x.cols()}, "; given ", Shape{out.rows(), out.cols()});
   require(eps >= 0, name, ": eps must be >= 0; given ", eps);
-  require_same_or_disjoint(writable_view(out), view(x));
+  require_same_or_disjoint(view(out), view(x));
   require_disjoint(out, gain, "gain or bias");
 }
 

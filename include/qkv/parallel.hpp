@@ -64,6 +64,21 @@ class FirstError {
   std::exception_ptr error_;
 };
 
+/// Whether f() returns; false where it throws.
+template <class F>
+bool succeeds(F&& f) {
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+  try {
+    f();
+  } catch (...) {
+    return false;
+  }
+#else
+  f();
+#endif
+  return true;
+}
+
 }  // namespace detail
 
 #ifdef _OPENMP
@@ -88,7 +103,7 @@ struct OpenMp {
 #endif
 
 /// Runs on a pool that has `Schedule(std::function<void()>)` and `NumThreads()` (Eigen::ThreadPool, for one). The calling
-/// thread works too. Do not call it from inside one of the pool's own tasks.
+/// thread works too, alone where Schedule throws. Do not call it from inside one of the pool's own tasks.
 template <class Pool>
 class PoolExecutor {
  public:
@@ -105,13 +120,24 @@ class PoolExecutor {
     const Index helpers = std::min<Index>(static_cast<Index>(pool_->NumThreads()), n - 1);
     std::mutex mutex;
     std::condition_variable all_done;
-    Index running = helpers;
-    for (Index h = 0; h < helpers; ++h)
-      pool_->Schedule([&] {
-        work();
-        const std::lock_guard lock(mutex);
-        if (--running == 0) all_done.notify_one();
-      });
+    Index running = 0;
+    const auto count = [&](Index change) {
+      const std::lock_guard lock(mutex);
+      running += change;
+      if (running == 0) all_done.notify_one();
+    };
+    const auto help = [&] {
+      work();
+      count(-1);
+    };
+    for (Index h = 0; h < helpers; ++h) {
+      count(1);
+      if (!detail::succeeds(
+              [&] { pool_->Schedule(help); })) {  // there are fewer helpers then: those there are, and this
+        count(-1);                                // thread, do all of the work
+        break;
+      }
+    }
     work();
     std::unique_lock lock(mutex);
     all_done.wait(lock, [&] { return running == 0; });

@@ -103,7 +103,7 @@ class LearnedPositions {
                     "positions of model_dim ", model_dim(),
                     " are added to x [n, model_dim], giving out of the same shape; x is ",
                     detail::Shape{x.rows(), x.cols()}, ", out is ", detail::Shape{out.rows(), out.cols()});
-    detail::require_same_or_disjoint(writable_view(out), view(x));
+    detail::require_same_or_disjoint(view(out), view(x));
   }
 
   Matrix<T> table_;  // [max_positions, model_dim]

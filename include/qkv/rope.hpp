@@ -101,7 +101,7 @@ void check_rope_shapes(const Out& out, const X& x, Index heads, Index nope_dim, 
           Shape{x.rows(), x.cols()}, ", heads ", heads, ", nope_dim ", nope_dim);
   require(out.rows() == x.rows() && out.cols() == x.cols(), "RoPE's output has the shape of x, ",
           Shape{x.rows(), x.cols()}, "; given ", Shape{out.rows(), out.cols()});
-  require_same_or_disjoint(writable_view(out), view(x));
+  require_same_or_disjoint(view(out), view(x));
 }
 
 inline void check_positions(std::span<const Index> positions, Index rows) {

@@ -73,6 +73,7 @@ struct Alibi {
   void check(const CallShape& call) const {
     detail::require(static_cast<Index>(slopes.size()) == call.heads, "alibi needs one slope per head; given ",
                     slopes.size(), " for ", call.heads, " heads");
+    call.require_unwritten(slopes, "alibi");
   }
 };
 template <MatrixLike X>
@@ -85,9 +86,8 @@ template <class T>
 Alibi<T> alibi(std::span<const T> slopes) {
   return {slopes};
 }
-template <MatrixLike X>
-requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Alibi<ScalarOf<X>> alibi(X&& slopes)
-= delete;  // the score holds a view: the slopes must outlive it
+template <detail::DyingOperand X>
+Alibi<ScalarOf<X>> alibi(X&& slopes) = delete;  // the score holds a view: the slopes must outlive it
 
 /// Adds matrix(query, key); rows and columns of the call. [n_queries, n_keys], or [heads·n_queries, n_keys] per head.
 template <class T>
@@ -106,6 +106,7 @@ struct Bias {
                     "a bias must be [n_queries, n_keys], or [heads*n_queries, n_keys] for bias_per_head; given ",
                     detail::Shape{matrix.rows(), matrix.cols()}, " for n_queries ", call.n_queries, ", n_keys ",
                     call.n_keys, ", heads ", call.heads);
+    call.require_unwritten(matrix, "a bias");
   }
 };
 
@@ -115,9 +116,8 @@ Bias<ScalarOf<X>> bias(const X& matrix) {
                 "qkv: bias(matrix) adds numbers; a matrix of bool is a mask: boolean(matrix)");
   return {view(matrix), 0};
 }
-template <MatrixLike X>
-requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Bias<ScalarOf<X>> bias(X&& matrix)
-= delete;  // the score holds a view: the matrix must outlive it
+template <detail::DyingOperand X>
+Bias<ScalarOf<X>> bias(X&& matrix) = delete;  // the score holds a view: the matrix must outlive it
 
 /// [heads·n_queries, n_keys]: head h uses rows h·n_queries …
 template <MatrixLike X>
@@ -126,9 +126,8 @@ Bias<ScalarOf<X>> bias_per_head(const X& matrix, Index heads) {
                   matrix.rows(), " rows, heads ", heads);
   return {view(matrix), matrix.rows() / heads};
 }
-template <MatrixLike X>
-requires(!std::is_lvalue_reference_v<X> && !std::is_const_v<X>) Bias<ScalarOf<X>> bias_per_head(X&& matrix, Index heads)
-= delete;
+template <detail::DyingOperand X>
+Bias<ScalarOf<X>> bias_per_head(X&& matrix, Index heads) = delete;
 
 /// a, then b. ONNX Attention with both is then(soft_cap(c), bias(m)).
 template <class A, class B>

@@ -2,10 +2,12 @@
 //
 // int8 row: scale = max|x| / 127, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale. Error at most scale / 2.
 // A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that NaN reaches whoever reads it.
+// The scale is never so large that 127 of it overflow: what was finite is read back finite.
 //
 // Before: matrix.hpp   Next: parallel.hpp
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
@@ -38,10 +40,11 @@ inline constexpr const char* storage_name = std::same_as<S, float>         ? "f3
                                             : std::same_as<S, std::int8_t> ? "int8"
                                                                            : "other";
 
-/// Bytes of a row of n elements, its scale included.
+/// Bytes of a row of n elements, its scale included. std::length_error where they do not fit an Index.
 template <StorageType S>
 constexpr Index row_bytes(Index n) {
-  return n * static_cast<Index>(sizeof(S)) + (has_row_scale<S> ? static_cast<Index>(sizeof(float)) : 0);
+  return detail::checked_sum(detail::checked_product(n, static_cast<Index>(sizeof(S))),
+                             has_row_scale<S> ? static_cast<Index>(sizeof(float)) : 0);
 }
 
 /// Quantises x[0..n) to out[0..n) and returns the row's scale.
@@ -54,7 +57,8 @@ float quantize_row(const T* x, Index n, std::int8_t* out) {
     finite = finite && a <= std::numeric_limits<float>::max();  // false for NaN too
     amax = a > amax ? a : amax;
   }
-  const float scale = finite ? amax / 127.0F : std::numeric_limits<float>::quiet_NaN();
+  constexpr float largest = 0x1.020406p121F;  // 127 times the next float is infinite
+  const float scale = finite ? std::min(amax / 127.0F, largest) : std::numeric_limits<float>::quiet_NaN();
   const bool usable = finite && scale > 0;
   for (Index i = 0; i < n; ++i) {
     // nearbyint rounds to nearest even in the default rounding mode; a subnormal scale may overshoot 127.

@@ -1,8 +1,9 @@
 // version.hpp — the version, the build this translation unit belongs to, and the one compiler mode that is refused.
 //
-// The whole library lives in `namespace qkv::inline QKV_ABI`. QKV_ABI names the instruction set, FMA and exception mode
-// of the translation unit, so that two units compiled differently never share an instantiation: passing one of our types
-// between them is a link error, not undefined behaviour. (Eigen's own symbols stay mixed: one program, one -march.)
+// The whole library lives in `namespace qkv::inline QKV_ABI`. QKV_ABI names all that our code is compiled by: instruction
+// set, FMA, conversions of half, narrow products, whether Eigen may vectorise, exceptions. So two units compiled differently
+// never share an instantiation: passing one of our types between them is a link error, not undefined behaviour. (Eigen's
+// own symbols stay mixed: one program, one -march.)
 //
 // Next: matrix.hpp
 #pragma once
@@ -20,6 +21,8 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define QKV_DETAIL_ISA avx512
+#elif defined(__AVX512F__)
+#define QKV_DETAIL_ISA avx512f
 #elif defined(__AVX2__)
 #define QKV_DETAIL_ISA avx2
 #elif defined(__AVX__)
@@ -38,6 +41,12 @@
 #define QKV_DETAIL_FMA
 #endif
 
+#if defined(__F16C__)
+#define QKV_DETAIL_HALF _f16c
+#else
+#define QKV_DETAIL_HALF
+#endif
+
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define QKV_DETAIL_DOT _bf16_vnni
 #elif defined(__AVX512BF16__)
@@ -48,15 +57,23 @@
 #define QKV_DETAIL_DOT
 #endif
 
+#if defined(EIGEN_DONT_VECTORIZE)
+#define QKV_DETAIL_LANES _novector
+#else
+#define QKV_DETAIL_LANES
+#endif
+
 #if defined(__cpp_exceptions) || defined(_CPPUNWIND)
 #define QKV_DETAIL_EXCEPTIONS
 #else
 #define QKV_DETAIL_EXCEPTIONS _noexcept
 #endif
 
-#define QKV_DETAIL_JOIN2(a, b, c, d) abi_##a##b##c##d
-#define QKV_DETAIL_JOIN(a, b, c, d) QKV_DETAIL_JOIN2(a, b, c, d)
-#define QKV_ABI QKV_DETAIL_JOIN(QKV_DETAIL_ISA, QKV_DETAIL_FMA, QKV_DETAIL_DOT, QKV_DETAIL_EXCEPTIONS)
+#define QKV_DETAIL_JOIN2(a, b, c, d, e, f) abi_##a##b##c##d##e##f
+#define QKV_DETAIL_JOIN(a, b, c, d, e, f) QKV_DETAIL_JOIN2(a, b, c, d, e, f)
+#define QKV_ABI                                                                                      \
+  QKV_DETAIL_JOIN(QKV_DETAIL_ISA, QKV_DETAIL_FMA, QKV_DETAIL_HALF, QKV_DETAIL_DOT, QKV_DETAIL_LANES, \
+                  QKV_DETAIL_EXCEPTIONS)
 
 #define QKV_DETAIL_TEXT2(a) #a
 #define QKV_DETAIL_TEXT(a) QKV_DETAIL_TEXT2(a)
@@ -69,10 +86,11 @@ struct Version {
 
 inline constexpr Version version{QKV_VERSION_MAJOR, QKV_VERSION_MINOR, QKV_VERSION_PATCH};
 
-/// The build this translation unit belongs to: "abi_<isa>[_fma][_bf16][_vnni][_noexcept]".
+/// The build this translation unit belongs to: "abi_<isa>[_fma][_f16c][_bf16][_vnni][_novector][_noexcept]".
 inline constexpr const char* build_name = QKV_DETAIL_TEXT(QKV_ABI);
 
-/// The instruction set the compiler was told to use: "avx512", "avx2", "avx", "sse2", "neon" or "scalar".
+/// The instruction set the compiler was told to use: "avx512" (with BW, DQ and VL), "avx512f" (not all of these), "avx2",
+/// "avx", "sse2", "neon" or "scalar".
 inline constexpr const char* isa_name = QKV_DETAIL_TEXT(QKV_DETAIL_ISA);
 
 }  // namespace qkv::inline QKV_ABI

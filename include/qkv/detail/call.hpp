@@ -83,6 +83,17 @@ void check_options(const Options<T>& options, Heads heads) {
           "first_position must lie within ", -far, " ... ", far, "; given ", options.first_position.value_or(0));
 }
 
+template <class T>
+Footprint log_sum_exp_footprint(const Options<T>& options) {
+  return options.log_sum_exp ? footprint(*options.log_sum_exp) : Footprint{};
+}
+
+template <class Out, class T>
+void check_sinks_unwritten(const Out& out, const Options<T>& options) {
+  const CallShape call{.output = footprint(out), .log_sum_exp = log_sum_exp_footprint(options)};
+  call.require_unwritten(options.sinks, "sinks");
+}
+
 /// q [n_queries, heads·head_dim] against keys of head_dim and kv_heads.
 inline void check_query(Index q_cols, Heads heads, Index kv_heads, Index head_dim) {
   check(heads);

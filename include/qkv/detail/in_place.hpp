@@ -7,7 +7,7 @@ namespace qkv::inline QKV_ABI::detail {
 
 /// Raises where `out` shares elements with x without being x, row for row.
 template <class T>
-void require_same_or_disjoint(const View<T>& out, const ConstView<T>& x) {
+void require_same_or_disjoint(const ConstView<T>& out, const ConstView<T>& x) {
   const bool same = out.data() == x.data() && (out.outerStride() == x.outerStride() || out.rows() <= 1);
   require(same || !share_an_element(footprint(out), footprint(x)),
           "the output must be the input itself or share no element with it");

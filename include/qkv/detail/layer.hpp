@@ -95,9 +95,10 @@ void check_room(const C& cache, Index n) {
                              cache.max_append(), " more rows (position ", cache.position(), "); given ", n);
 }
 
-/// Asks mask and score whether they fit the calls that appending n rows will make, before the cache is touched.
+/// Asks mask and score whether they fit the calls that appending n rows will make, before the cache is
+/// touched; `output` is what the layer writes.
 template <class M, class F, class C>
-void check_growth(const M& mask, const F& score, const C& cache, Heads heads, Index n) {
+void check_growth(const M& mask, const F& score, const C& cache, Heads heads, Index n, const Footprint& output) {
   Index rows = cache.rows();
   for (Index first = cache.position(), end = first + n; first < end;) {
     const Index count = piece(cache, first, end - first);
@@ -107,7 +108,8 @@ void check_growth(const M& mask, const F& score, const C& cache, Heads heads, In
                          .n_queries = count,
                          .n_keys = rows,
                          .first_position = first,
-                         .last_key_position = first + count - 1};
+                         .last_key_position = first + count - 1,
+                         .output = output};
     check_operand(mask, call);
     check_operand(score, call);
     first += count;

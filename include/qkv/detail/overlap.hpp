@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 #include "../matrix.hpp"
 
@@ -21,6 +22,12 @@ Footprint footprint(const X& x) {
   constexpr auto size = static_cast<std::intptr_t>(sizeof(ScalarOf<X>));
   return {reinterpret_cast<std::intptr_t>(x.derived().data()), x.rows(), x.cols() * size,
           row_stride(x.derived()) * size};
+}
+
+template <class T>
+Footprint footprint(std::span<const T> x) {
+  const auto bytes = static_cast<std::intptr_t>(x.size_bytes());
+  return {reinterpret_cast<std::intptr_t>(x.data()), 1, bytes, bytes};
 }
 
 /// Exact; costs one division per row of `a`, and only where the two ranges of addresses meet at all.

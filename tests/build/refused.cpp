@@ -1,0 +1,41 @@
+// What must not compile, one case a line: `refused` is expected at the line, and what follows it in the compiler's output.
+// refused.cmake compiles this and reads the comments.
+#include <qkv/attention.hpp>
+#include <qkv/norm.hpp>
+#include <qkv/position.hpp>
+#include <qkv/projection.hpp>
+#include <qkv/rope.hpp>
+
+#include <array>
+#include <vector>
+
+using namespace qkv;
+
+/// One type a line: a compiler reports what does not compile once per type.
+template <int Columns>
+extern const Eigen::Matrix<float, Eigen::Dynamic, Columns, Eigen::RowMajor> constant;
+
+void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& columns, const Rope<float>& rope,
+           const Projection<float>& projection, const RowVector<float>& gain,
+           const LearnedPositions<float>& positions) {
+  writable_view(constant<1>);                             // refused: qkv: an output must be writable, not const
+  attention_into(constant<2>, x, x, x);                   // refused: qkv: an output must be writable, not const
+  attention_into(constant<3>.topRows(1), x, x, x);        // refused: qkv: an output must be writable, not const
+  rms_norm_into(constant<4>, x, gain, 1e-6);              // refused: qkv: an output must be writable, not const
+  layer_norm_into(constant<5>, x, gain, gain, 1e-6);      // refused: qkv: an output must be writable, not const
+  rope.apply_into(constant<6>, x, 1, Index{0});           // refused: qkv: an output must be writable, not const
+  rope.apply_in_place(constant<7>, 1, Index{0});          // refused: qkv: an output must be writable, not const
+  rope.shift_in_place(constant<8>, 1, 5);                 // refused: qkv: an output must be writable, not const
+  positions.forward_into(constant<9>, x);                 // refused: qkv: an output must be writable, not const
+  projection.forward_into(constant<10>, x);               // refused: qkv: an output must be writable, not const
+  attention_into(out, x * 2, x, x);                       // refused: need row-major memory with unit inner stride
+  attention_into(out, columns, x, x);                     // refused: need row-major memory with unit inner stride
+  attention(x, x, x, {}, soft_cap(5));                    // refused: qkv: a score stands where the mask is expected
+  attention(x, x, x, {}, full, causal);                   // refused: qkv: a mask stands where the score is expected
+  lengths(std::vector<Index>{3});                         // refused: delete
+  documents(std::array<Index, 2>{3, 4});                  // refused: delete
+  boolean(Matrix<bool>(2, 2));                            // refused: delete
+  bias(Matrix<float>(2, 2));                              // refused: delete
+  alibi(alibi_slopes<float>(4));                          // refused: delete
+  head_columns(Matrix<float>(2, 2), Index{0}, Index{1});  // refused: delete
+}
