@@ -217,6 +217,12 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
 
  private:
   friend Base;
+  friend detail::CacheFile;
+  bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity_; }
+  void restore(Index, Index rows) {
+    reserve(rows);
+    rewind(rows);
+  }
   void rewind(Index position) {
     rows_ = position;
     update_runs();

@@ -7,7 +7,7 @@
 // key that all heads share, and its latent part is the value. An int8 cache keeps the latent as bytes with one scale
 // per row, and the rope key, which sets the position, in float. DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and 2.1.3.
 //
-// Before: paged_cache.hpp   Next: multi_head_attention.hpp
+// Before: paged_cache.hpp   Next: saved_cache.hpp
 #pragma once
 
 #include <algorithm>
@@ -161,6 +161,9 @@ class LatentCache {
   }
 
  private:
+  friend detail::CacheFile;
+  bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity(); }
+  void restore(Index, Index rows) { hold(rows); }
   Index latent_stride() const { return one_row ? config_.latent_dim + config_.rope_dim : config_.latent_dim; }
   Index rope_stride() const { return one_row ? latent_stride() : config_.rope_dim; }
   WideStorage<S>* rope_data() const {

@@ -218,7 +218,22 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
 
  private:
   friend Base;
+  friend detail::CacheFile;
   PagedCache() = default;
+
+  /// Rows go into pages of its own; those that only this sequence uses are given back first.
+  bool can_restore(Index position, Index rows) const {
+    if (!pool_ || rows != position || rows < 0 || rows > capacity_) return false;
+    Index own = 0;
+    for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) own += owned(i) ? 1 : 0;
+    return pages_for(rows) <= pool_->free_pages() + own;
+  }
+  void restore(Index, Index rows) {
+    rewind(0);
+    for (Index i = 0; i < pages_for(rows); ++i) make_owned(i);
+    rows_ = rows;
+    update_runs();
+  }
 
   Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
   bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the next row goes into a page that is there

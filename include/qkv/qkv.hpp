@@ -50,6 +50,7 @@
 #include "ring_cache.hpp"               // a sliding window in fixed memory
 #include "paged_cache.hpp"              // pages of a shared pool: fork, copy-on-write
 #include "latent_cache.hpp"             // MLA: one latent per token
+#include "saved_cache.hpp"              // a cache in a file: checksum, version, the same bits
 
 // Layers
 #include "multi_head_attention.hpp"     // MHA, GQA, MQA

@@ -124,7 +124,24 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
 
  private:
   friend Base;
+  friend detail::CacheFile;
 
+  /// Where the rows beside the pinned ones begin if so many are held; the ring's own rules then say whether they can be.
+  Index oldest_for(Index position, Index rows) const {
+    return std::max(pinned_, position) - (rows - std::min(position, pinned_));
+  }
+  bool can_restore(Index position, Index rows) const {
+    if (position < 0 || position > std::numeric_limits<Index>::max() / 4 || rows < std::min(position, pinned_))
+      return false;
+    const Index oldest = oldest_for(position, rows);
+    return rows <= capacity() && oldest >= pinned_ && std::max(position, pinned_) - oldest <= ring_ &&
+           (first_visible(position) >= oldest || first_visible(position) >= position);
+  }
+  void restore(Index position, Index rows) {
+    oldest_ = oldest_for(position, rows);
+    position_ = position;
+    update_runs();
+  }
   /// The oldest position beside the pinned ones that a query at `position` sees.
   Index first_visible(Index position) const { return std::max(pinned_, position - window_); }
   Index slot(Index position) const { return position < pinned_ ? position : pinned_ + (position - pinned_) % ring_; }

@@ -17,6 +17,8 @@
 
 namespace qkv::inline QKV_ABI::detail {
 
+struct CacheFile;  // saved_cache.hpp
+
 /// What a row consists of.
 struct CacheShape {
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
