@@ -1,12 +1,10 @@
-// Ten thousand random operations on each cache, compared after every one with a model that only knows what the words
-// mean: rows in a list, rows by position, pages behind shared pointers.
+// Ten thousand random operations on each cache (append, overwrite, go back, fork, copy, save and load), compared after every
+// one with a model that only knows what the words mean: rows in a list, rows by position, pages behind shared pointers.
 
 #include "support/cache_rows.hpp"
 #include "support/catch.hpp"
 
-#include <qkv/latent_cache.hpp>
-#include <qkv/paged_cache.hpp>
-#include <qkv/ring_cache.hpp>
+#include <qkv/saved_cache.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -15,6 +13,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -54,6 +53,18 @@ bool raises(F&& f) {
     return true;
   }
   return false;
+}
+
+/// Through a file, which is cut first: the cut one must be refused and leave `to` as it is.
+template <class From, class To>
+bool saved_and_loaded(const From& from, To& to, Index cut) {
+  std::ostringstream out;
+  save_cache(out, from);
+  const std::string bytes = out.str();
+  std::istringstream broken(bytes.substr(0, static_cast<std::size_t>(cut) % bytes.size())), whole(bytes);
+  const Index position = to.position(), rows = to.rows();
+  const bool refused = !try_load_cache(broken, to) && to.position() == position && to.rows() == rows;
+  return refused && try_load_cache(whole, to);
 }
 
 /// Every row there is, in a list.
@@ -168,7 +179,15 @@ TEMPLATE_TEST_CASE("a contiguous cache is a list of rows", "", float, bfloat16, 
         }
       } else if (kind == 18) {
         KvCache<TestType> copy = cache;
-        cache = std::move(copy);
+        if (dice.roll(0, 1) == 0) {  // through a file and a cache of other blocks
+          KvCache<TestType> other(
+              {.kv_heads = 2, .head_dim = 3, .v_head_dim = 5, .capacity = capacity, .block = 3 - block});
+          REQUIRE(saved_and_loaded(copy, other, step));
+          cache.truncate(dice.roll(0, held));
+          REQUIRE(saved_and_loaded(other, cache, 7 * step));
+        } else {
+          cache = std::move(copy);
+        }
       } else if (dice.roll(0, 9) == 0) {
         cache.clear();
         model.rows.clear();
@@ -224,7 +243,12 @@ TEMPLATE_TEST_CASE("a ring is a map of positions that loses a row when another t
           for (Index i = 0; i < n; ++i) model.write(at + i, ids[static_cast<std::size_t>(i)]);
       } else if (kind == 18) {
         RingCache<TestType> copy = cache;
-        cache = std::move(copy);
+        if (dice.roll(0, 1) == 0) {
+          (void)cache.try_truncate(dice.roll(0, model.position));
+          REQUIRE(saved_and_loaded(copy, cache, step));
+        } else {
+          cache = std::move(copy);
+        }
       } else if (dice.roll(0, 9) == 0) {
         cache.clear();
         model.truncate(0);
@@ -293,6 +317,19 @@ TEMPLATE_TEST_CASE("paged sequences are tables of shared pages", "", float, half
         models.push_back(models[s]);
         models.back().truncate(to, page_tokens);
       }
+    } else if (kind == 18 && dice.roll(0, 1) == 0) {
+      // From a file into another sequence: a copy of its own, in pages of its own.
+      const auto to = static_cast<std::size_t>(dice.roll(0, static_cast<Index>(caches.size()) - 1));
+      std::vector<PagedModel> others = models;
+      others[to] = {};
+      should_refuse = pages - static_cast<Index>(pages_in_use(others).size()) < (held + page_tokens - 1) / page_tokens;
+      std::vector<HeldRow> rows = models[s].held(page_tokens);
+      others.clear();
+      refused = !saved_and_loaded(caches[s], caches[to], step);
+      if (!should_refuse) {
+        models[to] = {};
+        for (const HeldRow& row : rows) models[to].write(row.position, row.id, page_tokens);
+      }
     } else if (kind == 18) {
       caches[s] = std::move(caches.back());
       caches.pop_back();
@@ -348,7 +385,12 @@ TEMPLATE_TEST_CASE("a latent cache is a list of latents and rope keys", "", floa
       if (!should_refuse) model.rows.resize(static_cast<std::size_t>(to));
     } else if (kind == 8) {
       LatentCache<TestType> copy = cache;
-      cache = std::move(copy);
+      if (dice.roll(0, 1) == 0) {
+        cache.truncate(dice.roll(0, held));
+        REQUIRE(saved_and_loaded(copy, cache, step));
+      } else {
+        cache = std::move(copy);
+      }
     } else if (dice.roll(0, 9) == 0) {
       cache.clear();
       model.rows.clear();

@@ -127,7 +127,8 @@ struct KvCacheConfig {
 /// What scatter_rows does at the end of the storage: stop, or go on at its beginning.
 enum class Wrap { none, circular };
 
-/// Every row from position 0 on. Growing (config.block) never copies what is there: attention walks the blocks as runs.
+/// Every row from position 0 on. Growing (config.block) never copies what is there: attention walks the blocks as runs. A
+/// row costs amortised O(1) beside its own bytes to append, however many blocks there are.
 template <StorageType S = float>
 class KvCache : public CacheInterface<KvCache<S>, S> {
   using Base = CacheInterface<KvCache<S>, S>;
@@ -187,16 +188,14 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
       blocks_[static_cast<std::size_t>(row / block_)].store(0, row % block_, view(keys).row(i).data(),
                                                             view(values).row(i).data());
     }
-    rows_ = std::max(rows_, end);
-    update_runs();
+    hold(std::max(rows_, end), rows_ / block_);
   }
 
   /// Allocates now what `rows` rows will need, so that appending them does not.
   void reserve(Index rows) {
     const auto blocks = static_cast<std::size_t>((std::clamp<Index>(rows, 0, capacity_) + block_ - 1) / block_);
-    if (blocks <= blocks_.size()) return;
-    blocks_.reserve(blocks);
-    runs_.reserve(blocks);
+    if (blocks > blocks_.capacity()) blocks_.reserve(std::max(blocks, 2 * blocks_.capacity()));
+    runs_.reserve(blocks_.capacity());
     while (blocks_.size() < blocks) blocks_.emplace_back(this->shape_, block_, 1);
   }
 
@@ -221,15 +220,14 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity_; }
   void restore(Index, Index rows) {
     reserve(rows);
-    rewind(rows);
+    hold(rows, 0);
   }
-  void rewind(Index position) {
-    rows_ = position;
-    update_runs();
-  }
-  void update_runs() {
-    runs_.clear();
-    for (Index first = 0; first < rows_; first += block_)
+  void rewind(Index position) { hold(position, position / block_); }
+  /// Holds `rows` rows; the runs of the first `unchanged` blocks are as they were, so that an append touches the last ones.
+  void hold(Index rows, Index unchanged) {
+    rows_ = rows;
+    runs_.resize(std::min(static_cast<std::size_t>(unchanged), runs_.size()));
+    for (Index first = static_cast<Index>(runs_.size()) * block_; first < rows_; first += block_)
       runs_.push_back(
           blocks_[static_cast<std::size_t>(first / block_)].run(0, 0, std::min(block_, rows_ - first), first));
   }

@@ -103,7 +103,8 @@ class PagePool {
   std::vector<Index> references_, free_;
 };
 
-/// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed.
+/// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed. A row costs O(1) beside
+/// its own bytes to append, however many pages there are, and allocates nothing.
 template <StorageType S = float>
 class PagedCache : public CacheInterface<PagedCache<S>, S> {
   using Base = CacheInterface<PagedCache<S>, S>;
@@ -200,8 +201,7 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
     for (Index i = 0; i < k.rows(); ++i)
       pool_->pages_.store(page((position + i) / page_tokens()), (position + i) % page_tokens(),
                           view(keys).row(i).data(), view(values).row(i).data());
-    rows_ = std::max(rows_, end);
-    update_runs();
+    hold(std::max(rows_, end), first_page);
   }
 
   /// Bytes of keys, values and scales in the pages of its table, shared or not. They are the pool's: add up
@@ -231,8 +231,7 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   void restore(Index, Index rows) {
     rewind(0);
     for (Index i = 0; i < pages_for(rows); ++i) make_owned(i);
-    rows_ = rows;
-    update_runs();
+    hold(rows, 0);
   }
 
   Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
@@ -257,12 +256,13 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   }
   void rewind(Index position) {
     release_from(pages_for(position));
-    rows_ = position;
-    update_runs();
+    hold(position, position / page_tokens());
   }
-  void update_runs() {
-    runs_.clear();
-    for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) {
+  /// Holds `rows` rows; the runs of the first `unchanged` pages are as they were, so that an append touches the last ones.
+  void hold(Index rows, Index unchanged) {
+    rows_ = rows;
+    runs_.resize(std::min(static_cast<std::size_t>(unchanged), runs_.size()));
+    for (Index i = static_cast<Index>(runs_.size()); i < static_cast<Index>(table_.size()); ++i) {
       const Index first = i * page_tokens();
       runs_.push_back(pool_->pages_.run(page(i), 0, std::min(page_tokens(), rows_ - first), first));
     }
