@@ -85,6 +85,29 @@ TEST_CASE("a pool that has run dry leaves the sequence as it was", "[layer]") {
   CHECK(same_bits(layer.forward(x.bottomRows(8), cache), layer.forward(x.bottomRows(8), whole)));
 }
 
+TEST_CASE("a layer's call may evict other sequences, alone and in a batch", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  const Matrix<float> x = normals<float>(20, 23, 6);
+  PagePool<float> pool(pages_for_small_gqa(4, 5));
+  PagedCache<float> cache(pool), second(pool), idle(pool);
+  pool.on_exhausted([&](Index) { idle.clear(); });
+  auto whole = layer.make_cache(20);
+  layer.forward(x.topRows(9), cache), layer.forward(x.topRows(9), whole);
+  layer.forward(x.topRows(6), idle);
+  CHECK(same_bits(layer.forward(x.middleRows(9, 4), cache), layer.forward(x.middleRows(9, 4), whole)));
+  CHECK(idle.rows() == 0);
+
+  layer.forward(x.topRows(2), idle);
+  Matrix<float> out(4, 23), batch(4, 23);
+  batch << x.middleRows(13, 3), x.topRows(1);
+  const Index offsets[] = {0, 3, 4};
+  PagedCache<float>* const caches[] = {&cache, &second};
+  layer.forward_into(out, batch, std::span<const Index>(offsets), std::span<PagedCache<float>* const>(caches));
+  CHECK(idle.rows() == 0);
+  CHECK(same_bits(out.topRows(3), layer.forward(x.middleRows(13, 3), whole)));
+  CHECK(second.rows() == 1);
+}
+
 TEST_CASE("pages go back and on again", "[layer]") {
   const auto layer = multi_head_layer<float>(small_gqa);
   const Matrix<float> x = normals<float>(23, 23, 7), astray = normals<float>(6, 23, 8);

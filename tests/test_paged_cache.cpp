@@ -202,6 +202,104 @@ TEST_CASE("rewinding a sequence that shares its pages does not touch the other")
   REQUIRE_FALSE(parent.try_truncate(-1));
 }
 
+TEST_CASE("an exhausted pool asks its owner, who may give up other sequences") {
+  PagePool<float> pool(sizes);  // 6 pages of 4 rows
+  std::vector<PagedCache<float>> idle;
+  std::vector<Index> asked;
+  for (Index i = 0; i < 3; ++i) {
+    idle.emplace_back(pool);
+    append_ids(idle.back(), ids(10 * i, 10 * i + 5));  // two pages each
+  }
+  PagedCache<float> cache(pool);
+  REQUIRE_FALSE(support::try_append_ids(cache, {0}));
+  pool.on_exhausted([&](Index missing) {
+    asked.push_back(missing);
+    if (!idle.empty()) idle.pop_back();
+  });
+  append_ids(cache, ids(0, 3));
+  REQUIRE(asked == std::vector<Index>{1});
+  REQUIRE(pool.free_pages() == 1);
+  append_ids(cache, ids(3, 16));  // three pages more, one is free: asked until it fits
+  REQUIRE(asked == std::vector<Index>{1, 2});
+  REQUIRE(support::try_append_ids(cache, ids(16, 24)));
+  REQUIRE(asked == std::vector<Index>{1, 2, 2});
+  REQUIRE(idle.empty());
+  REQUIRE(holds(cache.key_rows(), rows_until(24)));
+  // Where its own capacity is the limit nobody is asked.
+  REQUIRE_FALSE(support::try_append_ids(cache, {24}));
+  REQUIRE(asked.size() == 3);
+  // Asking in vain is an error that changes nothing.
+  const PagedCache<float> fork = cache.fork();
+  REQUIRE_THROWS_AS(support::scatter_ids(cache, 2, {100}), std::length_error);
+  REQUIRE(asked == std::vector<Index>{1, 2, 2, 1});
+  REQUIRE_FALSE(pool.try_acquire().has_value());
+  REQUIRE_THROWS_AS(pool.acquire(), std::length_error);
+  REQUIRE(holds(cache.key_rows(), rows_until(24)));
+  REQUIRE(holds(fork.key_rows(), rows_until(24)));
+  pool.on_exhausted({});
+  REQUIRE_FALSE(pool.try_acquire().has_value());
+  REQUIRE(asked.size() == 6);
+}
+
+TEST_CASE("an owner may free the other reader of a page, ask the pool itself, raise, or free who asks") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 2});
+  PagedCache<float> cache(pool), late(pool);
+  append_ids(cache, ids(0, 6));
+  std::optional<PagedCache<float>> reader = cache.fork();
+  bool raise = true, nested = false;
+  pool.on_exhausted([&](Index) {
+    if (raise) throw std::runtime_error("the owner");
+    nested = support::try_append_ids(late, {7});  // inside: nobody is asked again
+    reader.reset();                               // no page comes free, but nobody shares the last one any more
+  });
+  REQUIRE(message_of<std::runtime_error>([&] { append_ids(cache, {6}); }) == "the owner");
+  REQUIRE(holds(cache.key_rows(), rows_until(6)));
+  raise = false;
+  append_ids(cache, {6});
+  REQUIRE_FALSE(nested);
+  REQUIRE(holds(cache.key_rows(), rows_until(7)));
+  REQUIRE(pool.free_pages() == 0);
+
+  PagePool<float> four({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 4});
+  PagedCache<float> asks(four), other(four);
+  append_ids(asks, ids(0, 7));
+  append_ids(other, ids(0, 7));
+  four.on_exhausted([&](Index) { asks.clear(); });  // against the rule: an error, not a crash
+  REQUIRE_THROWS_AS(append_ids(asks, ids(7, 10)), std::out_of_range);
+  REQUIRE(asks.rows() == 0);
+  append_ids(asks, ids(0, 8));
+  REQUIRE(holds(asks.key_rows(), rows_until(8)));
+}
+
+TEST_CASE("a tree of forks keeps a shared prefix once, and gives it back with the last that reads it") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 40});
+  std::vector<PagedCache<float>> tree;
+  std::vector<std::vector<HeldRow>> expected;
+  tree.emplace_back(pool);
+  append_ids(tree[0], ids(0, 10));
+  expected.push_back(rows_until(10));
+  for (Index i = 1; i < 13; ++i) {  // three children each: of the whole, of a page border, of the middle of a page
+    const auto parent = static_cast<std::size_t>((i - 1) / 3);
+    const Index at = i % 3 == 1 ? tree[parent].rows() : i % 3 == 2 ? 8 : 6;
+    tree.push_back(tree[parent].fork(at));
+    expected.push_back({expected[parent].begin(), expected[parent].begin() + at});
+    append_ids(tree.back(), {1000 * i, 1000 * i + 1});
+    for (const Index id : {1000 * i, 1000 * i + 1})
+      expected.back().push_back({static_cast<Index>(expected.back().size()), id});
+  }
+  REQUIRE(pool.references(tree[0].pages()[0]) == 13);
+  for (std::size_t i = 0; i < tree.size(); ++i) REQUIRE(holds(tree[i].key_rows(), expected[i]));
+  const Index prefix_page = tree[0].pages()[0];
+  while (tree.size() > 1) {
+    tree.erase(tree.begin() + static_cast<std::ptrdiff_t>(tree.size() / 2));
+    expected.erase(expected.begin() + static_cast<std::ptrdiff_t>(expected.size() / 2));
+    for (std::size_t i = 0; i < tree.size(); ++i) REQUIRE(holds(tree[i].key_rows(), expected[i]));
+    REQUIRE(pool.references(prefix_page) == static_cast<Index>(tree.size()));
+  }
+  tree.clear();
+  REQUIRE(pool.free_pages() == 40);
+}
+
 TEST_CASE("unknown and free pages are errors") {
   PagePool<float> pool(sizes);
   REQUIRE_THROWS_AS(pool.references(6), std::out_of_range);

@@ -63,10 +63,13 @@ class CacheInterface {
   template <MatrixLike K, MatrixLike V>
   [[nodiscard]] bool try_append(const K& k, const V& v) {
     detail::check_rows(shape_, k, v);
-    if (k.rows() > self().max_append()) return false;
+    if (!self().make_room(k.rows())) return false;
     append(k, v);
     return true;
   }
+
+  /// Whether n more rows fit. (A paged cache asks its pool's owner for pages first.)
+  bool make_room(Index n) const { return n <= self().max_append(); }
 
   /// Goes back to `position`, forgetting the rows from there on: as if they had never been appended.
   /// std::out_of_range unless can_truncate(position).

@@ -6,9 +6,10 @@
 // `fork` gives a second sequence over the same pages; whoever writes into a page that others read copies it first
 // (copy-on-write). `fork(position)` shares a prefix. PagedAttention: Kwon et al. 2023, arXiv:2309.06180.
 //
-// The pool owns the bytes and must outlive its sequences; it and they belong to one thread at a time.
+// Where the pool has no page left and evicting frees none (page_pool.hpp), a write is an error, or false from the try_
+// forms, and the sequence is as it was. Pool and sequences belong to one thread at a time.
 //
-// Before: ring_cache.hpp   Next: latent_cache.hpp
+// Before: page_pool.hpp   Next: latent_cache.hpp
 #pragma once
 
 #include <algorithm>
@@ -17,91 +18,9 @@
 #include <vector>
 
 #include "kv_cache.hpp"
+#include "page_pool.hpp"
 
 namespace qkv::inline QKV_ABI {
-
-struct PagePoolConfig {
-  Index kv_heads = 1;
-  Index head_dim = 0;
-  Index v_head_dim = head_dim;
-  Index page_tokens = 64;
-  Index pages = 0;
-};
-
-template <StorageType S>
-class PagedCache;
-
-/// A fixed number of pages, how many sequences use each, and which are free.
-template <StorageType S = float>
-class PagePool {
- public:
-  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
-  explicit PagePool(const PagePoolConfig& config) : config_(config) {
-    detail::check(shape());
-    detail::require(config.page_tokens >= 1 && config.pages >= 1,
-                    "a page pool needs page_tokens and pages >= 1; given ", config.page_tokens, " and ", config.pages);
-    pages_ = detail::CacheBlocks<S>(shape(), config.page_tokens, config.pages);
-    references_.assign(static_cast<std::size_t>(config.pages), 0);
-    free_.reserve(references_.size());
-    for (Index page = config.pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
-  }
-  PagePool(const PagePool&) = delete;  // sequences point here
-  PagePool& operator=(const PagePool&) = delete;
-  ~PagePool() = default;
-
-  Index kv_heads() const { return config_.kv_heads; }
-  Index head_dim() const { return config_.head_dim; }
-  Index v_head_dim() const { return config_.v_head_dim; }
-  Index page_tokens() const { return config_.page_tokens; }
-  Index pages() const { return config_.pages; }
-  Index free_pages() const { return static_cast<Index>(free_.size()); }
-
-  /// Bytes of keys, values and scales in all pages.
-  Index bytes() const { return pages_.bytes(); }
-  /// … and in those that are in use; a shared page counts once.
-  Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
-  Index page_bytes() const { return bytes() / pages(); }
-  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the pool has allocated.
-  Index overhead_bytes() const {
-    return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
-  }
-
-  /// How many sequences use a page; 0 where it is free. std::out_of_range for a page that is not there.
-  Index references(Index page) const {
-    detail::require<std::out_of_range>(page >= 0 && page < pages(), "the pool has pages 0 ... ", pages() - 1,
-                                       "; given page ", page);
-    return references_[static_cast<std::size_t>(page)];
-  }
-  /// A page of one's own. std::length_error where none is free.
-  Index acquire() {
-    detail::require<std::length_error>(!free_.empty(), "all ", pages(), " pages of the pool are in use");
-    const Index page = free_.back();
-    free_.pop_back();
-    references_[static_cast<std::size_t>(page)] = 1;
-    return page;
-  }
-  /// One user more. std::out_of_range for a page that nobody holds.
-  void retain(Index page) {
-    require_used(page);
-    ++references_[static_cast<std::size_t>(page)];
-  }
-  /// One user less; the last one frees the page.
-  void release(Index page) {
-    require_used(page);
-    if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
-  }
-
- private:
-  friend PagedCache<S>;
-  detail::CacheShape shape() const { return {config_.kv_heads, config_.head_dim, config_.v_head_dim}; }
-  void require_used(Index page) const {
-    detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");
-  }
-
-  PagePoolConfig config_;
-  detail::CacheBlocks<S> pages_;
-  std::vector<Index> references_, free_;
-};
 
 /// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed. A row costs O(1) beside
 /// its own bytes to append, however many pages there are, and allocates nothing.
@@ -163,11 +82,16 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
     const Index free = pool_->free_pages() - (copies_last_page ? 1 : 0);
     return free < 0 ? 0 : std::min(capacity_ - rows_, in_last_page + free * page_tokens());
   }
+  /// Whether n more rows fit, once the pool's owner has been asked for what is missing.
+  bool make_room(Index n) {
+    if (pool_) pool_->make_room([&] { return missing_pages(rows_, n); });
+    return n <= max_append();
+  }
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
 
   /// For batches, which must fit as a whole: where the pages come from, how many free ones n more rows take once `copied`
   /// other users of the last page have copied it, and whether another sequence would be such a user.
-  const PagePool<S>* pool() const { return pool_; }
+  PagePool<S>* pool() const { return pool_; }
   Index pages_to_append(Index n, Index copied = 0) const {
     if (n == 0) return 0;
     const bool copies = fills_last_page() && pool_->references(table_.back()) - copied > 1;
@@ -186,15 +110,15 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   template <MatrixLike K, MatrixLike V>
   void scatter_rows(Index position, const K& k, const V& v) {
     detail::check_rows(this->shape_, k, v);
+    if (pool_) pool_->make_room([&] { return missing_pages(position, k.rows()); });
     this->check_write(position, k.rows());
     if (k.rows() == 0) return;
     const Index end = position + k.rows();
     const Index first_page = position / page_tokens(), end_page = pages_for(end);
-    Index needed = 0;
-    for (Index i = first_page; i < end_page; ++i) needed += owned(i) ? 0 : 1;
-    detail::require<std::length_error>(needed <= pool_->free_pages(), "the pool has ", pool_->free_pages(),
-                                       " free pages of ", pool_->pages(), "; writing rows ", position, " ... ", end - 1,
-                                       " needs ", needed);
+    const Index missing = missing_pages(position, k.rows());
+    detail::require<std::length_error>(missing == 0, "the pool has ", pool_->free_pages(), " free pages of ",
+                                       pool_->pages(), "; writing rows ", position, " ... ", end - 1, " needs ",
+                                       pool_->free_pages() + missing);
     const auto& keys = viewable(k);
     const auto& values = viewable(v);
     for (Index i = first_page; i < end_page; ++i) make_owned(i);
@@ -222,11 +146,13 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   PagedCache() = default;
 
   /// Rows go into pages of its own; those that only this sequence uses are given back first.
-  bool can_restore(Index position, Index rows) const {
+  bool can_restore(Index position, Index rows) {
     if (!pool_ || rows != position || rows < 0 || rows > capacity_) return false;
-    Index own = 0;
-    for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) own += owned(i) ? 1 : 0;
-    return pages_for(rows) <= pool_->free_pages() + own;
+    return pool_->make_room([&] {
+      Index own = 0;
+      for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) own += owned(i) ? 1 : 0;
+      return std::max<Index>(pages_for(rows) - pool_->free_pages() - own, 0);
+    });
   }
   void restore(Index, Index rows) {
     rewind(0);
@@ -238,6 +164,14 @@ class PagedCache : public CacheInterface<PagedCache<S>, S> {
   bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the next row goes into a page that is there
   Index page(Index i) const { return table_[static_cast<std::size_t>(i)]; }
   bool owned(Index i) const { return i < static_cast<Index>(table_.size()) && pool_->references(page(i)) == 1; }
+
+  /// How many pages more than are free it takes to write n rows at `position`; 0 too where no page would help.
+  Index missing_pages(Index position, Index n) const {
+    if (n <= 0 || position < 0 || position > rows_ || n > capacity_ - position) return 0;
+    Index needed = 0;
+    for (Index i = position / page_tokens(); i < pages_for(position + n); ++i) needed += owned(i) ? 0 : 1;
+    return std::max<Index>(needed - pool_->free_pages(), 0);
+  }
 
   /// Makes entry i of the table, which may be the next one, a page that nobody else reads.
   void make_owned(Index i) {

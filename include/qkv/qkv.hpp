@@ -48,7 +48,8 @@
 #include "memory.hpp"                   // what a cache costs, constexpr
 #include "kv_cache.hpp"                 // every row so far
 #include "ring_cache.hpp"               // a sliding window in fixed memory
-#include "paged_cache.hpp"              // pages of a shared pool: fork, copy-on-write
+#include "page_pool.hpp"                // pages that sequences share, and who gives them up
+#include "paged_cache.hpp"              // a sequence in pages: fork, copy-on-write
 #include "latent_cache.hpp"             // MLA: one latent per token
 #include "saved_cache.hpp"              // a cache in a file: checksum, version, the same bits
 

@@ -11,7 +11,7 @@
 // Pinned tokens keep their absolute positions. Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first
 // tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453.
 //
-// Before: kv_cache.hpp   Next: paged_cache.hpp
+// Before: kv_cache.hpp   Next: page_pool.hpp
 #pragma once
 
 #include <algorithm>

@@ -142,7 +142,7 @@ struct CacheFile {
   }
 
   template <class Cache>
-  static bool can_restore(const Cache& cache, Index position, Index rows) {
+  static bool can_restore(Cache& cache, Index position, Index rows) {
     return cache.can_restore(position, rows);
   }
   /// Writes the rows that a checked file has brought.

@@ -57,6 +57,7 @@ concept SlidingCache = requires(const C& cache) {
 template <class C>
 concept PooledCache = requires(const C& cache) {
   cache.pool()->free_pages();
+  cache.pool()->make_room([] { return Index(0); });
   cache.pages_to_append(Index{}, Index{});
   cache.shares_last_page(cache);
 };
@@ -90,7 +91,8 @@ bool needs_pieces(std::span<const Index> row_offsets, std::span<C* const> caches
 }
 
 template <class C>
-void check_room(const C& cache, Index n) {
+void check_room(C& cache, Index n) {
+  if constexpr (PooledCache<C>) cache.make_room(n);
   require<std::length_error>(SlidingCache<C> || n <= cache.max_append(), "the cache is full: it takes at most ",
                              cache.max_append(), " more rows (position ", cache.position(), "); given ", n);
 }
@@ -127,14 +129,18 @@ void check_pools(std::span<const Index> row_offsets, std::span<C* const> caches)
       return caches[s]->pages_to_append(rows(s), copied);
     };
     for (std::size_t s = 0; s < caches.size(); ++s) {
-      const auto* pool = caches[s]->pool();
+      auto* const pool = caches[s]->pool();
       const auto same_pool = [&](const C* cache) { return cache->pool() == pool; };
       const auto begin = caches.begin(), self = begin + static_cast<std::ptrdiff_t>(s);
       if (pool == nullptr || std::any_of(begin, self, same_pool)) continue;  // counted already
-      Index needed = 0;
-      for (std::size_t r = s; r < caches.size(); ++r) needed += same_pool(caches[r]) ? needs(r) : 0;
-      require<std::length_error>(needed <= pool->free_pages(), "the pool has ", pool->free_pages(),
-                                 " free pages; the rows of all its sequences need ", needed);
+      const auto needed = [&] {
+        Index sum = 0;
+        for (std::size_t r = s; r < caches.size(); ++r) sum += same_pool(caches[r]) ? needs(r) : 0;
+        return sum;
+      };
+      const auto missing = [&] { return std::max<Index>(needed() - pool->free_pages(), 0); };
+      require<std::length_error>(pool->make_room(missing), "the pool has ", pool->free_pages(),
+                                 " free pages; the rows of all its sequences need ", needed());
     }
   }
 }
@@ -153,6 +159,7 @@ void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches,
     require(n >= 0, "row_offsets must not decrease; entry ", s + 1, " is ", row_offsets[s + 1], " after ",
             row_offsets[s]);
     require(caches[s] != nullptr, "caches[", s, "] is null");
+    if constexpr (PooledCache<C>) caches[s]->make_room(n);
     require<std::length_error>(SlidingCache<C> || n <= caches[s]->max_append(), "caches[", s, "] takes at most ",
                                caches[s]->max_append(), " more rows (position ", caches[s]->position(), "); given ", n);
     for (std::size_t r = 0; r < s; ++r)

@@ -1,0 +1,136 @@
+// page_pool.hpp — a fixed number of pages that sequences share: who uses which, which are free, whom to ask for more.
+//
+//     [page 0][page 1][page 2] …      a page: [kv_head][page_tokens][head_dim] of keys, the same of values
+//     references   2  0  1            how many sequences use it; 0: free
+//
+// When a sequence needs more pages than are free, the pool asks its owner (`on_exhausted`), who may give up sequences.
+//
+// The pool owns the bytes and must outlive its sequences.
+//
+// Before: ring_cache.hpp   Next: paged_cache.hpp
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "detail/cache_blocks.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+struct PagePoolConfig {
+  Index kv_heads = 1;
+  Index head_dim = 0;
+  Index v_head_dim = head_dim;
+  Index page_tokens = 64;
+  Index pages = 0;
+};
+
+template <StorageType S>
+class PagedCache;
+
+/// A fixed number of pages, how many sequences use each, and which are free.
+template <StorageType S = float>
+class PagePool {
+ public:
+  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
+  explicit PagePool(const PagePoolConfig& config) : config_(config) {
+    detail::check(shape());
+    detail::require(config.page_tokens >= 1 && config.pages >= 1,
+                    "a page pool needs page_tokens and pages >= 1; given ", config.page_tokens, " and ", config.pages);
+    pages_ = detail::CacheBlocks<S>(shape(), config.page_tokens, config.pages);
+    references_.assign(static_cast<std::size_t>(config.pages), 0);
+    free_.reserve(references_.size());
+    for (Index page = config.pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
+  }
+  PagePool(const PagePool&) = delete;  // sequences point here
+  PagePool& operator=(const PagePool&) = delete;
+  ~PagePool() = default;
+
+  Index kv_heads() const { return config_.kv_heads; }
+  Index head_dim() const { return config_.head_dim; }
+  Index v_head_dim() const { return config_.v_head_dim; }
+  Index page_tokens() const { return config_.page_tokens; }
+  Index pages() const { return config_.pages; }
+  Index free_pages() const { return static_cast<Index>(free_.size()); }
+
+  /// Bytes of keys, values and scales in all pages.
+  Index bytes() const { return pages_.bytes(); }
+  /// … and in those that are in use; a shared page counts once.
+  Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
+  Index page_bytes() const { return bytes() / pages(); }
+  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the pool has allocated.
+  Index overhead_bytes() const {
+    return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
+  }
+
+  /// How many sequences use a page; 0 where it is free. std::out_of_range for a page that is not there.
+  Index references(Index page) const {
+    detail::require<std::out_of_range>(page >= 0 && page < pages(), "the pool has pages 0 ... ", pages() - 1,
+                                       "; given page ", page);
+    return references_[static_cast<std::size_t>(page)];
+  }
+  /// A page of one's own. std::length_error where none is free and evicting frees none.
+  Index acquire() {
+    const std::optional<Index> page = try_acquire();
+    detail::require<std::length_error>(page.has_value(), "all ", pages(), " pages of the pool are in use");
+    return *page;
+  }
+  [[nodiscard]] std::optional<Index> try_acquire() {
+    if (!make_room([&] { return free_.empty() ? Index(1) : Index(0); })) return std::nullopt;
+    const Index page = free_.back();
+    free_.pop_back();
+    references_[static_cast<std::size_t>(page)] = 1;
+    return page;
+  }
+  /// One user more. std::out_of_range for a page that nobody holds.
+  void retain(Index page) {
+    require_used(page);
+    ++references_[static_cast<std::size_t>(page)];
+  }
+  /// One user less; the last one frees the page.
+  void release(Index page) {
+    require_used(page);
+    if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
+  }
+
+  /// evict(missing) is called when a sequence needs `missing` pages more than are free. It may clear, truncate, replace or
+  /// destroy sequences of this pool, except those that the call in progress is about. Whoever asked looks again, and asks
+  /// again as long as that helps. An empty function: nobody is asked. Not called from inside itself.
+  void on_exhausted(std::function<void(Index missing)> evict) { evict_ = std::move(evict); }
+  /// Asks while missing() > 0 and asking helps; says whether nothing is missing now.
+  template <class Missing>
+  bool make_room(Missing&& missing) {
+    for (Index before = missing(); before > 0;) {
+      if (!evict_ || evicting_) return false;
+      {
+        struct Evicting {  // also where evict raises
+          bool& now;
+          explicit Evicting(bool& flag) : now(flag) { now = true; }
+          ~Evicting() { now = false; }
+        } const guard(evicting_);
+        evict_(before);
+      }
+      const Index after = missing();
+      if (after >= before) return false;
+      before = after;
+    }
+    return true;
+  }
+
+ private:
+  friend PagedCache<S>;
+  detail::CacheShape shape() const { return {config_.kv_heads, config_.head_dim, config_.v_head_dim}; }
+  void require_used(Index page) const {
+    detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");
+  }
+
+  PagePoolConfig config_;
+  detail::CacheBlocks<S> pages_;
+  std::vector<Index> references_, free_;
+  std::function<void(Index)> evict_;
+  bool evicting_ = false;
+};
+
+}  // namespace qkv::inline QKV_ABI
