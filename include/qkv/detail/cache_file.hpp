@@ -204,7 +204,10 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
 
   const SavedHeader mine = CacheFile::header(cache);
   const auto text = [](const std::array<std::int64_t, 3>& x) {
-    return "[" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) + "]";
+    std::string sizes;
+    append(sizes, Shape{x[0], x[1]});
+    sizes.pop_back();
+    return sizes.append(", ").append(std::to_string(x[2])).append("]");
   };
   if (saved.tags[1] != mine.tags[1])
     return refuse("is of kind ", saved.tags[1], ", this cache of kind ", mine.tags[1],

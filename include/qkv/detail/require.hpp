@@ -63,20 +63,21 @@ inline void append(std::string& text, Shape shape) {
   text.append("[").append(std::to_string(shape.rows)).append(", ").append(std::to_string(shape.cols)).append("]");
 }
 
-[[noreturn]] inline std::ptrdiff_t refuse_size(std::ptrdiff_t a, char sign, std::ptrdiff_t b) {
+[[noreturn]] inline std::ptrdiff_t refuse_size(std::ptrdiff_t a, const char* sign, std::ptrdiff_t b) {
   require(a >= 0 && b >= 0, "a size must be >= 0; given ", a, " and ", b);
-  raise<std::length_error>("the size " + std::to_string(a) + ' ' + sign + ' ' + std::to_string(b) +
-                           " does not fit a signed " + std::to_string(sizeof(std::ptrdiff_t) * 8) + "-bit integer");
+  std::string message;
+  append(message, "the size "), append(message, a), append(message, sign), append(message, b);
+  raise<std::length_error>(message.append(" does not fit an Index"));
 }
 
 /// a*b and a+b for sizes, in constant expressions too; raise where an operand is negative or the result does not fit.
 constexpr std::ptrdiff_t checked_product(std::ptrdiff_t a, std::ptrdiff_t b) {
   const bool fits = a >= 0 && b >= 0 && (b == 0 || a <= std::numeric_limits<std::ptrdiff_t>::max() / b);
-  return fits ? a * b : refuse_size(a, '*', b);
+  return fits ? a * b : refuse_size(a, " * ", b);
 }
 constexpr std::ptrdiff_t checked_sum(std::ptrdiff_t a, std::ptrdiff_t b) {
   const bool fits = a >= 0 && b >= 0 && a <= std::numeric_limits<std::ptrdiff_t>::max() - b;
-  return fits ? a + b : refuse_size(a, '+', b);
+  return fits ? a + b : refuse_size(a, " + ", b);
 }
 
 }  // namespace detail
