@@ -4,7 +4,8 @@
 //   * the callback works on memory that is there: 0 allocations once the ring is full, counted here, and no locks
 //   * what comes out is attention with the mask `prefix(4) | window(60, 0)` over the whole input, which nobody stores
 //
-// Pinned first tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453.
+// Pinned first tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453. There they also keep their distance to the
+// window: `.positions_in_cache = true`, for models with RoPE that were not trained on long texts.
 //
 // Headers: ring_cache.hpp, multi_head_attention.hpp, saved_cache.hpp.   Before: 08_story_model
 

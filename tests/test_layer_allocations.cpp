@@ -101,6 +101,14 @@ TEST_CASE("warm layers with rings and pages allocate nothing", "[allocations]") 
   const auto layer = multi_head_layer<float>(small_gqa, true);
   qkv::RingCache<float> ring({.kv_heads = 2, .head_dim = 10, .v_head_dim = 7, .window = 6, .pinned = 1, .slack = 5});
   CHECK(allocations_when_warm<float>(layer, ring) == 0);
+  qkv::RingCache<float> in_cache({.kv_heads = 2,
+                                  .head_dim = 10,
+                                  .v_head_dim = 7,
+                                  .window = 6,
+                                  .pinned = 1,
+                                  .slack = 5,
+                                  .positions_in_cache = true});
+  CHECK(allocations_when_warm<float>(layer, in_cache) == 0);
   qkv::PagePool<float> pool({.kv_heads = 2, .head_dim = 10, .v_head_dim = 7, .page_tokens = 7, .pages = 8});
   qkv::PagedCache<float> pages(pool);
   CHECK(allocations_when_warm<float>(layer, pages) == 0);

@@ -51,6 +51,68 @@ TEST_CASE("a ring is a window over a cache that keeps everything", "[layer]") {
   }
 }
 
+TEST_CASE("a pinned token's position in the cache is the one it would have if nothing had been forgotten", "[layer]") {
+  const auto layer = multi_head_layer<double>(small_gqa, true);
+  const Matrix<double> x = normals<double>(83, 23, 1);
+  for (const auto& [window, pinned, slack] : {Sizes{7, 3, 5}, {0, 2, 3}, {13, 1, 40}, {6, 0, 2}, {200, 5, 2}}) {
+    CAPTURE(window, pinned, slack);
+    // StreamingLLM as it is told: the tokens that are there, one after another, and the last of them asks.
+    Wide expected(83, 23);
+    for (Index t = 0; t < 83; ++t) {
+      const Index n_pinned = std::min(pinned, t + 1), from = std::max(n_pinned, t - window);
+      Matrix<double> there(n_pinned + t + 1 - from, 23);
+      there << x.topRows(n_pinned), x.middleRows(from, t + 1 - from);
+      expected.row(t) = multi_head_by_formula(layer, there).bottomRows(1);
+    }
+    for (const Kernel kernel : {Kernel::reference, Kernel::tiled, Kernel::decode})
+      for (const std::vector<Index>& pieces : {std::vector<Index>{1}, {83}, {29, 1, 1, 2, 17}}) {
+        RingCache<double> cache({.kv_heads = 2,
+                                 .head_dim = 10,
+                                 .v_head_dim = 7,
+                                 .window = window,
+                                 .pinned = pinned,
+                                 .slack = slack,
+                                 .positions_in_cache = true});
+        const Matrix<double> out =
+            feed(layer, cache, x, pieces, qkv::causal, qkv::plain, LayerOptions{.kernel = kernel});
+        CHECK(max_error(out, expected) <= layer_tolerance<double>);
+        if (pinned > 0 && window < 50)  // and it does make a difference
+          CHECK(max_error(windowed<double>(layer, x, window, pinned), expected) > 1e-3);
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("positions in the cache: quantised, rolled back, in batches", "[layer]", float, std::int8_t) {
+  const auto layer = multi_head_layer<float>(small_gqa, true);
+  const Matrix<float> x = normals<float>(60, 23, 2);
+  const auto make = [] {
+    return RingCache<TestType>({.kv_heads = 2,
+                                .head_dim = 10,
+                                .v_head_dim = 7,
+                                .window = 9,
+                                .pinned = 3,
+                                .slack = 4,
+                                .positions_in_cache = true});
+  };
+  const LayerOptions options{.kernel = Kernel::decode};
+  auto one = make(), chunks = make(), copy = make();
+  const Matrix<float> expected = feed(layer, one, x, {1}, qkv::causal, qkv::plain, options);
+  CHECK(max_error(feed(layer, chunks, x, {23, 4, 2, 1}, qkv::causal, qkv::plain, options), expected) <=
+        layer_tolerance<float>);
+  layer.forward(x.topRows(50), copy, qkv::causal, qkv::plain, options);
+  layer.forward(x.topRows(3), copy, qkv::causal, qkv::plain, options);
+  copy.truncate(50);
+  auto moved = copy;  // the option is copied too
+  Matrix<float> out(20, 23), batch(20, 23);
+  batch << x.bottomRows(10), x.bottomRows(10);
+  const Index offsets[] = {0, 10, 20};
+  RingCache<TestType>* const caches[] = {&copy, &moved};
+  layer.forward_into(out, batch, std::span<const Index>(offsets), std::span<RingCache<TestType>* const>(caches),
+                     qkv::causal, qkv::plain, options);
+  CHECK(max_error(out.topRows(10), expected.bottomRows(10)) <= layer_tolerance<float>);
+  CHECK(max_error(out.bottomRows(10), expected.bottomRows(10)) <= layer_tolerance<float>);
+}
+
 TEST_CASE("a ring has the bits of the window, however its rows arrive", "[layer]") {
   const auto layer = multi_head_layer<float>(small_gqa, true);
   const Matrix<float> x = normals<float>(300, 23, 2);  // wraps more than twice, across the kernels' chunks

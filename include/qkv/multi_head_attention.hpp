@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "attention.hpp"
+#include "detail/cache_positions.hpp"
 #include "detail/layer.hpp"
 #include "kv_cache.hpp"
 #include "model_config.hpp"
@@ -160,8 +161,7 @@ class MultiHeadAttention {
       cache.append(buffers.k, buffers.v);
       Options<T> call = call_options(options, position);
       call.workspace = &cache.workspace();
-      attention_into(buffers.context, buffers.q, cache, heads(), detail::visible(cache) & detail::as_mask(mask), score,
-                     call, executor);
+      attend(buffers.context, buffers.q, cache, detail::visible(cache) & detail::as_mask(mask), score, call, executor);
       weights_.output.forward_into(detail::rows_of(result, first, n), buffers.context);
       first += n;
     }
@@ -183,7 +183,8 @@ class MultiHeadAttention {
                            detail::footprint(out));
 
     if constexpr (detail::SlidingCache<C>)
-      if (detail::needs_pieces(row_offsets, caches)) {
+      if (detail::needs_pieces(row_offsets, caches) ||
+          (rope_ && std::any_of(caches.begin(), caches.end(), [](C* c) { return detail::counts_in_cache(*c); }))) {
         for (std::size_t s = 0; s < caches.size(); ++s) {
           const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
           forward_into(detail::rows_of(writable_view(out), first, n), detail::rows_of(rows, first, n), *caches[s], mask,
@@ -234,6 +235,15 @@ class MultiHeadAttention {
     View<T> q, k, v, context;
     Workspace::Lease lease;
   };
+
+  template <class C, class M, class F, class E>
+  void attend(View<T> context, View<T> q, C& cache, const M& mask, const F& score, const Options<T>& call,
+              const E& executor) const {
+    if constexpr (detail::CanCountInCache<C>)
+      if (rope_ && detail::counts_in_cache(cache))
+        return detail::attend_in_cache(context, view(q), cache, *rope_, heads(), mask, score, call, executor);
+    attention_into(context, q, cache, heads(), mask, score, call, executor);
+  }
 
   template <class Turn>
   void project(Buffers& buffers, const ConstView<T>& x, Turn&& turn) const {

@@ -8,7 +8,9 @@
 // a chunk of up to slack rows is appended before its first token has looked at its old window, and up to slack rows can
 // be taken back (speculative decoding). Longer chunks go in pieces of max_append() rows, as the layers do.
 //
-// Pinned tokens keep their absolute positions. Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first
+// Pinned tokens keep their absolute positions, and so move away from the query for ever. Models with RoPE that were not
+// trained for that want `positions_in_cache`: a pinned token then stands as far from the query as it would if what was
+// forgotten had never been there (layers with RoPE do it; stored keys, masks and scores know nothing of it). Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first
 // tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453.
 //
 // Before: kv_cache.hpp   Next: page_pool.hpp
@@ -27,9 +29,10 @@ struct RingCacheConfig {
   Index kv_heads = 1;
   Index head_dim = 0;
   Index v_head_dim = head_dim;
-  Index window = 0;  // rows before its own that a query sees: the `left` of window(left, 0)
-  Index pinned = 0;  // first rows that are never forgotten
-  Index slack = 1;   // the longest piece that can be appended, or taken back, at once
+  Index window = 0;                 // rows before its own that a query sees: the `left` of window(left, 0)
+  Index pinned = 0;                 // first rows that are never forgotten
+  Index slack = 1;                  // the longest piece that can be appended, or taken back, at once
+  bool positions_in_cache = false;  // of the pinned rows, for RoPE: as in StreamingLLM
 };
 
 template <StorageType S = float>
@@ -42,7 +45,8 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
       : Base({config.kv_heads, config.head_dim, config.v_head_dim}),
         window_(config.window),
         pinned_(config.pinned),
-        oldest_(config.pinned) {
+        oldest_(config.pinned),
+        positions_in_cache_(config.positions_in_cache) {
     constexpr Index most = std::numeric_limits<Index>::max() / 4;
     detail::require(
         window_ >= 0 && window_ < most && pinned_ >= 0 && pinned_ < most && config.slack >= 1 && config.slack < most,
@@ -60,6 +64,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
         ring_(other.ring_),
         position_(other.position_),
         oldest_(other.oldest_),
+        positions_in_cache_(other.positions_in_cache_),
         block_(this->shape_, capacity(), 1) {
     for (std::size_t r = 0; r < other.n_runs_; ++r)
       block_.copy_rows(other.block_, 0, 0, slot(other.runs_[r].position), other.runs_[r].rows);
@@ -79,6 +84,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   Index window() const { return window_; }
   Index pinned() const { return pinned_; }
   Index slack() const { return ring_ - window_; }
+  bool positions_in_cache() const { return positions_in_cache_; }
 
   /// The longest piece whose first token still finds its window once the piece is appended: slack, and more while the
   /// window is not full.
@@ -168,6 +174,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
     std::swap(ring_, other.ring_);
     std::swap(position_, other.position_);
     std::swap(oldest_, other.oldest_);
+    std::swap(positions_in_cache_, other.positions_in_cache_);
     std::swap(block_, other.block_);
     std::swap(runs_, other.runs_);
     std::swap(n_runs_, other.n_runs_);
@@ -176,6 +183,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   Index window_ = 0, pinned_ = 0, ring_ = 0;
   Index position_ = 0;
   Index oldest_ = 0;  // of the positions >= pinned that are held
+  bool positions_in_cache_ = false;
   detail::CacheBlocks<S> block_;
   std::array<KeyRun<S>, 3> runs_;
   std::size_t n_runs_ = 0;
