@@ -330,7 +330,7 @@ class Tiled {
     const Index dv = task_.v_head_dim(), full = dv / rows, rest = dv % rows;
     const Index count = (panels_.blocks[b].count + A::keys - 1) / A::keys;
     for (Span* span : {&before, &both, &after})
-      span->begin = span->begin / A::keys, span->end = (span->end + A::keys - 1) / A::keys;
+      *span = span->begin >= span->end ? Span{} : Span{span->begin / A::keys, (span->end + A::keys - 1) / A::keys};
     ValueOperands<Number> op{.before = before, .both = both, .after = after};
     op.a = panels_.block_values(b);
     op.b = reinterpret_cast<const Number*>(scratch_.s), op.b_step = lanes;
