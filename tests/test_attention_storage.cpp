@@ -38,6 +38,7 @@ const std::vector<Case>& some_shapes() {
       {.n_queries = 1, .n_keys = 277, .heads = {14, 2}, .head_dim = 40, .v_head_dim = 24},
       {.n_queries = 3, .n_keys = 9, .heads = {2, 1}, .head_dim = 5, .v_head_dim = 1},
       {.n_queries = 67, .n_keys = 131, .heads = {4, 2}, .head_dim = 17, .v_head_dim = 33},
+      {.n_queries = 21, .n_keys = 25, .heads = {2, 2}, .head_dim = 10, .v_head_dim = 7},  // two registers, odd count
   };
   return cases;
 }
