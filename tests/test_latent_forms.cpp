@@ -134,3 +134,15 @@ TEST_CASE("a layer of DeepSeek-V2-Lite's size: naive is absorbed", "[latent_form
   CHECK(restored.cwiseAbs().maxCoeff() >= 0.1F);
   CHECK(max_error(folded, restored) <= 2e-5);
 }
+
+TEST_CASE("both forms see the same narrow weights", "[latent_form]") {
+  const auto exact = latent_layer<float>(small_mla);
+  const qkv::LatentAttention<float> layer(small_mla, exact.weights().stored_as<std::int8_t>());
+  const Matrix<float> x = normals<float>(50, small_mla.model_dim, 9);
+  auto one = layer.make_cache(50), two = layer.make_cache(50), wide = exact.make_cache(50);
+  const Matrix<float> restored = layer.forward(x, one, qkv::causal, qkv::plain, naive);
+  CHECK(max_error(layer.forward(x, two, qkv::causal, qkv::plain, absorbed), restored) <= 1e-5);
+  const double rounding = max_error(exact.forward(x, wide, qkv::causal, qkv::plain, naive), restored);
+  CHECK(rounding > 1e-4);
+  CHECK(rounding < 0.1);
+}

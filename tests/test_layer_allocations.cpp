@@ -125,6 +125,13 @@ TEST_CASE("a warm batch allocates nothing", "[allocations]") {
   std::vector<qkv::LatentCache<float>> latents(4, mla.make_cache(20));
   std::vector<qkv::PagedCache<float>> pages;
   for (int s = 0; s < 4; ++s) pages.emplace_back(pool);
+  // One sequence that grows behind 14 shared rows, and forks of it.
+  const std::vector<Index> singles = {0, 1, 2, 3, 4};
+  std::vector<qkv::PagedCache<float>> family;
+  family.emplace_back(pool);
+  mha.forward(x.topRows(14), family[0]);
+  for (int s = 0; s < 3; ++s) family.push_back(family[0].fork());
+  const auto forks = pointers_to(family);
   const auto contiguous = pointers_to(caches);
   const auto paged = pointers_to(pages);
   const auto latent = pointers_to(latents);
@@ -132,9 +139,12 @@ TEST_CASE("a warm batch allocates nothing", "[allocations]") {
   const auto run = [&] {
     mha.forward_into(out, x, rows, std::span<qkv::KvCache<float>* const>(contiguous));
     mha.forward_into(out, x, rows, std::span<qkv::PagedCache<float>* const>(paged));
+    mha.forward_into(out.topRows(4), x.topRows(4), std::span<const Index>(singles),
+                     std::span<qkv::PagedCache<float>* const>(forks), qkv::causal, qkv::plain,
+                     qkv::LayerOptions{.share_prefixes = true});
     mla.forward_into(latent_out, y, rows, std::span<qkv::LatentCache<float>* const>(latent));
   };
   run();
-  for (std::size_t s = 0; s < 4; ++s) caches[s].clear(), latents[s].clear(), pages[s].clear();
+  for (std::size_t s = 0; s < 4; ++s) caches[s].clear(), latents[s].clear(), pages[s].clear(), family[s].truncate(14);
   CHECK(allocations_of(run).count == 0);
 }

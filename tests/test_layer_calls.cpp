@@ -101,3 +101,22 @@ TEST_CASE("an executor changes no bit of a layer", "[layer]") {
   CHECK(same_bits(run(Shuffled{1}), expected));
   CHECK(same_bits(layer.forward(x, qkv::causal, qkv::plain, {}, Threaded{2}), layer.forward(x)));
 }
+
+TEST_CASE("a layer may keep its weights narrow", "[layer]") {
+  const auto exact = multi_head_layer<float>(small_gqa, true);
+  const auto& w = exact.weights();
+  const auto narrow = w.stored_as<qkv::bfloat16>();
+  const auto rounded = [](const qkv::Projection<float>& p) {
+    return qkv::Projection<float>(p.weight().cast<qkv::bfloat16>().cast<float>(), p.bias());
+  };
+  CHECK(narrow.query.bytes() * 2 == w.query.bytes());
+  const MultiHeadAttention<float> layer(small_gqa, narrow),
+      wide(small_gqa,
+           {rounded(w.query), rounded(w.key), rounded(w.value), rounded(w.output), w.query_norm, w.key_norm, w.sinks});
+  const Matrix<float> x = normals<float>(60, 23, 6);
+  CHECK(same_bits(layer.forward(x), wide.forward(x)));
+  auto cache = layer.make_cache(60), other = layer.make_cache(60);
+  const qkv::LayerOptions options{.kernel = qkv::Kernel::tiled};
+  CHECK(same_bits(feed(layer, cache, x, {31, 1, 1, 5}, qkv::causal, qkv::plain, options),
+                  layer.forward(x, other, qkv::causal, qkv::plain, options, Threaded{3})));
+}

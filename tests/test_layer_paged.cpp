@@ -1,8 +1,9 @@
 #include <qkv/multi_head_attention.hpp>
 #include <qkv/paged_cache.hpp>
 
+#include "support/batches.hpp"
 #include "support/catch.hpp"
-#include "support/layers.hpp"
+#include "support/executors.hpp"
 
 using namespace support;
 using qkv::Kernel, qkv::LayerOptions, qkv::PagedCache, qkv::PagePool;
@@ -125,4 +126,100 @@ TEST_CASE("pages go back and on again", "[layer]") {
   CHECK(same_bits(layer.forward(x.bottomRows(13), cache, qkv::causal, qkv::plain, options),
                   layer.forward(x.bottomRows(13), whole, qkv::causal, qkv::plain, options)));
   CHECK(same_bits(keeper.keys(), whole.keys().topRows(10)));
+}
+
+namespace {
+
+/// Two families of forks and strangers: {0, 1, 2, 3} begin with the 19 rows of one prompt (3 only with 7), 4 is alone, 5
+/// and 6 share another's.
+template <class S>
+std::vector<PagedCache<S>> families(const MultiHeadAttention<float>& layer, PagePool<S>& pool) {
+  std::vector<PagedCache<S>> caches;
+  caches.emplace_back(pool);
+  layer.forward(normals<float>(19, 23, 31), caches[0]);
+  for (const Index position : {19, 19, 7}) caches.push_back(caches[0].fork(position));
+  caches.emplace_back(pool);
+  layer.forward(normals<float>(3, 23, 32), caches[4]);
+  caches.emplace_back(pool);
+  layer.forward(normals<float>(13, 23, 33), caches[5]);
+  caches.push_back(caches[5].fork());
+  return caches;
+}
+
+/// Some rounds of all families in one call: prefixes shared, against each read by itself.
+template <class S, class M, class F, class E>
+double cascade_error(const M& mask, const F& score, Kernel kernel, const E& executor) {
+  const auto layer = multi_head_layer<float>(small_gqa, true);
+  PagePool<S> pool(pages_for_small_gqa(3, 200));
+  auto shared = families(layer, pool), single = families(layer, pool);
+  double worst = 0;
+  for (const Round& round : {Round{1, 1, 1, 1, 1, 1, 1}, {1, 0, 2, 1, 0, 5, 1}, {9, 1, 1, 3, 70, 1, 1}}) {
+    const auto offsets = offsets_of(round);
+    const Matrix<float> x = normals<float>(offsets.back(), 23, 34);
+    LayerOptions options{.kernel = kernel};
+    const Matrix<float> expected = run_batch(layer, x, offsets, pointers_to(single), mask, score, options);
+    options.share_prefixes = true;
+    const Matrix<float> got = run_batch(layer, x, offsets, pointers_to(shared), mask, score, options, executor);
+    const double error = max_error(got, expected);
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+}  // namespace
+
+TEST_CASE("neighbours share the pages that all of them begin with", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  PagePool<float> pool(pages_for_small_gqa(3, 200));
+  auto caches = families(layer, pool);
+  const auto group_of = [&](const Round& round, Index first) {
+    const auto offsets = offsets_of(round);
+    const auto pointers = pointers_to(caches);
+    run_batch(layer, normals<float>(offsets.back(), 23, 35), offsets, pointers);
+    const qkv::detail::Batch<float, PagedCache<float>> batch{{nullptr, 0, 0, Eigen::OuterStride<>(0)},
+                                                             {nullptr, 0, 0, Eigen::OuterStride<>(0)},
+                                                             offsets,
+                                                             pointers,
+                                                             {6, 2},
+                                                             {}};
+    const auto group = qkv::detail::shared_prefix(batch, first);
+    return std::tuple(group.first, group.last, group.rows);
+  };
+  const Round all = {1, 1, 1, 1, 1, 1, 1};
+  CHECK(group_of(all, 0) == std::tuple(0, 3, 18));  // 19 rows are six pages of 3 and a piece; the fourth has only two
+  CHECK(group_of(all, 2) == std::tuple(2, 4, 6));
+  CHECK(group_of(all, 3) == std::tuple(3, 4, 0));
+  CHECK(group_of(all, 5) == std::tuple(5, 7, 12));
+  CHECK(group_of({0, 1, 0, 1, 1, 1, 1}, 0) == std::tuple(0, 1, 0));  // who asks nothing, shares nothing
+  CHECK(group_of({0, 1, 0, 1, 1, 1, 1}, 1) == std::tuple(1, 4, 6));
+}
+
+TEMPLATE_TEST_CASE("a shared prefix gives the same numbers", "[layer]", float, std::int8_t) {
+  // Narrow products round where exact ones do not; with exact ones only the bracketing differs.
+  const double bound = std::is_same_v<TestType, float> ? 2e-6 : 2e-2;
+  for (const Kernel kernel : {Kernel::automatic, Kernel::decode, Kernel::reference}) {
+    CHECK(cascade_error<TestType>(qkv::causal, qkv::plain, kernel, qkv::serial) <= bound);
+    CHECK(cascade_error<TestType>(qkv::causal, qkv::plain, kernel, Threaded{3}) <= bound);
+  }
+  // Masks and scores are told which sequence's query, head and position it is.
+  const auto odd = [](const qkv::At& at) {
+    return (at.query + 2 * at.head + at.key + at.query_position + 3 * at.key_position) % 5 != 0 || at.key == 4;
+  };
+  const auto slanted = [](auto s, const qkv::At& at) {
+    return s - static_cast<decltype(s)>(at.query_position - at.key_position) * 0.05F * static_cast<float>(at.head + 1) +
+           static_cast<decltype(s)>(at.query) * 0.1F * static_cast<float>(at.key % 3);
+  };
+  CHECK(cascade_error<TestType>(qkv::window(11, 0), slanted, Kernel::automatic, qkv::serial) <= bound);
+  CHECK(cascade_error<TestType>(odd, qkv::soft_cap(2), Kernel::automatic, Shuffled{5}) <= bound);
+}
+
+TEST_CASE("shared prefixes have the same bits on any executor", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa, true);
+  PagePool<float> pool(pages_for_small_gqa(3, 200));
+  auto first = families(layer, pool), second = families(layer, pool);
+  const std::vector<Index> offsets = {0, 1, 3, 4, 5, 9, 10, 11};
+  const Matrix<float> x = normals<float>(11, 23, 36);
+  const LayerOptions options{.share_prefixes = true};
+  CHECK(same_bits(run_batch(layer, x, offsets, pointers_to(first), qkv::causal, qkv::plain, options),
+                  run_batch(layer, x, offsets, pointers_to(second), qkv::causal, qkv::plain, options, Threaded{4})));
 }

@@ -1,6 +1,8 @@
+#include <qkv/embedding.hpp>
 #include <qkv/projection.hpp>
 
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 #include "support/numbers.hpp"
 
 using namespace support;
@@ -112,4 +114,68 @@ TEST_CASE("a projection names the shapes that do not fit", "[projection]") {
   REQUIRE(contains(message_of([&] { projection.forward(x); }), "x is [4, 40]"));
   REQUIRE(contains(message_of([&] { projection.forward_into(out, x.leftCols(13)); }), "out is [4, 36]"));
   REQUIRE(contains(message_of([&] { projection.forward_into(x.rightCols(37), x.leftCols(13)); }), "share elements"));
+}
+
+TEST_CASE("weights are handed back as they came, and copies share them", "[projection]") {
+  const qkv::Matrix<float> w = numbers<float>(19, 71, 19);
+  const qkv::RowVector<float> b = numbers<float>(1, 71, 20);
+  qkv::Projection<float> projection(w, b), copy = projection;
+  REQUIRE(same_bits(projection.weight(), w));
+  REQUIRE(same_bits(qkv::Projection<float>::from_out_in(w.transpose()).weight(), w));
+  REQUIRE(projection.bytes() == 3 * 32 * 19 * sizeof(float));  // 71 columns in panels of 32
+  projection = qkv::Projection<float>();
+  REQUIRE(projection.in_dim() == 0);
+  REQUIRE(projection.weight().size() == 0);
+  REQUIRE(projection.forward(qkv::Matrix<float>(3, 0)).rows() == 3);
+  REQUIRE(same_bits(copy.weight(), w));
+  REQUIRE(same_bits(copy.bias(), b));
+}
+
+TEMPLATE_TEST_CASE("narrow weights are those rounded, within the error that is promised", "[projection]", qkv::half,
+                   qkv::bfloat16, std::int8_t) {
+  const Index in = 301, out = 67;
+  const qkv::Matrix<float> x = numbers<float>(21, in, 21), w = numbers<float>(in, out, 22);
+  const qkv::RowVector<float> b = numbers<float>(1, out, 23);
+  const auto narrow = qkv::Projection<float>(w, b).stored_as<TestType>();
+  REQUIRE(narrow.bytes() < 3 * 32 * in * static_cast<Index>(sizeof(TestType)) + 1000);
+  const qkv::Matrix<float> rounded = narrow.weight();
+  double worst = 0;
+  for (Index c = 0; c < out; ++c)
+    for (Index k = 0; k < in; ++k) {
+      const double allowed =
+          std::is_same_v<TestType, std::int8_t> ? static_cast<double>(w.col(c).cwiseAbs().maxCoeff()) / 254 * (1 + 1e-5)
+          : std::is_same_v<TestType, qkv::half> ? std::abs(static_cast<double>(w(k, c))) / 2048 + 3e-8
+                                                : std::abs(static_cast<double>(w(k, c))) / 256;
+      worst = std::max(worst, std::abs(static_cast<double>(rounded(k, c) - w(k, c))) / allowed);
+    }
+  REQUIRE(worst <= 1);
+  REQUIRE(worst > 0.5);  // it is rounded
+  const auto y = narrow.forward(x);
+  REQUIRE(max_error(y, qkv::Projection<float>(rounded, b).forward(x)) <= 1e-5 * std::sqrt(static_cast<double>(in)));
+  for (const Index rows : {1, 2, 3, 4, 5, 13})
+    for (Index first = 0; first + rows <= 21; first += rows)
+      REQUIRE(same_bits(narrow.forward(x.middleRows(first, rows)), y.middleRows(first, rows)));
+}
+
+TEMPLATE_TEST_CASE("any executor gives the same bits, for one product or several together", "[projection]", float,
+                   double) {
+  const qkv::Matrix<TestType> w = numbers<TestType>(70, 1100, 24);
+  const qkv::Projection<TestType> wide(w), narrow(w.leftCols(33)), none(w.leftCols(0));
+  for (const Index n : {0, 1, 3, 40, 150}) {
+    const qkv::Matrix<TestType> x = numbers<TestType>(n, 70, 25), expected = wide.forward(x);
+    REQUIRE(same_bits(wide.forward(x, Shuffled{1}), expected));
+    REQUIRE(same_bits(wide.forward(x, Threaded{3}), expected));
+    qkv::Matrix<TestType> a(n, 1100), b(n, 33), c(n, 0);
+    qkv::detail::run_together<TestType, 3>({{{&none, qkv::writable_view(c), qkv::view(x)},
+                                             {&wide, qkv::writable_view(a), qkv::view(x)},
+                                             {&narrow, qkv::writable_view(b), qkv::view(x)}}},
+                                           Threaded{3});
+    REQUIRE(same_bits(a, expected));
+    REQUIRE(same_bits(b, expected.leftCols(33)));
+  }
+}
+
+TEST_CASE("a tied output head has the bits of a projection of its transpose", "[projection]") {
+  const qkv::Matrix<float> table = numbers<float>(83, 150, 26), x = numbers<float>(7, 150, 27);
+  REQUIRE(same_bits(qkv::Embedding<float>(table).logits(x), qkv::Projection<float>::from_out_in(table).forward(x)));
 }

@@ -85,7 +85,7 @@ class Embedding {
   }
 
   /// x [n, model_dim] -> x·Eᵀ [n, vocabulary]: one score per token of the vocabulary. The bits of a row do not depend on
-  /// the number of rows.
+  /// the number of rows. Projection<T>::from_out_in(table()) gives the same bits, faster, for a packed copy of the table.
   template <MatrixLike X>
   Matrix<T> logits(const X& x) const {
     Matrix<T> out(x.rows(), vocabulary());
@@ -101,7 +101,7 @@ class Embedding {
                     detail::Shape{vocabulary(), model_dim()}, "; x is ", detail::Shape{x.rows(), x.cols()}, ", out is ",
                     detail::Shape{out.rows(), out.cols()});
     detail::require_disjoint(out, x, "x");
-    detail::chain_product<detail::WeightLayout::out_in, T>(writable_view(out), view(x), view(table_), nullptr);
+    detail::chain_product<T>(writable_view(out), view(x), view(table_));
   }
 
  private:

@@ -36,21 +36,24 @@ struct KeyRows {
   Index rows = 0;       // sum over the runs
   Index first_row = 0;  // logical row of the first of them: not 0 where these are a part of a sequence's rows
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
+  Index first_kv_head = 0;                            // of the runs' heads: not 0 where these are only some of them
   Index key_row_stride = 0, key_head_stride = 0;      // elements
   Index value_row_stride = 0, value_head_stride = 0;  // elements
   Index scale_row_stride = 0, scale_head_stride = 0;  // floats
 
   const S* key(const KeyRun<S>& run, Index kv_head, Index row) const {
-    return run.keys + kv_head * key_head_stride + row * key_row_stride;
+    return run.keys + (first_kv_head + kv_head) * key_head_stride + row * key_row_stride;
   }
   const S* value(const KeyRun<S>& run, Index kv_head, Index row) const {
-    return run.values + kv_head * value_head_stride + row * value_row_stride;
+    return run.values + (first_kv_head + kv_head) * value_head_stride + row * value_row_stride;
   }
   float key_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
-    return has_row_scale<S> ? run.key_scales[kv_head * scale_head_stride + row * scale_row_stride] : 1.0F;
+    return has_row_scale<S> ? run.key_scales[(first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride]
+                            : 1.0F;
   }
   float value_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
-    return has_row_scale<S> ? run.value_scales[kv_head * scale_head_stride + row * scale_row_stride] : 1.0F;
+    return has_row_scale<S> ? run.value_scales[(first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride]
+                            : 1.0F;
   }
 };
 

@@ -94,6 +94,19 @@ struct LatentAttentionWeights {
     w.output = draw.projection(c.heads * c.v_head_dim, c.model_dim, false);
     return w;
   }
+
+  /// The same with all matrices rounded to S (half, bfloat16, int8): see Projection. Norms stay in T, and so does the
+  /// absorbed form's own copy of the rounded W_UK and W_UV.
+  template <StorageType S>
+  LatentAttentionWeights stored_as() const {
+    LatentAttentionWeights w = *this;
+    for (Projection<T> LatentAttentionWeights::*p :
+         {&LatentAttentionWeights::query, &LatentAttentionWeights::query_down, &LatentAttentionWeights::query_up,
+          &LatentAttentionWeights::latent_down, &LatentAttentionWeights::key_up, &LatentAttentionWeights::value_up,
+          &LatentAttentionWeights::output})
+      w.*p = (this->*p).template stored_as<S>();
+    return w;
+  }
 };
 
 template <class T = float>
@@ -119,9 +132,10 @@ class LatentAttention {
     detail::check_projection("key_up", weights_.key_up, c.latent_dim, c.heads * c.nope_dim);
     detail::check_projection("value_up", weights_.value_up, c.latent_dim, c.heads * c.v_head_dim);
     detail::check_projection("output", weights_.output, c.heads * c.v_head_dim, c.model_dim);
+    const Matrix<T> key_up = weights_.key_up.weight(), value_up = weights_.value_up.weight();
     for (Index h = 0; h < c.heads; ++h) {
-      absorb_key_.emplace_back(Matrix<T>(head_columns(weights_.key_up.weight(), h, c.heads).transpose()));
-      absorb_value_.emplace_back(Matrix<T>(head_columns(weights_.value_up.weight(), h, c.heads)));
+      absorb_key_.emplace_back(head_columns(key_up, h, c.heads).transpose());
+      absorb_value_.emplace_back(head_columns(value_up, h, c.heads));
     }
   }
 
@@ -144,7 +158,7 @@ class LatentAttention {
                     Index first_position = 0) const {  // [n, heads·(nope_dim + rope_dim)], rope part rotated
     Matrix<T> q(x.rows(), config_.heads * config_.head_dim()), down(x.rows(), config_.q_latent_dim);
     const auto& rows = viewable(x);
-    project_queries(writable_view(q), writable_view(down), view(rows));
+    project_queries(writable_view(q), writable_view(down), view(rows), serial);
     rope_.apply_in_place(q, config_.heads, first_position, config_.nope_dim);
     return q;
   }
@@ -217,8 +231,8 @@ class LatentAttention {
     }
 
     Buffers b(*this, caches[0]->workspace(), x.rows());
-    project_queries(b.q, b.q_latent, rows);
-    weights_.latent_down.forward_into(b.latents, rows);
+    project_queries(b.q, b.q_latent, rows, executor);
+    weights_.latent_down.forward_into(b.latents, rows, executor);
     for (std::size_t s = 0; s < caches.size(); ++s) {
       const Index first = row_offsets[s], n = row_offsets[s + 1] - first, position = caches[s]->position();
       rope_.apply_in_place(detail::rows_of(b.q, first, n), config_.heads, position, config_.nope_dim);
@@ -232,7 +246,7 @@ class LatentAttention {
         attend(detail::rows_of(b.context, first, n), detail::rows_of(b.q, first, n), *caches[s], m, score, options,
                executor);
     }
-    weights_.output.forward_into(out, b.context);
+    weights_.output.forward_into(out, b.context, executor);
   }
 
  private:
@@ -258,11 +272,12 @@ class LatentAttention {
     Workspace::Lease lease;
   };
 
-  void project_queries(View<T> q, View<T> q_latent, const ConstView<T>& x) const {
-    if (config_.q_latent_dim == 0) return weights_.query.forward_into(q, x);
-    weights_.query_down.forward_into(q_latent, x);
+  template <class E>
+  void project_queries(View<T> q, View<T> q_latent, const ConstView<T>& x, const E& executor) const {
+    if (config_.q_latent_dim == 0) return weights_.query.forward_into(q, x, executor);
+    weights_.query_down.forward_into(q_latent, x, executor);
     rms_norm_into(q_latent, q_latent, weights_.query_norm, config_.norm_eps);
-    weights_.query_up.forward_into(q, q_latent);
+    weights_.query_up.forward_into(q, q_latent, executor);
   }
 
   /// The latent is normed before it is cached, the rope key is rotated before it is cached and never normed.

@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "attention.hpp"
+#include "detail/batch.hpp"
 #include "detail/cache_positions.hpp"
 #include "detail/layer.hpp"
 #include "kv_cache.hpp"
@@ -52,6 +53,18 @@ struct MultiHeadAttentionWeights {
                                 draw.projection(config.heads * config.v_head_dim, config.model_dim, config.out_bias)};
     if (config.qk_norm) w.query_norm = w.key_norm = RowVector<T>::Ones(config.head_dim);
     return w;
+  }
+
+  /// The same with all matrices rounded to S (half, bfloat16, int8): see Projection. Norms, biases and sinks stay in T.
+  template <StorageType S>
+  MultiHeadAttentionWeights stored_as() const {
+    return {query.template stored_as<S>(),
+            key.template stored_as<S>(),
+            value.template stored_as<S>(),
+            output.template stored_as<S>(),
+            query_norm,
+            key_norm,
+            sinks};
   }
 };
 
@@ -93,32 +106,34 @@ class MultiHeadAttention {
   }
 
   /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
-  template <MatrixLike X>
-  Matrix<T> queries(const X& x, Index first_position = 0) const {  // [n, heads·head_dim]
-    Matrix<T> q = weights_.query.forward(x);
+  template <MatrixLike X, Executor E = Serial>
+  Matrix<T> queries(const X& x, Index first_position = 0, const E& executor = serial) const {  // [n, heads·head_dim]
+    Matrix<T> q = weights_.query.forward(x, executor);
     turn_queries(q, first_position);
     return q;
   }
-  template <MatrixLike X>
-  Matrix<T> keys(const X& x, Index first_position = 0) const {  // [n, kv_heads·head_dim]
-    Matrix<T> k = weights_.key.forward(x);
+  template <MatrixLike X, Executor E = Serial>
+  Matrix<T> keys(const X& x, Index first_position = 0, const E& executor = serial) const {  // [n, kv_heads·head_dim]
+    Matrix<T> k = weights_.key.forward(x, executor);
     turn_keys(k, first_position);
     return k;
   }
-  template <MatrixLike X>
-  Matrix<T> values(const X& x) const {  // [n, kv_heads·v_head_dim]
-    return weights_.value.forward(x);
+  template <MatrixLike X, Executor E = Serial>
+  Matrix<T> values(const X& x, const E& executor = serial) const {  // [n, kv_heads·v_head_dim]
+    return weights_.value.forward(x, executor);
   }
-  template <MatrixLike X>
-  Matrix<T> output(const X& context) const {  // [n, heads·v_head_dim] -> [n, model_dim]
-    return weights_.output.forward(context);
+  template <MatrixLike X, Executor E = Serial>
+  Matrix<T> output(const X& context, const E& executor = serial) const {  // [n, heads·v_head_dim] -> [n, model_dim]
+    return weights_.output.forward(context, executor);
   }
 
   /// A whole text at positions 0 … n-1, without a cache.
   template <MatrixLike X, detail::NeitherCacheNorMatrix M = Window, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const X& x, const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
                     const E& executor = serial) const {
-    return output(attention(queries(x), keys(x), values(x), heads(), mask, score, call_options(options, 0), executor));
+    return output(attention(queries(x, 0, executor), keys(x, 0, executor), values(x, executor), heads(), mask, score,
+                            call_options(options, 0), executor),
+                  executor);
   }
 
   /// Cross-attention: query [n_queries, model_dim], key [n_keys, key_dim], value [n_keys, value_dim]. Both sides count
@@ -126,8 +141,9 @@ class MultiHeadAttention {
   template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const Q& query, const K& key, const V& value, const M& mask = full, const F& score = plain,
                     const LayerOptions& options = {}, const E& executor = serial) const {
-    return output(
-        attention(queries(query), keys(key), values(value), heads(), mask, score, call_options(options, 0), executor));
+    return output(attention(queries(query, 0, executor), keys(key, 0, executor), values(value, executor), heads(), mask,
+                            score, call_options(options, 0), executor),
+                  executor);
   }
 
   /// The next tokens of the cache's sequence: appends their keys and values, attends all that the cache holds. Full
@@ -154,22 +170,23 @@ class MultiHeadAttention {
     for (Index first = 0; first < x.rows();) {
       const Index position = cache.position(), n = detail::piece(cache, position, x.rows() - first);
       Buffers buffers(*this, cache.workspace(), n);
-      project(buffers, detail::rows_of(rows, first, n), [&](View<T> q, View<T> k) {
-        turn_queries(q, position);
-        turn_keys(k, position);
+      project(buffers, detail::rows_of(rows, first, n), executor, [&](View<T> q, View<T> k, Index row) {
+        turn_queries(q, position + row);
+        turn_keys(k, position + row);
       });
       cache.append(buffers.k, buffers.v);
       Options<T> call = call_options(options, position);
       call.workspace = &cache.workspace();
       attend(buffers.context, buffers.q, cache, detail::visible(cache) & detail::as_mask(mask), score, call, executor);
-      weights_.output.forward_into(detail::rows_of(result, first, n), buffers.context);
+      weights_.output.forward_into(detail::rows_of(result, first, n), buffers.context, executor);
       first += n;
     }
   }
 
   /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to caches[s]. One
   /// projection for all rows (with a ring: where each sequence goes in one piece); each sequence gives the same bits as
-  /// alone. Either all caches take their rows or none.
+  /// alone. Either all caches take their rows or none. The executor gets kv heads of all sequences, the longest first.
+  /// With options.share_prefixes neighbours whose page tables begin alike (forks of a PagedCache) read those pages once.
   template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
   void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, std::span<C* const> caches,
                     const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
@@ -193,24 +210,17 @@ class MultiHeadAttention {
         return;
       }
     Buffers buffers(*this, caches[0]->workspace(), x.rows());
-    project(buffers, rows, [&](View<T> q, View<T> k) {
-      for (std::size_t s = 0; s < caches.size(); ++s) {
-        const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
-        turn_queries(detail::rows_of(q, first, n), caches[s]->position());
-        turn_keys(detail::rows_of(k, first, n), caches[s]->position());
-      }
+    project(buffers, rows, executor, [&](View<T> q, View<T> k, Index row) {
+      detail::for_each_sequence(row_offsets, row, q.rows(), [&](std::size_t s, Index first, Index n) {
+        const Index position = caches[s]->position() + first - row_offsets[s];
+        turn_queries(detail::rows_of(q, first - row, n), position);
+        turn_keys(detail::rows_of(k, first - row, n), position);
+      });
     });
     detail::append_all(row_offsets, caches, buffers.k, buffers.v);
-    executor(static_cast<Index>(caches.size()), [&](Index i) {
-      const auto s = static_cast<std::size_t>(i);
-      const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
-      if (n == 0) return;
-      Options<T> call = call_options(options, caches[s]->position() - n);
-      call.workspace = &caches[s]->workspace();
-      attention_into(detail::rows_of(buffers.context, first, n), detail::rows_of(buffers.q, first, n), *caches[s],
-                     heads(), detail::visible(*caches[s]) & detail::as_mask(mask), score, call);
-    });
-    weights_.output.forward_into(out, buffers.context);
+    const detail::Batch<T, C> batch{buffers.context, buffers.q, row_offsets, caches, heads(), call_options(options, 0)};
+    detail::attend_batch(batch, options.share_prefixes, detail::as_mask(mask), score, caches[0]->workspace(), executor);
+    weights_.output.forward_into(out, buffers.context, executor);
   }
 
  private:
@@ -245,12 +255,16 @@ class MultiHeadAttention {
     attention_into(context, q, cache, heads(), mask, score, call, executor);
   }
 
-  template <class Turn>
-  void project(Buffers& buffers, const ConstView<T>& x, Turn&& turn) const {
-    weights_.query.forward_into(buffers.q, x);
-    weights_.key.forward_into(buffers.k, x);
-    weights_.value.forward_into(buffers.v, x);
-    turn(buffers.q, buffers.k);
+  /// All three products in one go of the executor; then turn(q, k, row) for blocks of rows that begin at `row`.
+  template <class E, class Turn>
+  void project(Buffers& b, const ConstView<T>& x, const E& executor, Turn&& turn) const {
+    detail::run_together<T, 3>({{{&weights_.query, b.q, x}, {&weights_.key, b.k, x}, {&weights_.value, b.v, x}}},
+                               executor);
+    constexpr Index rows = 16;
+    executor((x.rows() + rows - 1) / rows, [&](Index block) {
+      const Index row = block * rows, n = std::min(rows, x.rows() - row);
+      turn(detail::rows_of(b.q, row, n), detail::rows_of(b.k, row, n), row);
+    });
   }
 
   template <class X>

@@ -62,6 +62,7 @@ struct LayerOptions {
   Kernel kernel = Kernel::automatic;
   Arithmetic arithmetic = Arithmetic::automatic;
   LatentForm form = LatentForm::automatic;  // LatentAttention only
+  bool share_prefixes = false;  // batches of PagedCaches: attend to common first pages once; other bits, same numbers
 };
 
 /// The four stages of ONNX's qk_matmul_output_mode, for looking inside attention_weights().

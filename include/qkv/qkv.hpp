@@ -11,6 +11,7 @@
 #include "workspace.hpp"                // scratch memory that belongs to the caller
 #include "kernel/simd.hpp"              // a register of numbers on every instruction set
 #include "kernel/register_tile.hpp"     // the one inner loop of every product
+#include "kernel/packed_weights.hpp"    // weights laid out to stream, in any storage
 #include "kernel/gemm.hpp"              // matrix products with one order of summation
 #include "kernel/words.hpp"             // products of bfloat16 and int8, 32 bits at a time
 

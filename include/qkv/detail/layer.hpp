@@ -33,6 +33,17 @@ ConstView<T> rows_of(const ConstView<T>& x, Index first, Index n) {
   return {x.data() + first * x.outerStride(), n, x.cols(), Eigen::OuterStride<>(x.outerStride())};
 }
 
+/// f(sequence, first_row, n_rows) for each sequence's part of rows [row, row + n).
+template <class F>
+void for_each_sequence(std::span<const Index> row_offsets, Index row, Index n, F&& f) {
+  const auto after = std::upper_bound(row_offsets.begin(), row_offsets.end(), row);
+  for (auto s = static_cast<std::size_t>(after - row_offsets.begin()) - 1; n > 0; ++s) {
+    const Index some = std::min(n, row_offsets[s + 1] - row);
+    if (some > 0) f(s, row, some);
+    row += some, n -= some;
+  }
+}
+
 /// Points x at fresh scratch of [rows, cols].
 template <class T>
 void carve_matrix(Carver& carver, View<T>& x, Index rows, Index cols) {

@@ -10,119 +10,124 @@
 // whatever the number of rows, the executor, or the tile that computes it: a token's bits do not depend on the tokens
 // beside it. Blocking stores a chain's value and takes it up again, which is exact.
 //
-// Packed: W in panels of 128 bytes of T, [⌈out/panel⌉][in][panel], zeros after the last column. The layout is the same on
-// every instruction set. Weights of another storage S keep T's panel and are converted in the register.
+// Up to four rows are bound by reading W (StreamShape); more go through tiles of 12 rows x 32 columns (AVX-512), with the
+// next part of W fetched meanwhile.
 //
-// Before: kernel/register_tile.hpp   Next: kernel/words.hpp
+// Before: kernel/packed_weights.hpp   Next: kernel/words.hpp
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <span>
-#include <vector>
+#include <utility>
 
 #include "../detail/multiply_add.hpp"
 #include "../detail/overlap.hpp"
 #include "../parallel.hpp"
-#include "../workspace.hpp"
-#include "register_tile.hpp"
+#include "packed_weights.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// std::allocator on cache lines; from 4 MB on in huge pages, where Linux has them to give: fewer address translations
-/// while weights stream (measured: 3 to 7 % at 16 to 64 rows of 4096 x 4096).
-template <class S>
-struct WeightAllocator {
-  using value_type = S;
-  WeightAllocator() = default;
-  template <class Other>
-  WeightAllocator(const WeightAllocator<Other>&) {}
-  static std::align_val_t alignment(std::size_t bytes) {
-    return std::align_val_t{bytes >= std::size_t{4} << 20 ? std::size_t{2} << 20 : detail::cache_line};
-  }
-  S* allocate(std::size_t n) {
-    const std::size_t bytes = n * sizeof(S);
-    void* const p = ::operator new(bytes, alignment(bytes));
-#if defined(MADV_HUGEPAGE)
-    if (alignment(bytes) != alignment(0)) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<S*>(p);
-  }
-  void deallocate(S* p, std::size_t n) { ::operator delete(p, alignment(n * sizeof(S))); }
-  friend bool operator==(const WeightAllocator&, const WeightAllocator&) { return true; }
+/// For the fewest rows, which are bound by reading W: a tile over whole panels from the first step to the last, with
+/// enough sums in flight to hide the latency of a multiply-add (two vectors of one row are two: int8 weights would wait).
+template <class T>
+struct StreamShape {
+  static constexpr Index panel_vectors = panel_columns<T> / Simd<T>::width;
+  static constexpr Index vectors = std::max<Index>(4, panel_vectors);
+  static constexpr Index panels = vectors / panel_vectors;
+  static constexpr Index rows = (TileShape<T>::wide ? 16 : 8) / vectors;
+  static constexpr std::uintptr_t ahead = 6144;  // bytes fetched ahead
 };
 
-/// W [in, out] in panels, for products in T. S may be narrower: half, bfloat16, or int8 with a scale per output.
-template <class T, StorageType S = T>
-class PackedWeights {
- public:
-  static constexpr Index panel = 128 / static_cast<Index>(sizeof(T));  // columns
-  static_assert(panel % TileShape<T>::columns == 0);
-
-  PackedWeights() = default;
-
-  /// weight [in, out]: any Eigen expression (a transposed [out, in] matrix too). Rounds to S; int8 as in storage.hpp.
-  template <MatrixLike W>
-  explicit PackedWeights(const W& weight) : in_(weight.rows()), out_(weight.cols()) {
-    const Index size = detail::checked_product(panels() * panel, in_);
-    numbers_.assign(static_cast<std::size_t>(size), static_cast<S>(0));
-    const auto& w = viewable(weight);
-    if constexpr (has_row_scale<S>) {
-      scales_.assign(static_cast<std::size_t>(panels() * panel), T(0));
-      std::vector<T> column(static_cast<std::size_t>(in_));
-      std::vector<S> quantized(static_cast<std::size_t>(in_));
-      for (Index c = 0; c < out_; ++c) {
-        for (Index k = 0; k < in_; ++k) column[static_cast<std::size_t>(k)] = static_cast<T>(w(k, c));
-        scales_[static_cast<std::size_t>(c)] = static_cast<T>(quantize_row(column.data(), in_, quantized.data()));
-        for (Index k = 0; k < in_; ++k) at(k, c) = quantized[static_cast<std::size_t>(k)];
-      }
-    } else {
-      for (Index k = 0; k < in_; ++k)
-        for (Index c = 0; c < out_; ++c) at(k, c) = static_cast<S>(w(k, c));
-    }
+/// c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j) with b in panels that are `b_panel` elements apart, side by side in c.
+template <class T, class S, std::size_t... Sum, std::size_t... Vector, std::size_t... Panel>
+EIGEN_ALWAYS_INLINE void stream_of(const TileOperands<T, S>& op, Index b_panel, std::index_sequence<Sum...>,
+                                   std::index_sequence<Vector...>, std::index_sequence<Panel...>) {
+  using V = Simd<T>;
+  using Shape = StreamShape<T>;
+  constexpr Index width = V::width, vectors = sizeof...(Vector), rows = sizeof...(Sum) / sizeof...(Vector);
+  typename V::Vec sum[sizeof...(Sum)], row[sizeof...(Vector)];
+  if (op.start != nullptr)
+    ((sum[Sum] = V::load(op.start + Index(Sum) / vectors * op.start_row + Index(Sum) % vectors * width)), ...);
+  else
+    ((sum[Sum] = V::zero()), ...);
+  const T* a = op.a;
+  const S* b = op.b;
+  constexpr Index panel_bytes = panel_columns<T> * Index(sizeof(S));
+  for (Index k = op.depth; k > 0; --k) {
+    ((row[Vector] =
+          V::load(b + Index(Vector) / Shape::panel_vectors * b_panel + Index(Vector) % Shape::panel_vectors * width)),
+     ...);
+    const Fetch ahead{reinterpret_cast<std::uintptr_t>(b) + Shape::ahead, 0};
+    (ahead.line(Panel * static_cast<std::uintptr_t>(b_panel) * sizeof(S)), ...);
+    if constexpr (panel_bytes > 64) (ahead.line(Panel * static_cast<std::uintptr_t>(b_panel) * sizeof(S) + 64), ...);
+    ((sum[Sum] = V::fma(V::broadcast(a[Index(Sum) / vectors]), row[Sum % sizeof...(Vector)], sum[Sum])), ...);
+    a += rows;
+    b += panel_columns<T>;
   }
+  (V::store(op.c + Index(Sum) / vectors * op.c_row + Index(Sum) % vectors * width, sum[Sum]), ...);
+}
 
-  Index in() const { return in_; }
-  Index out() const { return out_; }
-  Index panels() const { return (out_ + panel - 1) / panel; }
-  /// W's rows from k on, columns [p·panel, (p+1)·panel): consecutive rows are `panel` apart.
-  const S* rows(Index p, Index k) const { return numbers_.data() + (p * in_ + k) * panel; }
-  /// int8 only: w = number · scale, [panels · panel].
-  const T* scales() const { return scales_.data(); }
-  /// Bytes held: the numbers with their padding, and the scales.
-  std::size_t bytes() const { return numbers_.size() * sizeof(S) + scales_.size() * sizeof(T); }
+template <Index Rows, class T, class S>
+void stream_tile(const TileOperands<T, S> op, Index b_panel) {
+  using Shape = StreamShape<T>;
+  stream_of(op, b_panel, std::make_index_sequence<std::size_t(Rows * Shape::vectors)>{},
+            std::make_index_sequence<std::size_t(Shape::vectors)>{},
+            std::make_index_sequence<std::size_t(Shape::panels)>{});
+}
 
- private:
-  S& at(Index k, Index c) { return numbers_[static_cast<std::size_t>(((c / panel) * in_ + k) * panel + c % panel)]; }
-
-  Index in_ = 0, out_ = 0;
-  std::vector<S, WeightAllocator<S>> numbers_;
-  std::vector<T> scales_;
-};
-
-// ---- the product ----
+/// stream_tile for 1 … StreamShape<T>::rows rows, chosen at run time.
+template <class T, class S>
+void stream_tile_of(Index rows, const TileOperands<T, S>& op, Index b_panel) {
+  constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
+    return std::array{&stream_tile<R + 1, T, S>...};
+  }
+  (std::make_integer_sequence<Index, StreamShape<T>::rows>{});
+  tiles[static_cast<std::size_t>(rows - 1)](op, b_panel);
+}
 
 /// How a product is cut up: from sizes only, so that an executor changes nothing.
 template <class T>
 struct ProductBlocks {
-  static constexpr Index row_block = 64;                                      // rows of one work item
-  static constexpr Index depth_block = 2048 / static_cast<Index>(sizeof(T));  // 64 KB of a panel, in the L2 cache
-  static constexpr Index capacity = row_block * depth_block;                  // of packed x: 128 KB, on the stack
+  static constexpr Index row_block = 64;  // rows of one work item
+  static constexpr Index depth_block =
+      std::max<Index>(2048 / static_cast<Index>(sizeof(T)), 1);  // 64 KB of a panel, in the L2 cache
+  static constexpr Index capacity = row_block * depth_block;     // of packed x: 128 KB, on the stack
 
-  /// Panels of one work item. Each item packs its rows of x again: that must stay small beside the products.
-  static constexpr Index panels_per_item(Index rows) { return rows > TileShape<T>::rows ? 16 : 8; }
   /// Rows of x are packed to this depth at a time: the fewer rows, the longer W streams without a jump.
   static constexpr Index packed_depth(Index rows) { return capacity / rows / depth_block * depth_block; }
+};
+
+/// The work items of a product: blocks of rows x some panels.
+template <class T>
+struct ProductCut {
+  using Blocks = ProductBlocks<T>;
+  Index rows, depth, panels;
+
+  Index row_items() const { return (rows + Blocks::row_block - 1) / Blocks::row_block; }
+  /// Panels of one work item. Each item packs its rows of x again, which must stay small beside the products; a single
+  /// row is not packed, and 256 KB of W are enough. An even number: StreamShape takes two at a time.
+  Index panels_per_item() const {
+    if (rows == 1) {
+      const Index bytes = std::max<Index>(depth, 1) * panel_columns<T> * static_cast<Index>(sizeof(T));
+      return std::clamp<Index>((Index{256} << 10) / bytes / 2 * 2, 2, 16);
+    }
+    return std::clamp<Index>(panels * row_items() / 8 / 2 * 2, 8, 16);
+  }
+  Index items() const { return row_items() * ((panels + panels_per_item() - 1) / panels_per_item()); }
+
+  Index row(Index item) const { return item % row_items() * rows / row_items(); }
+  Index end_row(Index item) const { return (item % row_items() + 1) * rows / row_items(); }
+  Index panel(Index item) const { return item / row_items() * panels_per_item(); }
+  Index end_panel(Index item) const { return std::min(panels, panel(item) + panels_per_item()); }
 };
 
 /// `rows` rows of the output (at most row_block), panels [first, last).
 template <class T, StorageType S>
 struct ProductItem {
   using Shape = TileShape<T>;
+  using Stream = StreamShape<T>;
   using Blocks = ProductBlocks<T>;
   static constexpr Index panel = PackedWeights<T, S>::panel;
   static constexpr Index groups = panel / Shape::columns;  // a panel's columns in tiles
@@ -149,7 +154,12 @@ struct ProductItem {
           pack_rows(x + tile_row(t) * x_stride + k, x_stride, tile_row(t + 1) - tile_row(t), depth,
                     storage + tile_row(t) * depth);
       const T* packed = rows > 1 ? storage : x + k;
-      for (Index p = first; p < last; ++p)
+      for (Index p = first; p < last;) {
+        if (rows <= Stream::rows && p + Stream::panels <= last && (p + Stream::panels) * panel <= w.out()) {
+          stream(p, k, depth, packed);
+          p += Stream::panels;
+          continue;
+        }
         for (Index d = 0; d == 0 || d < depth; d += Blocks::depth_block) {
           const Index some = std::min(Blocks::depth_block, depth - d);
           const S* next = d + some < depth ? w.rows(p, k + d + some)
@@ -158,7 +168,25 @@ struct ProductItem {
                                            : after;
           block(p, k + d, some, packed, depth, d, next);
         }
+        ++p;
+      }
     }
+  }
+
+  /// Continues the chains of Stream::panels whole panels by `depth` steps.
+  void stream(Index p, Index k, Index depth, const T* packed) const {
+    const Index column = p * panel;
+    T* const c = out + column;
+    stream_tile_of<T, S>(rows,
+                         {.depth = depth,
+                          .a = packed,
+                          .b = w.rows(p, k),
+                          .start = k > 0 ? c : starting_bias(column),
+                          .start_row = k > 0 ? out_stride : 0,
+                          .c = c,
+                          .c_row = out_stride},
+                         w.in() * panel);
+    if (k + depth == w.in()) finish(rows, Stream::panels * panel, column, c);
   }
 
   /// Continues the chains of panel p by `some` steps from k on; x is packed to `depth`, from which the steps start at d.
@@ -223,13 +251,23 @@ struct ProductItem {
   }
 };
 
+/// Item `item` of out = x·W + bias (null: none). Everything has been checked.
+template <class T, StorageType S>
+void packed_product_item(View<T> out, const ConstView<T>& x, const PackedWeights<T, S>& w, const T* bias, Index item) {
+  const ProductCut<T> cut{x.rows(), w.in(), w.panels()};
+  const Index row = cut.row(item), end = cut.end_row(item), first = cut.panel(item), last = cut.end_panel(item);
+  const ProductItem<T, S> product{w,    x.data() + row * x.outerStride(),     x.outerStride(),  end - row,
+                                  bias, out.data() + row * out.outerStride(), out.outerStride()};
+  product.run(first, last, w.rows(end < x.rows() ? first : last, 0));
+}
+
 /// out [n, out] = x [n, in] · W + bias. `bias` is empty or [out]. out must not overlap x. Allocates nothing (128 KB of
 /// stack). Throws where shapes differ.
 template <class T, StorageType S, MatrixLike Out, MatrixLike X, class E = Serial>
 void packed_product_into(Out&& out, const X& x, const PackedWeights<T, S>& w, std::span<const T> bias = {},
                          const E& executor = serial) {
-  const auto from = view(x);
-  auto to = writable_view(out);
+  const ConstView<T> from = view(x);
+  const View<T> to = writable_view(out);
   detail::require(x.cols() == w.in() && out.rows() == x.rows() && out.cols() == w.out(), "weights ",
                   detail::Shape{w.in(), w.out()}, " take x [n, in] to out [n, out]; x is ",
                   detail::Shape{x.rows(), x.cols()}, ", out is ", detail::Shape{out.rows(), out.cols()});
@@ -237,23 +275,8 @@ void packed_product_into(Out&& out, const X& x, const PackedWeights<T, S>& w, st
                   "a bias must be empty or have one element per output; there are ", w.out(), " outputs, the bias has ",
                   bias.size());
   detail::require_disjoint(out, x, "x");
-  using Blocks = ProductBlocks<T>;
-  const Index rows = x.rows(), per_item = Blocks::panels_per_item(rows);
-  const Index row_items = (rows + Blocks::row_block - 1) / Blocks::row_block;
-  const Index column_items = (w.panels() + per_item - 1) / per_item;
-  executor(row_items * column_items, [&](Index item) {
-    const Index row = (item % row_items) * rows / row_items, next_row = (item % row_items + 1) * rows / row_items;
-    const Index first = item / row_items * per_item;
-    const ProductItem<T, S> product{w,
-                                    from.data() + row * from.outerStride(),
-                                    from.outerStride(),
-                                    next_row - row,
-                                    bias.empty() ? nullptr : bias.data(),
-                                    to.data() + row * to.outerStride(),
-                                    to.outerStride()};
-    const Index last = std::min(first + per_item, w.panels());
-    product.run(first, last, w.rows(next_row < rows ? first : last, 0));
-  });
+  executor(ProductCut<T>{x.rows(), w.in(), w.panels()}.items(),
+           [&](Index item) { packed_product_item(to, from, w, bias.empty() ? nullptr : bias.data(), item); });
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -110,8 +110,10 @@ void latent_naive(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, con
   for_each_latent_piece(task.rows, [&](const LatentRun<S>& run, Index first_row, Index row, Index count) {
     for (Index i = 0; i < count; ++i)
       load_row(task.rows.latent(run, row + i), latent, task.rows.scale(run, row + i), &c.coeffRef(i, 0));
-    key_up.forward_into(detail::rows_of(k_nope, 0, count), detail::rows_of(c, 0, count));
-    value_up.forward_into(detail::rows_of(v, 0, count), detail::rows_of(c, 0, count));
+    const ConstView<T> latents(c.data(), count, latent, Eigen::OuterStride<>(latent));
+    detail::run_together<T, 2>(
+        {{{&key_up, detail::rows_of(k_nope, 0, count), latents}, {&value_up, detail::rows_of(v, 0, count), latents}}},
+        executor);
     for (Index i = 0; i < count; ++i)
       for (Index h = 0; h < heads; ++h) {
         std::copy_n(&k_nope.coeffRef(i, h * nope), nope, &k.coeffRef(i, h * head_dim));

@@ -8,7 +8,7 @@
 //
 // Lanes never mix, and a sum is the same chain in a tile of any height: results do not depend on how rows are grouped.
 //
-// Before: kernel/simd.hpp   Next: kernel/gemm.hpp
+// Before: kernel/simd.hpp   Next: kernel/packed_weights.hpp
 #pragma once
 
 #include <algorithm>

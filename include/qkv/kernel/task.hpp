@@ -24,6 +24,7 @@ struct Task {
   const M* mask;
   const F* score;
   Arithmetic arithmetic = Arithmetic::automatic;
+  Index first_head = 0;  // what masks and scores are told of head 0: not 0 where this is a part of the heads
 
   Index n_queries() const { return q.rows(); }
   Index head_dim() const { return keys.head_dim; }
@@ -32,10 +33,10 @@ struct Task {
 
   /// The rectangle of `n` queries × the keys [row, row + count) of `run`, whose rows begin at logical row `base`.
   Block block(Index head, Index query, Index n, const KeyRun<S>& run, Index base, Index row, Index count) const {
-    return {sequence, head, query, n, first_position + query, base + row, count, run.position + row};
+    return {sequence, first_head + head, query, n, first_position + query, base + row, count, run.position + row};
   }
   At at(Index head, Index query, Index key, Index key_position) const {
-    return {sequence, head, query, key, first_position + query, key_position};
+    return {sequence, first_head + head, query, key, first_position + query, key_position};
   }
 };
 
