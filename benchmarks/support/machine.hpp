@@ -1,12 +1,14 @@
-// support/machine.hpp — what the machine can do, measured in this process: the FMA peak, and normal random numbers.
+// support/machine.hpp — what the machine can do, measured in this process: the FMA peak, the read bandwidth; and normal
+// random numbers.
 #pragma once
 
-#include <qkv/kernel/register_tile.hpp>
+#include <qkv/kernel/gemm.hpp>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 namespace machine {
@@ -41,6 +43,35 @@ double fma_peak() {
   T sink = V::sum_lanes(total);
   asm volatile("" : "+m"(sink));
   return best;
+}
+
+/// Bytes per second of reading `bytes` bytes once, in order, from memory in huge pages where there are any; several
+/// threads read a part each. What was in the caches before is not there afterwards.
+inline double read_bandwidth(Index bytes, Index threads = 1) {
+  using V = qkv::kernel::Simd<float>;
+  constexpr Index sums = 8, step = sums * V::width;
+  static std::vector<float, qkv::kernel::WeightAllocator<float>> memory;
+  const Index steps = bytes / static_cast<Index>(sizeof(float)) / step;
+  if (static_cast<Index>(memory.size()) < steps * step) memory.assign(static_cast<std::size_t>(steps * step), 1.0F);
+  const auto read = [&](Index first, Index last) {
+    typename V::Vec top[std::size_t(sums)];
+    for (auto& t : top) t = V::zero();
+    for (const float *p = memory.data() + first * step, *end = memory.data() + last * step; p < end; p += step)
+      qkv::kernel::unroll<sums>([&](auto j) {
+        qkv::kernel::prefetch_near(reinterpret_cast<const char*>(p + j * V::width) + 6144);
+        top[j] = V::max(top[j], V::load(p + j * V::width));
+      });
+    for (const auto& t : top) top[0] = V::max(top[0], t);
+    float sink = V::max_lanes(top[0]);
+    asm volatile("" : "+m"(sink));
+  };
+  const double start = seconds();
+  std::vector<std::thread> others;
+  for (Index t = 1; t < threads; ++t)
+    others.emplace_back([&, t] { read(steps * t / threads, steps * (t + 1) / threads); });
+  read(0, steps / threads);
+  for (auto& t : others) t.join();
+  return static_cast<double>(steps * step) * sizeof(float) / (seconds() - start);
 }
 
 inline double median(std::vector<double> values) {
