@@ -1,5 +1,6 @@
 #include "support/allocations.hpp"
 #include "support/cache_rows.hpp"
+#include "support/cache_shift.hpp"
 #include "support/catch.hpp"
 
 #include <qkv/kv_cache.hpp>
@@ -314,4 +315,43 @@ TEST_CASE("the rows of a head lie one after another, from a 64-byte boundary on"
   REQUIRE(rows.value_row_stride == 7);
   REQUIRE(reinterpret_cast<std::uintptr_t>(rows.runs[0].keys) % 64 == 0);
   REQUIRE(reinterpret_cast<std::uintptr_t>(rows.runs[0].values) % 64 == 0);
+}
+
+TEMPLATE_TEST_CASE("after a context shift a cache is what it would be without the dropped rows", "", float, half,
+                   bfloat16, std::int8_t) {
+  const Matrix<float> k = support::numbers<float>(131, 3 * 6, 1), v = support::numbers<float>(131, 3 * 7, 2);
+  for (const RopeConfig& config : support::shifted_ropes) {
+    const Rope<float> rope(config, 6);
+    for (const auto& [first, n] : support::drops)
+      for (const Index block : {Index{0}, Index{20}}) {
+        CAPTURE(first, n, block);
+        KvCache<TestType> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 140, .block = block});
+        KvCache<TestType> rebuilt(cache);
+        cache.append(rope.apply(k, 3, 0), v);
+        rebuilt.append(rope.apply(support::without(k, first, n), 3, 0), support::without(v, first, n));
+        cache.drop_rows(first, n, rope);
+        REQUIRE(cache.position() == 131 - n);
+        REQUIRE(support::same_bits(cache.values(), rebuilt.values()));
+        // int8: half a step of the largest key each time; the turn takes √2 of the first.
+        const double tolerance =
+            has_row_scale<TestType> ? 3.5 * 1.7 / 127 / 2 : support::shift_tolerance<WideStorage<TestType>>;
+        REQUIRE(support::max_error(cache.keys(), rebuilt.keys()) <= tolerance);
+        REQUIRE(support::same_bits(cache.keys().topRows(first), rebuilt.keys().topRows(first)));
+      }
+  }
+}
+
+TEST_CASE("a context shift that cannot be leaves a cache as it was; one that can allocates nothing when warm") {
+  KvCache<float> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 20, .block = 4});
+  append_ids(cache, ids(0, 9));
+  const Rope<float> rope(support::shifted_ropes[0], 6), narrower(support::shifted_ropes[0], 4);
+  for (const auto& drop : {std::pair<Index, Index>{-1, 2}, {0, 10}, {8, 2}, {3, -1}, {10, 0}})
+    REQUIRE(support::contains(
+        support::message_of<std::out_of_range>([&] { cache.drop_rows(drop.first, drop.second, rope); }),
+        "rows held 9"));
+  REQUIRE(support::contains(support::message_of([&] { cache.drop_rows(0, 2, narrower); }), "head_dim 6; given 4"));
+  REQUIRE(holds(cache.key_rows(), support::rows_until(9)));
+  cache.drop_rows(0, 2, rope);
+  REQUIRE(support::allocations_of([&] { cache.drop_rows(1, 3, rope); }).count == 0);
+  REQUIRE(cache.rows() == 4);
 }

@@ -1,4 +1,5 @@
 #include "support/allocations.hpp"
+#include "support/cache_shift.hpp"
 #include "support/catch.hpp"
 #include "support/numbers.hpp"
 
@@ -160,4 +161,45 @@ TEMPLATE_TEST_CASE("a latent cache's bytes are what the allocator sees; appendin
     cache.append(c.topRows(7), r.topRows(7));
   });
   REQUIRE(used.count == 0);
+}
+
+TEMPLATE_TEST_CASE("after a context shift a latent cache is what it would be without the dropped rows", "", float,
+                   double, half, bfloat16, std::int8_t) {
+  const Matrix<double> c = numbers<double>(131, 11, 1), r = numbers<double>(131, 6, 2);  // r not yet turned
+  for (const RopeConfig& config : support::shifted_ropes) {
+    const Rope<double> rope(config, 6);
+    for (const auto& [first, n] : support::drops) {
+      CAPTURE(first, n);
+      LatentCache<TestType> cache({.latent_dim = 11, .rope_dim = 6, .capacity = 140}), rebuilt(cache);
+      cache.append(c, rope.apply(r, 1, 0));
+      rebuilt.append(support::without(c, first, n), rope.apply(support::without(r, first, n), 1, 0));
+      if constexpr (std::is_same_v<TestType, double>)
+        cache.drop_rows(first, n, rope);
+      else
+        cache.drop_rows(first, n, Rope<float>(config, 6));
+      REQUIRE(cache.position() == 131 - n);
+      REQUIRE(support::same_bits(cache.latent(), rebuilt.latent()));
+      REQUIRE(max_error(cache.rope_keys(), rebuilt.rope_keys()) <= support::shift_tolerance<WideStorage<TestType>>);
+      REQUIRE(support::same_bits(cache.rope_keys().topRows(first), rebuilt.rope_keys().topRows(first)));
+      cache.append(c.topRows(1), r.topRows(1));
+      REQUIRE(cache.latent_rows().runs[0].rows == 132 - n);
+    }
+  }
+}
+
+TEST_CASE("a context shift that cannot be leaves a latent cache as it was; one that can allocates nothing when warm") {
+  LatentCache<half> cache(sizes);
+  const auto c = whole(9, 11, 1), r = whole(9, 6, 2);
+  cache.append(c, r);
+  const Rope<float> rope(support::shifted_ropes[0], 6), wider(support::shifted_ropes[0], 8);
+  for (const auto& drop : {std::pair<Index, Index>{-1, 2}, {0, 10}, {8, 2}, {3, -1}, {10, 0}})
+    REQUIRE(contains(message_of<std::out_of_range>([&] { cache.drop_rows(drop.first, drop.second, rope); }),
+                     "rows held 9"));
+  REQUIRE(contains(message_of([&] { cache.drop_rows(0, 2, wider); }), "rope_dim 6; given 8"));
+  REQUIRE(cache.rows() == 9);
+  REQUIRE(max_error(cache.latent(), c) == 0);
+  REQUIRE(max_error(cache.rope_keys(), r) == 0);
+  cache.drop_rows(0, 2, rope);
+  REQUIRE(support::allocations_of([&] { cache.drop_rows(1, 3, rope); }).count == 0);
+  REQUIRE(cache.rows() == 4);
 }

@@ -20,6 +20,7 @@
 
 #include "detail/cache_blocks.hpp"
 #include "key_rows.hpp"
+#include "rope.hpp"
 
 namespace qkv::inline QKV_ABI {
 
@@ -168,6 +169,37 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
 
   void clear() { rewind(0); }
+
+  /// Context shift: forgets rows first … first+n-1; those behind them move n positions down, values as they are, keys
+  /// turned by -n (`rope`: the layer's). Equal to a cache built without those rows, but for one more rounding of each key
+  /// to T and S (int8: half a step of its scale). std::out_of_range unless 0 <= first and first + n <= rows(). Allocates
+  /// nothing once the workspace is warm.
+  template <class T>
+  void drop_rows(Index first, Index n, const Rope<T>& rope) {
+    detail::check_drop(first, n, rows_);
+    const Index heads = this->kv_heads(), head_dim = this->head_dim(), width = heads * head_dim;
+    detail::require(rope.head_dim() == head_dim, "the rope of a cache must have its head_dim ", head_dim, "; given ",
+                    rope.head_dim());
+    const auto scratch = this->workspace_.lease(static_cast<std::size_t>(detail::shift_rows * width) * sizeof(T));
+    View<T> keys(reinterpret_cast<T*>(scratch.data()), 0, width, Eigen::OuterStride<>(width));
+    const KeyRows<S> all = key_rows();
+    const auto block_of = [&](Index row) { return static_cast<std::size_t>(row / block_); };
+    detail::for_each_shifted(first, n, rows_, [&](Index from, Index count) {
+      new (&keys) View<T>(keys.data(), count, width, Eigen::OuterStride<>(width));
+      for (Index i = 0; i < count; ++i) {
+        const KeyRun<S>& run = runs_[block_of(from + i)];
+        const Index row = (from + i) % block_;
+        for (Index h = 0; h < heads; ++h)
+          load_row(all.key(run, h, row), head_dim, all.key_scale(run, h, row), &keys.coeffRef(i, h * head_dim));
+      }
+      rope.shift_in_place(keys, heads, -n);
+      for (Index i = 0; i < count; ++i) {
+        const Index row = from + i, to = row - n;
+        blocks_[block_of(to)].store_keys(to % block_, &keys.coeffRef(i, 0), blocks_[block_of(row)], row % block_);
+      }
+    });
+    rewind(rows_ - n);
+  }
 
   /// Below append: overwrites rows position … position+n-1, and appends those past rows(). Circular: ONNX TensorScatter,
   /// row (position + i) modulo capacity, for caches that are full or become so; rows then are slots, not positions

@@ -145,6 +145,8 @@ class LatentAttention {
   double scale() const { return softmax_scale(config_); }
 
   void reserve_positions(Index n) { rope_.reserve(n); }
+  /// The rotation of its rope keys: for cache.drop_rows.
+  const Rope<T>& rope() const { return rope_; }
 
   /// An empty cache that fits this layer.
   template <StorageType S = T>

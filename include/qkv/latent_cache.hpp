@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "detail/cache_blocks.hpp"
+#include "rope.hpp"
 
 namespace qkv::inline QKV_ABI {
 
@@ -127,6 +128,32 @@ class LatentCache {
   }
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
   void clear() { hold(0); }
+
+  /// Context shift: forgets rows first … first+n-1, and those behind them move n positions down. A latent knows no
+  /// position and is moved as it is; only the rope keys turn, by -n (`rope`: the layer's, of head_dim rope_dim). Equal to
+  /// a cache built without those rows, but for one more rounding of each rope key to T and S. std::out_of_range unless
+  /// 0 <= first and first + n <= rows(). Allocates nothing once the workspace is warm.
+  template <class T>
+  void drop_rows(Index first, Index n, const Rope<T>& rope) {
+    detail::check_drop(first, n, rows_);
+    detail::require(rope.head_dim() == rope_dim(), "the rope of a latent cache must have head_dim = rope_dim ",
+                    rope_dim(), "; given ", rope.head_dim());
+    const auto scratch = workspace_.lease(static_cast<std::size_t>(detail::shift_rows * rope_dim()) * sizeof(T));
+    View<T> keys(reinterpret_cast<T*>(scratch.data()), 0, rope_dim(), Eigen::OuterStride<>(rope_dim()));
+    detail::for_each_shifted(first, n, rows_, [&](Index from, Index count) {
+      new (&keys) View<T>(keys.data(), count, rope_dim(), Eigen::OuterStride<>(rope_dim()));
+      for (Index i = 0; i < count; ++i)
+        load_row(rope_data() + (from + i) * rope_stride(), rope_dim(), 1.0F, keys.data() + i * rope_dim());
+      rope.shift_in_place(keys, 1, -n);
+      for (Index i = 0; i < count; ++i) {
+        const Index row = from + i, to = row - n;
+        std::copy_n(latent_.data() + row * latent_stride(), latent_dim(), latent_.data() + to * latent_stride());
+        if constexpr (!one_row) scales_.data()[to] = scales_.data()[row];
+        store_row(keys.data() + i * rope_dim(), rope_dim(), rope_data() + to * rope_stride(), nullptr);
+      }
+    });
+    hold(rows_ - n);
+  }
 
   /// Bytes of latents, rope keys and scales at capacity.
   Index bytes() const { return latent_.bytes() + rope_.bytes() + scales_.bytes(); }

@@ -95,6 +95,8 @@ class MultiHeadAttention {
   void reserve_positions(Index n) {
     if (rope_) rope_->reserve(n);
   }
+  /// The rotation of its queries and keys, if it has one: for cache.drop_rows.
+  const std::optional<Rope<T>>& rope() const { return rope_; }
 
   /// An empty cache that fits this layer.
   template <StorageType S = T>

@@ -52,6 +52,22 @@ class Numbers {
   Index bytes_ = 0;
 };
 
+/// Rows that a context shift turns at a time: few enough for the cache, enough to share their cosines.
+inline constexpr Index shift_rows = 64;
+
+inline void check_drop(Index first, Index n, Index rows) {
+  require<std::out_of_range>(first >= 0 && n >= 0 && first <= rows && n <= rows - first,
+                             "drop_rows(first, n) needs first >= 0, n >= 0 and first + n <= rows held ", rows,
+                             "; given ", first, " and ", n);
+}
+
+/// Calls f(from, count) for the rows behind first + n, in order: they are to move n down.
+template <class F>
+void for_each_shifted(Index first, Index n, Index rows, F&& f) {
+  if (n == 0) return;
+  for (Index from = first + n; from < rows; from += shift_rows) f(from, std::min(shift_rows, rows - from));
+}
+
 /// `blocks` blocks of `block_rows` rows.
 template <StorageType S>
 class CacheBlocks {
@@ -76,6 +92,20 @@ class CacheBlocks {
                 scale(key_scales_, at));
       store_row(v + head * shape_.v_head_dim, shape_.v_head_dim, values_.data() + at * shape_.v_head_dim,
                 scale(value_scales_, at));
+    }
+  }
+
+  /// Row `row` of block 0 gets the keys k [kv_heads·head_dim] and the values of row `from` of block 0 of `other`, which
+  /// may be *this: same bytes.
+  template <class K>
+  void store_keys(Index row, const K* k, const CacheBlocks& other, Index from) {
+    for (Index head = 0; head < shape_.kv_heads; ++head) {
+      const Index to = head_row(0, head) + row, source = other.head_row(0, head) + from;
+      store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + to * shape_.head_dim,
+                scale(key_scales_, to));
+      std::copy_n(other.values_.data() + source * shape_.v_head_dim, shape_.v_head_dim,
+                  values_.data() + to * shape_.v_head_dim);
+      if constexpr (has_row_scale<S>) value_scales_.data()[to] = other.value_scales_.data()[source];
     }
   }
 
