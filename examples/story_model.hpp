@@ -84,13 +84,27 @@ class StoryModel {
 
   /// A whole text without a cache -> logits [n, vocabulary]; row i scores what may follow token i.
   Matrix<T> forward(std::span<const Token> tokens) const {
-    return run(tokens, [&](std::size_t i, const Matrix<T>& x) { return layers_[i].attention.forward(x); });
+    return forward_with(tokens, [&](std::size_t i, const Matrix<T>& x) { return layers_[i].attention.forward(x); });
   }
   /// The next tokens of a text: a prompt, or the one that was chosen last.
   template <qkv::StorageType S>
   Matrix<T> forward(std::span<const Token> tokens, std::vector<qkv::KvCache<S>>& caches) const {
-    return run(tokens, [&](std::size_t i, const Matrix<T>& x) { return layers_[i].attention.forward(x, caches[i]); });
+    return forward_with(tokens,
+                        [&](std::size_t i, const Matrix<T>& x) { return layers_[i].attention.forward(x, caches[i]); });
   }
+  /// With something else in the place of attention: attend(layer, x [n, model_dim]) -> [n, model_dim].
+  template <class Attend>
+  Matrix<T> forward_with(std::span<const Token> tokens, Attend&& attend) const {
+    Matrix<T> x = embedding_.forward(tokens);  // [n, model_dim]
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      x += attend(i, qkv::rms_norm(x, layers_[i].attention_norm, norm_eps));
+      x += layers_[i].feed_forward(qkv::rms_norm(x, layers_[i].ffn_norm, norm_eps));
+    }
+    x = qkv::rms_norm(x, final_norm_, norm_eps);
+    return classifier_ ? classifier_->forward(x) : embedding_.logits(x);
+  }
+
+  const qkv::MultiHeadAttention<T>& attention(std::size_t layer) const { return layers_.at(layer).attention; }
 
  private:
   static constexpr double norm_eps = 1e-5;
@@ -106,17 +120,6 @@ class StoryModel {
       return down.forward(gate.forward(x).unaryExpr(silu).cwiseProduct(up.forward(x)));
     }
   };
-
-  template <class Attend>
-  Matrix<T> run(std::span<const Token> tokens, Attend&& attend) const {
-    Matrix<T> x = embedding_.forward(tokens);  // [n, model_dim]
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-      x += attend(i, qkv::rms_norm(x, layers_[i].attention_norm, norm_eps));
-      x += layers_[i].feed_forward(qkv::rms_norm(x, layers_[i].ffn_norm, norm_eps));
-    }
-    x = qkv::rms_norm(x, final_norm_, norm_eps);
-    return classifier_ ? classifier_->forward(x) : embedding_.logits(x);
-  }
 
   ModelConfig config_;
   qkv::Embedding<T> embedding_{Matrix<T>()};

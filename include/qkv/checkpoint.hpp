@@ -11,7 +11,7 @@
 // PyTorch keeps Wᵀ [out, in]; Conv1D keeps W [in, out]; everything here becomes x·W. A vector is a matrix [1, n]. A missing
 // tensor or one of the wrong shape throws std::invalid_argument that names it.
 //
-// Before: latent_attention.hpp
+// Before: latent_attention.hpp   Next: compress.hpp
 #pragma once
 
 #include <initializer_list>
@@ -142,7 +142,7 @@ LatentAttentionWeights<T> deepseek_weights(const LatentAttentionConfig& c, const
     w.query_up = from(get_tensor(tensors, {"wq_b", "q_b_proj"}, q_dim, c.q_latent_dim));
   }
   w.latent_down = from(get_tensor(tensors, {"wkv_a", "kv_a_proj_with_mqa"}, c.latent_dim + c.rope_dim, c.model_dim));
-  w.latent_norm = get_vector(tensors, {"kv_norm", "kv_a_layernorm"}, c.latent_dim);
+  if (c.latent_norm) w.latent_norm = get_vector(tensors, {"kv_norm", "kv_a_layernorm"}, c.latent_dim);
   const Matrix<T>& up = get_tensor(tensors, {"wkv_b", "kv_b_proj"}, c.heads * kv_dim, c.latent_dim);
   Matrix<T> key_up(c.heads * c.nope_dim, c.latent_dim), value_up(c.heads * c.v_head_dim, c.latent_dim);
   for (Index h = 0; h < c.heads; ++h) {

@@ -69,10 +69,11 @@ struct LatentAttentionWeights {
   RowVector<T> query_norm = {};    // [q_latent_dim]
   Projection<T> query_up = {};     // W_UQ [q_latent_dim, heads·(nope_dim + rope_dim)]
   Projection<T> latent_down = {};  // W_DKV [model_dim, latent_dim + rope_dim]
-  RowVector<T> latent_norm = {};   // [latent_dim]
+  RowVector<T> latent_norm = {};   // [latent_dim]; empty without config.latent_norm
   Projection<T> key_up = {};       // W_UK [latent_dim, heads·nope_dim]
   Projection<T> value_up = {};     // W_UV [latent_dim, heads·v_head_dim]
   Projection<T> output = {};       // W_O [heads·v_head_dim, model_dim]
+  RowVector<double> rope_frequencies = {};  // [rope_dim / 2] radians per position, or empty: those of config.rope
 
   /// Normal random weights of variance 1/in_dim, gains 1; the same on every machine.
   static LatentAttentionWeights random(const LatentAttentionConfig& c, std::uint32_t seed = 1) {
@@ -88,7 +89,7 @@ struct LatentAttentionWeights {
       w.query_up = draw.projection(c.q_latent_dim, q_dim, false);
     }
     w.latent_down = draw.projection(c.model_dim, c.latent_dim + c.rope_dim, false);
-    w.latent_norm = RowVector<T>::Ones(c.latent_dim);
+    if (c.latent_norm) w.latent_norm = RowVector<T>::Ones(c.latent_dim);
     w.key_up = draw.projection(c.latent_dim, c.heads * c.nope_dim, false);
     w.value_up = draw.projection(c.latent_dim, c.heads * c.v_head_dim, false);
     w.output = draw.projection(c.heads * c.v_head_dim, c.model_dim, false);
@@ -116,7 +117,11 @@ class LatentAttention {
 
   /// Throws std::invalid_argument naming the first weight whose shape does not fit the settings.
   LatentAttention(const LatentAttentionConfig& config, LatentAttentionWeights<T> weights)
-      : config_(config), weights_(std::move(weights)), rope_(config.rope, config.rope_dim) {
+      : config_(config),
+        weights_(std::move(weights)),
+        rope_(weights_.rope_frequencies.size() == 0
+                  ? Rope<T>(config.rope, config.rope_dim)
+                  : Rope<T>(config.rope, config.rope_dim, weights_.rope_frequencies)) {
     const auto& c = config_;
     check(c);
     const Index q_dim = c.heads * c.head_dim();
@@ -128,7 +133,7 @@ class LatentAttention {
       detail::check_projection("query_up", weights_.query_up, c.q_latent_dim, q_dim);
     }
     detail::check_projection("latent_down", weights_.latent_down, c.model_dim, c.latent_dim + c.rope_dim);
-    detail::check_gain("latent_norm", weights_.latent_norm, c.latent_dim);
+    detail::check_gain("latent_norm", weights_.latent_norm, c.latent_norm ? c.latent_dim : 0);
     detail::check_projection("key_up", weights_.key_up, c.latent_dim, c.heads * c.nope_dim);
     detail::check_projection("value_up", weights_.value_up, c.latent_dim, c.heads * c.v_head_dim);
     detail::check_projection("output", weights_.output, c.heads * c.v_head_dim, c.model_dim);
@@ -285,7 +290,7 @@ class LatentAttention {
   /// The latent is normed before it is cached, the rope key is rotated before it is cached and never normed.
   void finish_latents(View<T> c, Index first_position) const {
     auto latent = c.leftCols(config_.latent_dim);
-    rms_norm_into(latent, latent, weights_.latent_norm, config_.norm_eps);
+    if (config_.latent_norm) rms_norm_into(latent, latent, weights_.latent_norm, config_.norm_eps);
     rope_.apply_in_place(c.rightCols(config_.rope_dim), 1, first_position);
   }
 

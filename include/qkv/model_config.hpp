@@ -46,9 +46,10 @@ struct LatentAttentionConfig {
   Index latent_dim = 0;
   Index nope_dim = 0, rope_dim = 0;
   Index v_head_dim = nope_dim;
-  double norm_eps = 1e-6;  // of the latents' RMSNorm
-  RopeConfig rope;         // of the rope_dim features; DeepSeek's own weights pair them interleaved
-  double scale = 0;        // 0: 1/√(nope_dim + rope_dim), times yarn_mscale² under YaRN
+  double norm_eps = 1e-6;   // of the latents' RMSNorm
+  bool latent_norm = true;  // false: the latent is cached as projected (models converted by compress.hpp)
+  RopeConfig rope;          // of the rope_dim features; DeepSeek's own weights pair them interleaved
+  double scale = 0;         // 0: 1/√(nope_dim + rope_dim), times yarn_mscale² under YaRN
 
   constexpr Index head_dim() const { return nope_dim + rope_dim; }
   friend constexpr bool operator==(const LatentAttentionConfig&, const LatentAttentionConfig&) = default;

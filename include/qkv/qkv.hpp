@@ -59,4 +59,5 @@
 #include "kernel/latent.hpp"            // latent attention, naive and absorbed
 #include "latent_attention.hpp"         // MLA
 #include "checkpoint.hpp"               // weights from PyTorch, GPT-2, Llama, DeepSeek
+#include "compress.hpp"                 // MHA, GQA and MQA turned into MLA
 // clang-format on

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
+#include <utility>
 
 #include "detail/in_place.hpp"
 #include "detail/multiply_add.hpp"
@@ -121,6 +122,13 @@ class Rope {
  public:
   Rope(const RopeConfig& config, Index head_dim)
       : config_(config), head_dim_(head_dim), frequencies_(rope_frequencies(config, head_dim)) {}
+  /// With frequencies of its own, [rotated(head_dim) / 2] radians per position: config gives pairing and attention factor.
+  Rope(const RopeConfig& config, Index head_dim, RowVector<double> frequencies)
+      : config_(config), head_dim_(head_dim), frequencies_(std::move(frequencies)) {
+    check(config, head_dim);
+    detail::require(frequencies_.size() == dim() / 2 && frequencies_.allFinite(),
+                    "RoPE needs one finite frequency per pair, ", dim() / 2, "; given ", frequencies_.size());
+  }
 
   const RopeConfig& config() const { return config_; }
   Index head_dim() const { return head_dim_; }
