@@ -9,15 +9,16 @@
 // 1. A pair of features (a, b) of kv head g is a complex number z_g that turns with position. All kv heads turn alike, so a
 // unitary matrix over the kv heads commutes with the turning: keys go to z·V, queries to q·V, scores stay. V are the right
 // singular vectors of z [n, kv_heads]; its columns with the largest σ²·mean|e^(jφ) − 1|² (φ the turn over a distance) are
-// the shared rope key, rope_dim features. The rest loses RoPE and becomes linear in x. No part of this is an approximation
-// where rope_dim is kv_heads·dim. The rotation over heads is TransMLA's (RoRoPE: Meng et al. 2025, arXiv:2502.07864), here
+// the shared rope key, rope_dim features. The rest loses RoPE and becomes linear in x. Nothing of this is an approximation
+// where rope_dim = kv_heads·dim. The rotation over heads is TransMLA's (RoRoPE: Meng et al. 2025, arXiv:2502.07864), here
 // with complex V instead of real; to choose by size and frequency is MHA2MLA's (Ji et al. 2025, arXiv:2502.14837).
 //
 // 2. With x, errors are those of activations, which is much better than those of weights: ‖x·(W − W·V_r·V_rᵀ)‖ is the least
-// possible for V_r the first r right singular vectors of x·W. Keys are scaled to the size of the values first (TransMLA's
-// balance). latent_dim = rank of [rest | values] is exact. Biases are one more row of W, for an input that is always 1.
+// possible for V_r the first r right singular vectors of x·W. Of keys, errors are those of the scores that the layer's own
+// queries make with them, and both halves are scaled to equal size first (the balance is TransMLA's). latent_dim = rank of
+// [rest | values] is exact. Biases are one more row of W, for an input that is always 1.
 //
-// All in double. Cost: model_dim²·(n + kv_heads·(head_dim + v_head_dim)) and the cube of the last factor.
+// A tool, all in double: for w = kv_heads·(head_dim + v_head_dim) about model_dim²·(n + w) + 10·w³ multiply-adds.
 //
 // Before: checkpoint.hpp
 #pragma once
@@ -87,29 +88,42 @@ class Compression {
     Eigen::MatrixXd keys = detail::with_bias_row(w.key), values = detail::with_bias_row(w.value);
     const double key_energy = (keys.cwiseProduct(moments * keys)).sum();
     split_keys(keys, detail::with_bias_row(w.query), moments, settings.context, dim, key_energy);
+    if (keys.cwiseProduct(moments * keys).sum() <= 1e-20 * key_energy) keys.setZero();  // all turns: this is rounding
     query_bias_ = w.query.has_bias();
     latent_bias_ = w.key.has_bias() || w.value.has_bias();
 
-    // The rest of the keys and the values, one beside the other and of equal size.
+    // The rest of the keys counts by the scores it makes: mean (q·k)² = ‖k·F‖², F·Fᵀ = mean Σ qᵀq over a group's queries.
+    const Index d = c.head_dim, width = d + rope_dim_;
+    for (Index g = 0; g < c.kv_heads; ++g) {
+      Eigen::MatrixXd seen = Eigen::MatrixXd::Zero(d, d);
+      for (Index h = 0; h < c.heads; ++h) {
+        if (Heads{c.heads, c.kv_heads}.kv_head(h) != g) continue;
+        const auto q = query_.middleCols(h * width, d);
+        seen += q.transpose() * moments * q;
+      }
+      const auto [root, inverse] = detail::root_and_inverse(seen);
+      keys.middleCols(g * d, d) = (keys.middleCols(g * d, d) * root).eval();
+      unscaled_.push_back(inverse);
+    }
+    // Scores and values, one beside the other and of equal size.
     const double rest = (keys.cwiseProduct(moments * keys)).sum(),
                  value_energy = (values.cwiseProduct(moments * values)).sum();
-    if (rest <= 1e-20 * key_energy)
-      keys.setZero();  // all of it turns: what is left is rounding
-    else if (value_energy > 0)
-      key_scale_ = std::sqrt(value_energy / rest);
+    const double key_scale = rest > 0 && value_energy > 0 ? std::sqrt(value_energy / rest) : 1;
+    for (auto& inverse : unscaled_) inverse /= key_scale;
     joint_.resize(c.model_dim + 1, keys.cols() + values.cols());
-    joint_ << key_scale_ * keys, values;
+    joint_ << key_scale * keys, values;
     const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(joint_.transpose() * moments * joint_);
     directions_ = solver.eigenvectors().rowwise().reverse();
     singular_values_ = solver.eigenvalues().reverse().cwiseMax(0.0).cwiseSqrt().transpose();
   }
 
   Index rope_dim() const { return rope_dim_; }
-  /// [kv_heads·(head_dim + v_head_dim)], descending: of the activations that the latent stands for, root mean square over
-  /// tokens, keys and values balanced. Below 1e-8 of the first they are rounding.
+  /// [kv_heads·(head_dim + v_head_dim)], descending, of what the latent stands for: scores of the rest and values, root
+  /// mean square over tokens. Below 1e-8 of the first they are rounding.
   const RowVector<double>& singular_values() const { return singular_values_; }
 
-  /// ‖what the first latent_dim directions lose‖ / ‖all‖ of [rest | values], balanced: 0 is exact.
+  /// √((lost scores / scores + lost values / values) / 2), each as sums of squares over tokens or pairs of tokens, scores
+  /// of what does not turn: the first latent_dim directions lose least. 0 is exact.
   double relative_error(Index latent_dim) const {
     check_latent_dim(latent_dim);
     const Index n = singular_values_.size();
@@ -146,18 +160,18 @@ class Compression {
     check_latent_dim(latent_dim);
     const auto& c = source_;
     const Heads heads{c.heads, c.kv_heads};
-    const auto up = [&](Index first, Index n, double scale) {
-      const Matrix<T> of_kv_heads = (scale * directions_.block(first, 0, n, latent_dim).transpose()).template cast<T>();
-      return Projection<T>(repeat_kv_heads(of_kv_heads, heads));
-    };
-    const Index key_dim = c.kv_heads * c.head_dim;
+    const Index d = c.head_dim, key_dim = c.kv_heads * d, value_dim = c.kv_heads * c.v_head_dim;
+    const Eigen::MatrixXd up = directions_.leftCols(latent_dim).transpose();
+    Matrix<double> key_up(latent_dim, key_dim);
+    for (Index g = 0; g < c.kv_heads; ++g)
+      key_up.middleCols(g * d, d) = up.middleCols(g * d, d) * unscaled_[static_cast<std::size_t>(g)];
     Eigen::MatrixXd down(c.model_dim + 1, latent_dim + rope_dim_);
     down << joint_ * directions_.leftCols(latent_dim), rope_key_;
     LatentAttentionWeights<T> w;
     w.query = detail::from_bias_row<T>(query_, query_bias_);
     w.latent_down = detail::from_bias_row<T>(down, latent_bias_);
-    w.key_up = up(0, key_dim, 1 / key_scale_);
-    w.value_up = up(key_dim, c.kv_heads * c.v_head_dim, 1);
+    w.key_up = Projection<T>(repeat_kv_heads(key_up, heads).template cast<T>());
+    w.value_up = Projection<T>(repeat_kv_heads(up.rightCols(value_dim), heads).template cast<T>());
     w.output = output_;
     w.rope_frequencies = frequencies_;
     return w;
@@ -240,9 +254,10 @@ class Compression {
   Projection<T> output_;
   Index rope_dim_ = 0;
   bool query_bias_ = false, latent_bias_ = false;
-  double key_scale_ = 1, rope_error_ = 0;
-  Eigen::MatrixXd query_, rope_key_;    // [model_dim + 1, …], the last row a bias
-  Eigen::MatrixXd joint_, directions_;  // [rest | values], and the right singular vectors of x·joint
+  double rope_error_ = 0;
+  Eigen::MatrixXd query_, rope_key_;       // [model_dim + 1, …], the last row a bias
+  Eigen::MatrixXd joint_, directions_;     // [rest·F | values], and the right singular vectors of x·joint
+  std::vector<Eigen::MatrixXd> unscaled_;  // F⁻¹ of each kv head
   RowVector<double> singular_values_, frequencies_;
 };
 

@@ -45,6 +45,15 @@ inline std::vector<KeyDirection> principal_directions(Eigen::MatrixXd r, Eigen::
   return found;
 }
 
+/// F with F·Fᵀ = a (symmetric, >= 0) and F⁻¹; directions in which a vanishes keep a thousandth of the largest.
+inline std::pair<Eigen::MatrixXd, Eigen::MatrixXd> root_and_inverse(const Eigen::MatrixXd& a) {
+  const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(a);
+  const double largest = solver.eigenvalues().maxCoeff();
+  const Eigen::VectorXd root = solver.eigenvalues().cwiseMax(largest > 0 ? 1e-6 * largest : 1).cwiseSqrt();
+  return {solver.eigenvectors() * root.asDiagonal(),
+          root.cwiseInverse().asDiagonal() * solver.eigenvectors().transpose()};
+}
+
 /// The mean of |e^(jφ) − 1|² over the distances of a context: what is lost where a pair no longer turns.
 inline double mean_turn(double frequency, Index context) {
   double sum = 0;
