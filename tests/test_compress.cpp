@@ -175,40 +175,40 @@ TEST_CASE("rope_error counts the keys that lose their turning, and the pairs tha
 }
 
 TEST_CASE("what cannot be compressed is refused in words", "[layer]") {
-  const auto layer = multi_head_layer<float>(with_rope(interleaved));
-  const Matrix<float> x = normals<float>(9, 41, 1);
-  const auto refusal = [&](const MultiHeadAttention<float>& l, const CompressionSettings& s,
-                           const Matrix<float>& rows) {
-    return message_of([&] { (void)Compression<float>(l, s, rows); });
+  const auto layer = multi_head_layer<double>(with_rope(interleaved));
+  const Matrix<double> x = normals<double>(9, 41, 1);
+  const auto refusal = [&](const MultiHeadAttention<double>& l, const CompressionSettings& s,
+                           const Matrix<double>& rows) {
+    return message_of([&] { (void)Compression<double>(l, s, rows); });
   };
-  CHECK(contains(refusal(multi_head_layer<float>(small_gqa), {}, normals<float>(3, 23, 1)), "QK-norm"));
-  CHECK(contains(refusal(multi_head_layer<float>(gqa, true), {}, x), "sinks"));
+  CHECK(contains(refusal(multi_head_layer<double>(small_gqa), {}, normals<double>(3, 23, 1)), "QK-norm"));
+  CHECK(contains(refusal(multi_head_layer<double>(gqa, true), {}, x), "sinks"));
   auto cross = gqa;
   cross.key_dim = 12;
-  CHECK(contains(refusal(multi_head_layer<float>(cross), {}, x), "cross-attention"));
+  CHECK(contains(refusal(multi_head_layer<double>(cross), {}, x), "cross-attention"));
   CHECK(contains(refusal(layer, {.rope_dim = 5}, x), "kv_heads*dim = 24 and context >= 1; given 5"));
   CHECK(contains(refusal(layer, {.rope_dim = 26}, x), "given 26"));
   CHECK(contains(refusal(layer, {.rope_dim = 2, .context = 0}, x), "given 2 and 0"));
-  CHECK(contains(refusal(multi_head_layer<float>(gqa), {.rope_dim = 2}, x), "kv_heads*dim = 0"));
-  CHECK(contains(refusal(layer, {}, normals<float>(9, 40, 1)), "[9, 40]"));
-  Matrix<float> broken = x;
-  broken(4, 4) = std::numeric_limits<float>::quiet_NaN();
+  CHECK(contains(refusal(multi_head_layer<double>(gqa), {.rope_dim = 2}, x), "kv_heads*dim = 0"));
+  CHECK(contains(refusal(layer, {}, normals<double>(9, 40, 1)), "[9, 40]"));
+  Matrix<double> broken = x;
+  broken(4, 4) = std::numeric_limits<double>::quiet_NaN();
   CHECK(contains(refusal(layer, {}, broken), "finite"));
-  const Compression<float> c(layer);
+  const Compression<double> c(layer);
   CHECK(contains(message_of([&] { (void)c.layer(0); }), "= 39; given 0"));
   CHECK(contains(message_of([&] { (void)c.relative_error(40); }), "given 40"));
 }
 
 TEST_CASE("latent attention without a norm and with its own frequencies asks for weights that fit", "[layer]") {
-  const Compression<float> c(multi_head_layer<float>(with_rope(interleaved)), {.rope_dim = 6});
+  const Compression<double> c(multi_head_layer<double>(with_rope(interleaved)), {.rope_dim = 6});
   auto w = c.weights(9);
-  w.latent_norm = RowVector<float>::Ones(9);
-  CHECK(contains(message_of([&] { (void)LatentAttention<float>(c.config(9), w); }), "latent_norm"));
+  w.latent_norm = RowVector<double>::Ones(9);
+  CHECK(contains(message_of([&] { (void)LatentAttention<double>(c.config(9), w); }), "latent_norm"));
   w = c.weights(9);
   w.rope_frequencies.resize(2);
   CHECK(
-      contains(message_of([&] { (void)LatentAttention<float>(c.config(9), w); }), "one finite frequency per pair, 3"));
-  const LatentAttention<float> layer = c.layer(9);
-  const Matrix<float> x = normals<float>(3, 41, 2);
+      contains(message_of([&] { (void)LatentAttention<double>(c.config(9), w); }), "one finite frequency per pair, 3"));
+  const LatentAttention<double> layer = c.layer(9);
+  const Matrix<double> x = normals<double>(3, 41, 2);
   CHECK(max_error(layer.latents(x).leftCols(9), layer.weights().latent_down.forward(x).leftCols(9)) == 0);
 }

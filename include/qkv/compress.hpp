@@ -82,13 +82,14 @@ class Compression {
     if (calibration.rows() > 0) {
       Eigen::MatrixXd x = Eigen::MatrixXd::Ones(calibration.rows(), c.model_dim + 1);
       x.leftCols(c.model_dim) = calibration.template cast<double>();
-      moments.noalias() = x.transpose() * x / static_cast<double>(x.rows());
+      moments = detail::product(x.transpose(), x) / static_cast<double>(x.rows());
     }
 
     Eigen::MatrixXd keys = detail::with_bias_row(w.key), values = detail::with_bias_row(w.value);
-    const double key_energy = (keys.cwiseProduct(moments * keys)).sum();
+    const auto energy = [&](const Eigen::MatrixXd& m) { return m.cwiseProduct(detail::product(moments, m)).sum(); };
+    const double key_energy = energy(keys);
     split_keys(keys, detail::with_bias_row(w.query), moments, settings.context, dim, key_energy);
-    if (keys.cwiseProduct(moments * keys).sum() <= 1e-20 * key_energy) keys.setZero();  // all turns: this is rounding
+    if (energy(keys) <= 1e-20 * key_energy) keys.setZero();  // all turns: this is rounding
     query_bias_ = w.query.has_bias();
     latent_bias_ = w.key.has_bias() || w.value.has_bias();
 
@@ -98,21 +99,19 @@ class Compression {
       Eigen::MatrixXd seen = Eigen::MatrixXd::Zero(d, d);
       for (Index h = 0; h < c.heads; ++h) {
         if (Heads{c.heads, c.kv_heads}.kv_head(h) != g) continue;
-        const auto q = query_.middleCols(h * width, d);
-        seen += q.transpose() * moments * q;
+        seen += detail::moments_of(query_.middleCols(h * width, d), moments);
       }
       const auto [root, inverse] = detail::root_and_inverse(seen);
-      keys.middleCols(g * d, d) = (keys.middleCols(g * d, d) * root).eval();
+      keys.middleCols(g * d, d) = detail::product(keys.middleCols(g * d, d), root);
       unscaled_.push_back(inverse);
     }
     // Scores and values, one beside the other and of equal size.
-    const double rest = (keys.cwiseProduct(moments * keys)).sum(),
-                 value_energy = (values.cwiseProduct(moments * values)).sum();
+    const double rest = energy(keys), value_energy = energy(values);
     const double key_scale = rest > 0 && value_energy > 0 ? std::sqrt(value_energy / rest) : 1;
     for (auto& inverse : unscaled_) inverse /= key_scale;
     joint_.resize(c.model_dim + 1, keys.cols() + values.cols());
     joint_ << key_scale * keys, values;
-    const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(joint_.transpose() * moments * joint_);
+    const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(detail::moments_of(joint_, moments));
     directions_ = solver.eigenvectors().rowwise().reverse();
     singular_values_ = solver.eigenvalues().reverse().cwiseMax(0.0).cwiseSqrt().transpose();
   }
@@ -164,9 +163,9 @@ class Compression {
     const Eigen::MatrixXd up = directions_.leftCols(latent_dim).transpose();
     Matrix<double> key_up(latent_dim, key_dim);
     for (Index g = 0; g < c.kv_heads; ++g)
-      key_up.middleCols(g * d, d) = up.middleCols(g * d, d) * unscaled_[static_cast<std::size_t>(g)];
+      key_up.middleCols(g * d, d) = detail::product(up.middleCols(g * d, d), unscaled_[static_cast<std::size_t>(g)]);
     Eigen::MatrixXd down(c.model_dim + 1, latent_dim + rope_dim_);
-    down << joint_ * directions_.leftCols(latent_dim), rope_key_;
+    down << detail::product(joint_, directions_.leftCols(latent_dim)), rope_key_;
     LatentAttentionWeights<T> w;
     w.query = detail::from_bias_row<T>(query_, query_bias_);
     w.latent_down = detail::from_bias_row<T>(down, latent_bias_);
@@ -206,7 +205,7 @@ class Compression {
     const double attention_factor = c.rope ? c.rope->scaling.attention_factor : 1;
     const Pairing pairing = c.rope ? c.rope->pairing : Pairing::interleaved;
 
-    const Eigen::MatrixXd gram = keys.transpose() * moments * keys;  // [kv_heads·d, kv_heads·d]
+    const Eigen::MatrixXd gram = detail::moments_of(keys, moments);  // [kv_heads·d, kv_heads·d]
     const auto candidates = detail::key_directions(gram, c.kv_heads, frequency, pairing, context);
     const auto kept = static_cast<Index>(std::min(candidates.size(), static_cast<std::size_t>(rope_dim_ / 2)));
     frequencies_ = RowVector<double>::Zero(rope_dim_ / 2);

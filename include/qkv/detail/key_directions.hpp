@@ -18,6 +18,12 @@
 
 namespace qkv::inline QKV_ABI::detail {
 
+/// a·b and aᵀ·m·a. Every product of a compression goes through here: each kind that Eigen compiles costs a second.
+inline Eigen::MatrixXd product(const Eigen::MatrixXd& a, const Eigen::MatrixXd& b) { return a * b; }
+inline Eigen::MatrixXd moments_of(const Eigen::MatrixXd& a, const Eigen::MatrixXd& m) {
+  return product(a.transpose(), product(m, a));
+}
+
 /// A complex direction x + jy over the kv heads, of norm 1.
 struct KeyDirection {
   Eigen::VectorXd x, y;
@@ -50,8 +56,9 @@ inline std::pair<Eigen::MatrixXd, Eigen::MatrixXd> root_and_inverse(const Eigen:
   const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(a);
   const double largest = solver.eigenvalues().maxCoeff();
   const Eigen::VectorXd root = solver.eigenvalues().cwiseMax(largest > 0 ? 1e-6 * largest : 1).cwiseSqrt();
-  return {solver.eigenvectors() * root.asDiagonal(),
-          root.cwiseInverse().asDiagonal() * solver.eigenvectors().transpose()};
+  Eigen::MatrixXd forward = solver.eigenvectors(), back = solver.eigenvectors().transpose();
+  for (Index i = 0; i < root.size(); ++i) forward.col(i) *= root(i), back.row(i) /= root(i);
+  return {forward, back};
 }
 
 /// The mean of |e^(jφ) − 1|² over the distances of a context: what is lost where a pair no longer turns.
