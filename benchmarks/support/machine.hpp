@@ -3,6 +3,7 @@
 #pragma once
 
 #include <qkv/kernel/gemm.hpp>
+#include <qkv/workspace.hpp>
 
 #include <algorithm>
 #include <chrono>
@@ -73,6 +74,43 @@ inline double read_bandwidth(Index bytes, Index threads = 1) {
   for (auto& t : others) t.join();
   return static_cast<double>(steps * step) * sizeof(float) / (seconds() - start);
 }
+
+/// Memory to be read as a cache is: from the same allocator, on the same kind of pages, as many bytes.
+class ReadProbe {
+ public:
+  explicit ReadProbe(Index bytes)
+      : floats_(std::max<Index>(bytes / static_cast<Index>(sizeof(float)) / step * step, step)),
+        memory_(qkv::detail::aligned_bytes(static_cast<std::size_t>(floats_) * sizeof(float))) {
+    std::fill_n(data(), floats_, 1.0F);
+  }
+
+  /// Bytes per second of reading all of it once, in order; with `threads` > 1 each reads one stretch.
+  template <class E>
+  double bandwidth(const E& executor, Index threads) const {
+    const double start = seconds();
+    executor(threads, [&](Index i) { read(floats_ / step * i / threads, floats_ / step * (i + 1) / threads); });
+    return static_cast<double>(floats_) * sizeof(float) / (seconds() - start);
+  }
+
+ private:
+  using V = qkv::kernel::Simd<float>;
+  static constexpr Index sums = 8, step = sums * V::width;
+
+  float* data() const { return reinterpret_cast<float*>(memory_.get()); }
+  void read(Index first, Index end) const {
+    typename V::Vec top[std::size_t(sums)];
+    for (auto& t : top) t = V::zero();
+    for (Index i = first; i < end; ++i)
+      qkv::kernel::unroll<sums>(
+          [&](auto j) { top[j] = V::max(top[j], V::load(data() + i * step + j * V::width)); });
+    for (const auto& t : top) top[0] = V::max(top[0], t);
+    float sink = V::max_lanes(top[0]);
+    asm volatile("" : "+m"(sink));
+  }
+
+  Index floats_;
+  qkv::detail::AlignedBytes memory_;
+};
 
 inline double median(std::vector<double> values) {
   if (values.empty()) return 0;

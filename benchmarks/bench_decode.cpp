@@ -1,0 +1,331 @@
+// bench_decode — does one new token against a long cache run at the speed of memory?
+//
+//     decode/<cache>/<storage>/n:<>/heads:<>/kv_heads:<>/d:<>/batch:<>/threads:<>     the decode kernel
+//     decode/<baseline>/…                                                             what else could be done
+//
+// cache: contiguous, ring (its window full and wrapped), paged (64-token pages in permuted order). storage: f32, f16, bf16,
+// int8 and *_exact (widened to float where the kernel would multiply in narrower numbers). Baselines: eigen (products on
+// the rows of the same cache), bare_read (the same bytes, nothing but read), recompute (one layer over the whole text
+// again for every token) beside cached (the same layer with its cache).
+//
+// bandwidth_fraction: bytes of keys, values and scales over the read bandwidth, every call beside a sample: as many bytes
+// from the same allocator, on the same kind of pages, read in order by as many threads; the median of all. The sample also
+// pushes the cache out of the processor's caches as far as its size does. max_abs_error and rms_error are against
+// kernel::reference in double on the stored rows, taken before anything is timed.
+#include <benchmark/benchmark.h>
+#include <qkv/qkv.hpp>
+
+#include <memory>
+#include <numeric>
+#include <string>
+#include <type_traits>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
+#include "support/machine.hpp"
+
+namespace {
+
+using qkv::Index;
+using qkv::Matrix;
+
+struct Sizes {
+  Index n, heads, kv_heads, d, batch = 1, threads = 1, n_queries = 1;
+
+  std::string text() const {
+    const auto part = [](const char* key, Index value) { return std::string(key) + ":" + std::to_string(value); };
+    return part("/n", n) + part("/heads", heads) + part("/kv_heads", kv_heads) + part("/d", d) +
+           part("/batch", batch) + part("/threads", threads) + (n_queries > 1 ? part("/queries", n_queries) : "");
+  }
+};
+
+/// Threads that wait between calls, as a program that decodes keeps them.
+class Threads {
+ public:
+  explicit Threads(Index count) {
+    if (count > 1) pool_ = std::make_unique<Eigen::ThreadPool>(static_cast<int>(count - 1));
+  }
+  template <class F>
+  void operator()(Index n, F&& f) const {
+    if (pool_)
+      qkv::PoolExecutor<Eigen::ThreadPool>{*pool_}(n, f);
+    else
+      qkv::serial(n, f);
+  }
+
+ private:
+  std::unique_ptr<Eigen::ThreadPool> pool_;
+};
+
+// ---- caches of n random rows ----
+
+/// Appends rows until `n` are there; one block of random rows, over and over.
+template <class Cache>
+void fill(Cache& cache, Index n, const Sizes& s, std::uint64_t seed) {
+  constexpr Index piece = 509;
+  const Matrix<float> k = machine::normal(piece, s.kv_heads * s.d, seed), v = machine::normal(piece, k.cols(), seed + 1);
+  while (cache.position() < n) {
+    const Index rows = std::min({piece, n - cache.position(), cache.max_append()});
+    cache.append(k.topRows(rows), v.topRows(rows));
+  }
+}
+
+template <class S>
+struct Contiguous {
+  static constexpr const char* name = "contiguous";
+  qkv::KvCache<S> cache;
+  Contiguous(const Sizes& s, std::uint64_t seed)
+      : cache({.kv_heads = s.kv_heads, .head_dim = s.d, .v_head_dim = s.d, .capacity = s.n}) {
+    fill(cache, s.n, s, seed);
+  }
+};
+
+template <class S>
+struct Ring {
+  static constexpr const char* name = "ring";
+  qkv::RingCache<S> cache;
+  Ring(const Sizes& s, std::uint64_t seed)
+      : cache({.kv_heads = s.kv_heads, .head_dim = s.d, .v_head_dim = s.d, .window = s.n - 1, .slack = 1}) {
+    fill(cache, s.n + s.n / 3, s, seed);
+  }
+};
+
+template <class S>
+struct Paged {
+  static constexpr const char* name = "paged";
+  static constexpr Index page = 64;
+  qkv::PagePool<S> pool;
+  qkv::PagedCache<S> cache;
+  Paged(const Sizes& s, std::uint64_t seed)
+      : pool({.kv_heads = s.kv_heads,
+              .head_dim = s.d,
+              .v_head_dim = s.d,
+              .page_tokens = page,
+              .pages = (s.n + page - 1) / page}),
+        cache(pool) {
+    // Given back in steps that visit every page once: that is the order in which they are taken again.
+    const Index pages = pool.pages();
+    for (Index i = 0; i < pages; ++i) pool.acquire();
+    Index step = pages * 5 / 13 + 1;
+    while (std::gcd(step, pages) != 1) ++step;
+    for (Index i = 0; i < pages; ++i) pool.release(i * step % pages);
+    fill(cache, s.n, s, seed);
+  }
+};
+
+template <class S>
+Index row_bytes(const Sizes& s) {
+  return 2 * s.kv_heads * qkv::row_bytes<S>(s.d);
+}
+
+void set_counters(benchmark::State& state, const Sizes& s, double bytes, double bytes_per_token,
+                  const std::vector<double>& fractions) {
+  using benchmark::Counter;
+  state.counters["bytes"] = Counter(bytes, Counter::kIsIterationInvariantRate);
+  state.counters["bandwidth_fraction"] = machine::median(fractions);
+  state.counters["tokens_per_second"] =
+      Counter(static_cast<double>(s.batch * s.n_queries), Counter::kIsIterationInvariantRate);
+  state.counters["cache_bytes_per_token"] = bytes_per_token;
+}
+
+/// Each call beside a sample of the bandwidth.
+template <class Call>
+void measure(benchmark::State& state, const Sizes& s, Index bytes, const machine::ReadProbe& probe,
+             const Threads& threads, double bytes_per_token, const Call& call) {
+  std::vector<double> fractions;
+  for (auto _ : state) {
+    const double bandwidth = probe.bandwidth(threads, s.threads), start = machine::seconds();
+    call();
+    const double time = machine::seconds() - start;
+    state.SetIterationTime(time);
+    fractions.push_back(static_cast<double>(bytes) / time / bandwidth);
+  }
+  set_counters(state, s, static_cast<double>(bytes), bytes_per_token, fractions);
+}
+
+/// Largest error and rms error over rms output.
+bool verify(benchmark::State& state, const Matrix<double>& out, const Matrix<double>& expected, double tolerance) {
+  const double rms = (out - expected).norm() / expected.norm();
+  state.counters["max_abs_error"] = (out - expected).cwiseAbs().maxCoeff();
+  state.counters["rms_error"] = rms;
+  if (rms <= tolerance) return true;
+  state.SkipWithError(("wrong: rms error " + std::to_string(rms)).c_str());
+  return false;
+}
+
+template <class Cache>
+Matrix<double> expected_of(const Matrix<float>& q, const Cache& cache, const Sizes& s) {
+  qkv::Options<double> options;
+  options.kernel = qkv::Kernel::reference;
+  return qkv::attention(q.cast<double>(), cache, {s.heads, s.kv_heads}, qkv::causal, qkv::plain, options);
+}
+
+// ---- rows ----
+
+template <class S, class Holder>
+void decode(benchmark::State& state, const Sizes& s, qkv::Arithmetic arithmetic, double tolerance,
+            qkv::Kernel kernel = qkv::Kernel::decode) {
+  std::vector<std::unique_ptr<Holder>> holders;
+  std::vector<Matrix<float>> q, out;
+  for (Index b = 0; b < s.batch; ++b) {
+    const auto seed = static_cast<std::uint64_t>(3 * b + 1);
+    holders.push_back(std::make_unique<Holder>(s, seed));
+    q.push_back(machine::normal(s.n_queries, s.heads * s.d, seed + 2));
+    out.emplace_back(s.n_queries, s.heads * s.d);
+  }
+  qkv::Workspace workspace;
+  qkv::Options<float> options;
+  options.kernel = kernel;
+  options.arithmetic = arithmetic;
+  options.workspace = &workspace;
+  const Threads threads(s.threads);
+  const auto call = [&] {
+    for (std::size_t b = 0; b < q.size(); ++b)
+      qkv::attention_into(out[b], q[b], holders[b]->cache, {s.heads, s.kv_heads}, qkv::causal, qkv::plain, options,
+                          threads);
+  };
+  call();
+  if (!verify(state, out[0].template cast<double>(), expected_of(q[0], holders[0]->cache, s), tolerance)) return;
+  const Index bytes = s.batch * s.n * row_bytes<S>(s);
+  measure(state, s, bytes, machine::ReadProbe(bytes), threads,
+          static_cast<double>(holders[0]->cache.bytes()) / static_cast<double>(s.n), call);
+}
+
+/// The same bytes read and nothing done with them: what decode could reach.
+template <class S>
+void bare_read(benchmark::State& state, const Sizes& s) {
+  const Index bytes = s.batch * s.n * row_bytes<S>(s);
+  const machine::ReadProbe probe(bytes), memory(bytes);
+  const Threads threads(s.threads);
+  measure(state, s, bytes, probe, threads, static_cast<double>(row_bytes<S>(s)),
+          [&] { memory.bandwidth(threads, s.threads); });
+}
+
+/// Two Eigen products and a softmax for each kv head, on the rows of the cache.
+void eigen(benchmark::State& state, const Sizes& s) {
+  Contiguous<float> holder(s, 1);
+  const Index group = s.heads / s.kv_heads;
+  const Matrix<float> q = machine::normal(1, s.heads * s.d, 3);
+  Matrix<float> out(1, s.heads * s.d), scores;
+  const auto rows = holder.cache.key_rows();
+  using Rows = Eigen::Map<const Matrix<float>>;
+  const auto call = [&] {
+    for (Index h = 0; h < s.kv_heads; ++h) {
+      const Rows queries(q.data() + h * group * s.d, group, s.d), keys(rows.key(rows.runs[0], h, 0), s.n, s.d),
+          values(rows.value(rows.runs[0], h, 0), s.n, s.d);
+      scores.noalias() = queries * keys.transpose();
+      scores /= std::sqrt(static_cast<float>(s.d));
+      scores = (scores.array().colwise() - scores.rowwise().maxCoeff().array()).exp();
+      scores.array().colwise() /= scores.rowwise().sum().array().eval();
+      Eigen::Map<Matrix<float>>(out.data() + h * group * s.d, group, s.d).noalias() = scores * values;
+    }
+  };
+  call();
+  if (!verify(state, out.cast<double>(), expected_of(q, holder.cache, s), 5e-6)) return;
+  const Index bytes = s.n * row_bytes<float>(s);
+  measure(state, s, bytes, machine::ReadProbe(bytes), Threads(1), static_cast<double>(row_bytes<float>(s)), call);
+}
+
+/// One layer, token n: with a cache it projects and attends for one token; without, for all n again.
+void layer(benchmark::State& state, const Sizes& s, bool cached) {
+  const Index model_dim = s.heads * s.d;
+  const qkv::MultiHeadAttentionConfig config{
+      .model_dim = model_dim, .heads = s.heads, .kv_heads = s.kv_heads, .head_dim = s.d};
+  const qkv::MultiHeadAttention<float> mha(config, qkv::MultiHeadAttentionWeights<float>::random(config));
+  const Matrix<float> x = machine::normal(s.n, model_dim, 2);
+  auto cache = mha.make_cache(s.n);
+  mha.forward(x.topRows(s.n - 1), cache);
+  Matrix<float> last;
+  const auto call = [&] {
+    if (cached) {
+      last = mha.forward(x.bottomRows(1), cache);
+      cache.truncate(s.n - 1);
+    } else {
+      last = mha.forward(x).bottomRows(1);
+    }
+  };
+  call();
+  const Matrix<double> expected = mha.forward(x).bottomRows(1).cast<double>();
+  if (!verify(state, last.cast<double>(), expected, 1e-5)) return;
+  const double tokens = cached ? 1 : static_cast<double>(s.n), n = static_cast<double>(s.n);
+  const double width = static_cast<double>(model_dim), kv_width = static_cast<double>(s.kv_heads * s.d);
+  const double pairs = cached ? n : n * (n + 1) / 2;
+  for (auto _ : state) {
+    const double start = machine::seconds();
+    call();
+    state.SetIterationTime(machine::seconds() - start);
+  }
+  using benchmark::Counter;
+  state.counters["multiplications"] = tokens * width * (2 * width + 2 * kv_width) + 2 * pairs * width;
+  state.counters["tokens_per_second"] = Counter(1, Counter::kIsIterationInvariantRate);
+}
+
+void add_row(const std::string& name, auto run) {
+  benchmark::RegisterBenchmark(name.c_str(), run)->UseManualTime()->Unit(benchmark::kMillisecond);
+}
+
+template <class S, template <class> class Holder = Contiguous>
+void add(const Sizes& s, qkv::Arithmetic arithmetic = qkv::Arithmetic::automatic,
+         qkv::Kernel kernel = qkv::Kernel::decode) {
+  const bool exact = arithmetic == qkv::Arithmetic::exact;
+  const double tolerance = exact || sizeof(S) == 4 ? 5e-6 : std::is_same_v<S, std::int8_t> ? 1e-2 : 3e-3;
+  add_row(std::string("decode/") + Holder<S>::name + "/" + qkv::storage_name<S> + (exact ? "_exact" : "") +
+              (kernel == qkv::Kernel::tiled ? "_tiled" : "") + s.text(),
+          [=](benchmark::State& state) { decode<S, Holder<S>>(state, s, arithmetic, tolerance, kernel); });
+}
+
+template <class S>
+void add_caches(const Sizes& s) {
+  add<S>(s);
+  add<S, Ring>(s);
+  add<S, Paged>(s);
+}
+
+[[maybe_unused]] const bool registered = [] {
+  using qkv::Arithmetic;
+  constexpr Sizes gqa{.n = 32768, .heads = 32, .kv_heads = 8, .d = 128};
+  constexpr Sizes mha{.n = 8192, .heads = 32, .kv_heads = 32, .d = 128};
+  for (const Sizes& s : {gqa, mha}) {
+    add_caches<float>(s);
+    add_caches<qkv::half>(s);
+    add_caches<qkv::bfloat16>(s);
+    add_caches<std::int8_t>(s);
+  }
+  add<qkv::bfloat16>(gqa, Arithmetic::exact);
+  add<std::int8_t>(gqa, Arithmetic::exact);
+  add<std::int8_t>(mha, Arithmetic::exact);
+  for (const Index n : {1024, 32768})
+    for (const Index threads : {1, 2}) {
+      const Sizes s{.n = n, .heads = 32, .kv_heads = 8, .d = 128, .threads = threads};
+      if (n == 32768 && threads == 1) continue;  // above
+      add<float>(s);
+      add<qkv::bfloat16>(s);
+      add<std::int8_t>(s);
+    }
+  for (const Index threads : {1, 2}) add<float>({32768, 8, 1, 128, 1, threads});  // one kv head: keys are split
+  for (const Index d : {64, 256}) add<float>({16384, 16, 4, d});
+  for (const Index threads : {1, 2}) add<float>({2048, 32, 8, 128, 16, threads});
+  // Several new tokens: where the tiled kernel takes over.
+  for (const Sizes& s : {Sizes{16384, 32, 32, 128}, Sizes{16384, 64, 8, 128}})
+    for (const Index queries : {2, 4, 8, 16, 32})
+      for (const auto kernel : {qkv::Kernel::decode, qkv::Kernel::tiled}) {
+        Sizes several = s;
+        several.n = s.kv_heads == 32 ? 4096 : 16384;
+        several.n_queries = queries;
+        add<float>(several, Arithmetic::automatic, kernel);
+        add<qkv::bfloat16>(several, Arithmetic::automatic, kernel);
+      }
+  for (const Sizes& s : {gqa, mha}) {
+    add_row("decode/eigen/f32" + s.text(), [=](benchmark::State& state) { eigen(state, s); });
+    add_row("decode/bare_read/f32" + s.text(), [=](benchmark::State& state) { bare_read<float>(state, s); });
+    add_row("decode/bare_read/int8" + s.text(), [=](benchmark::State& state) { bare_read<std::int8_t>(state, s); });
+  }
+  for (const bool cached : {true, false}) {
+    const Sizes s{1024, 16, 16, 64};
+    add_row(std::string("decode/") + (cached ? "cached" : "recompute") + "/f32" + s.text(),
+            [=](benchmark::State& state) { layer(state, s, cached); });
+  }
+  benchmark::AddCustomContext("qkv build", qkv::build_name);
+  return true;
+}();
+
+}  // namespace
