@@ -40,6 +40,7 @@
 #include "kernel/panel_softmax.hpp"     // scores of a panel become weights
 #include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too
 #include "kernel/tiled.hpp"             // many queries: prefill
+#include "kernel/row_tile.hpp"          // rows of a cache against a few queries
 #include "kernel/decode.hpp"            // few queries: decode
 #include "attention.hpp"                // the front door
 #include "explain.hpp"                  // what a call will do, in one line

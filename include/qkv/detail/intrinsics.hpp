@@ -44,6 +44,50 @@ EIGEN_ALWAYS_INLINE void store_first(double* p, __m512d v, Index n) {
 
 #endif
 
+// ---- sums of lanes ----
+#if defined(EIGEN_VECTORIZE_AVX512)
+
+#if defined(__GNUC__)
+EIGEN_ALWAYS_INLINE void hold(__m512& v) { asm("" : "+v"(v)); }
+EIGEN_ALWAYS_INLINE void hold(__m512i& v) { asm("" : "+v"(v)); }
+#endif
+
+EIGEN_ALWAYS_INLINE __m512 add_lanes(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+EIGEN_ALWAYS_INLINE __m512i add_lanes(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+EIGEN_ALWAYS_INLINE __m512 as_floats(__m512 v) { return v; }
+EIGEN_ALWAYS_INLINE __m512 as_floats(__m512i v) { return _mm512_castsi512_ps(v); }
+EIGEN_ALWAYS_INLINE void as_lanes(__m512 v, __m512& out) { out = v; }
+EIGEN_ALWAYS_INLINE void as_lanes(__m512 v, __m512i& out) { out = _mm512_castps_si512(v); }
+
+// Picks what Low and High name from a and b (b's half goes to the upper half of each pair) and adds the two.
+template <int Low, int High, class P>
+EIGEN_ALWAYS_INLINE P add_blocks(P a, P b) {  // blocks of four lanes
+  P x, y;
+  as_lanes(_mm512_shuffle_f32x4(as_floats(a), as_floats(b), Low), x);
+  as_lanes(_mm512_shuffle_f32x4(as_floats(a), as_floats(b), High), y);
+  return add_lanes(x, y);
+}
+template <int Low, int High, class P>
+EIGEN_ALWAYS_INLINE P add_pairs(P a, P b) {  // lanes inside each block
+  P x, y;
+  as_lanes(_mm512_shuffle_ps(as_floats(a), as_floats(b), Low), x);
+  as_lanes(_mm512_shuffle_ps(as_floats(a), as_floats(b), High), y);
+  return add_lanes(x, y);
+}
+
+// Lane i: the sum of the lanes of row i, for floats or 32-bit integers. Half the work of a transposition.
+template <class P>
+EIGEN_ALWAYS_INLINE P sum_each_16(P (&v)[16]) {
+  for (int i : {0, 1, 2, 3, 8, 9, 10, 11}) v[i] = add_blocks<0x44, 0xEE>(v[i], v[i + 4]);  // blocks i, i, i+4, i+4
+  for (int i = 0; i < 4; ++i) v[i] = add_blocks<0x88, 0xDD>(v[i], v[i + 8]);               // i, i+4, i+8, i+12
+  v[0] = add_pairs<0x44, 0xEE>(v[0], v[1]);
+  v[2] = add_pairs<0x44, 0xEE>(v[2], v[3]);
+  return add_pairs<0x88, 0xDD>(v[0], v[2]);
+}
+EIGEN_ALWAYS_INLINE __m512 sum_each(__m512 (&rows)[16]) { return sum_each_16(rows); }
+
+#endif
+
 // ---- the low bits of a double, moved up into its exponent ----
 #if defined(EIGEN_VECTORIZE_AVX512)
 EIGEN_ALWAYS_INLINE __m512d low_bits_to_exponent(__m512d biased) {

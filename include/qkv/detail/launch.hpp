@@ -51,6 +51,49 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
   }
 }
 
+/// The decode kernel: an item is one kv head, or one split of its keys where several threads may share them.
+template <class T, StorageType S, class M, class F, class E, class Done>
+void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
+                   const E& executor, const Done& done, Start start) {
+  using Decode = kernel::Decode<T, S, M, F>;
+  using State = kernel::DecodeState<T>;
+  const Index n = task.n_queries(), group = task.heads.group_size(), dv = task.v_head_dim();
+  const std::size_t scratch_bytes = kernel::decode_scratch_bytes<T>(n, group, task.head_dim(), dv);
+  const auto begin = [&](Index kv_head) {
+    if (start == Start::empty) state.clear(0, n, kv_head * group, group, dv);
+  };
+  const auto one_head = [&](Index kv_head) {
+    const auto scratch = workspace.lease(scratch_bytes);
+    begin(kv_head);
+    Decode(task, kv_head, scratch.data()).run(state);
+    done(Index(0), n, kv_head * group, group);
+  };
+  Index splits = 0;
+  if constexpr (!std::is_same_v<E, Serial>) kernel::for_each_split(task.keys, [&](const kernel::Split&) { ++splits; });
+  if (splits <= 1) return kernel::decode_in_parallel(task) ? executor(task.heads.kv_heads, one_head)
+                                                           : serial(task.heads.kv_heads, one_head);
+
+  const std::size_t state_bytes = State::bytes(n * group, dv);
+  const auto items = static_cast<std::size_t>(splits * task.heads.kv_heads);
+  const auto memory = workspace.lease(items * state_bytes + static_cast<std::size_t>(splits) * sizeof(kernel::Split));
+  auto* const split = reinterpret_cast<kernel::Split*>(memory.data() + items * state_bytes);
+  Index count = 0;
+  kernel::for_each_split(task.keys, [&](const kernel::Split& s) { split[count++] = s; });
+  const auto state_of = [&](Index item) {
+    Carver carver(memory.data() + static_cast<std::size_t>(item) * state_bytes);
+    return State(carver, n * group, dv);
+  };
+  executor(splits * task.heads.kv_heads, [&](Index item) {
+    const auto scratch = workspace.lease(scratch_bytes);
+    Decode(task, item / splits, scratch.data()).run_split(split[item % splits], state_of(item));
+  });
+  executor(task.heads.kv_heads, [&](Index kv_head) {
+    begin(kv_head);
+    for (Index s = 0; s < splits; ++s) Decode::merge(task, kv_head, state_of(kv_head * splits + s), state);
+    done(Index(0), n, kv_head * group, group);
+  });
+}
+
 /// Leaves the softmax state; `done(query, n_queries, head, n_heads)` is called by the item that computed its part.
 template <class T, StorageType S, class M, class F, class E, class Done>
 void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state,
@@ -68,13 +111,7 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
         return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
     launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
   } else if (kernel == Kernel::decode) {
-    executor(heads.kv_heads, [&](Index kv_head) {
-      const auto scratch =
-          workspace.lease(kernel::decode_scratch_bytes<T>(n, group, task.head_dim(), task.v_head_dim()));
-      if (start == Start::empty) state.clear(0, n, kv_head * group, group, task.v_head_dim());
-      kernel::Decode(task, state, kv_head, scratch.data()).run();
-      done(Index(0), n, kv_head * group, group);
-    });
+    launch_decode(task, state, workspace, executor, done, start);
   } else {
     const Index dv = task.v_head_dim();
     executor(heads.heads, [&](Index head) {

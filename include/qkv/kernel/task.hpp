@@ -70,16 +70,16 @@ struct StateView {
 
 /// Kernels cut the keys on a fixed grid of absolute positions: whatever runs hold them, and however the queries arrive,
 /// a chunk holds the same keys, so paged, ring and contiguous caches give the same bits.
+/// Chunks before the position `end`, from row `row` of run r on; the first row of that run is logical row `base`.
 template <StorageType S, class F>
-void for_each_chunk(const KeyRows<S>& keys, Index chunk, F&& f) {
-  std::size_t r = 0;
-  Index base = keys.first_row, row = 0;  // logical row of the run's first row; next row inside the run
+void for_each_chunk(const KeyRows<S>& keys, Index chunk, std::size_t r, Index base, Index row, Index end, F&& f) {
   while (r < keys.runs.size()) {
     if (row == keys.runs[r].rows) {
       base += keys.runs[r].rows, row = 0, ++r;
       continue;
     }
     const Index first = (keys.runs[r].position + row) / chunk * chunk;
+    if (first >= end) return;
     f(first, r, base, row);  // the chunk [first, first + chunk) begins at run r, row `row`
     while (r < keys.runs.size()) {
       const auto& run = keys.runs[r];
@@ -89,6 +89,11 @@ void for_each_chunk(const KeyRows<S>& keys, Index chunk, F&& f) {
       if (r < keys.runs.size() && keys.runs[r].position >= first + chunk) break;
     }
   }
+}
+/// All of them.
+template <StorageType S, class F>
+void for_each_chunk(const KeyRows<S>& keys, Index chunk, F&& f) {
+  for_each_chunk(keys, chunk, 0, keys.first_row, 0, infinite, std::forward<F>(f));
 }
 
 /// The pieces of the chunk that begins at (r, base, row): f(run, base, row, count, column), column = position - first.
