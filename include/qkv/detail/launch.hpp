@@ -99,7 +99,7 @@ template <class T, StorageType S, class M, class F, class E, class Done>
 void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state,
             Workspace& workspace, const E& executor, const Done& done, Start start = Start::empty) {
   const Heads heads = task.heads;
-  const Index n = task.n_queries(), group = heads.group_size();
+  const Index n = task.n_queries();
   if (n == 0) return;
   if (kernel == Kernel::tiled) {
     using Narrow = kernel::NarrowArithmetic<T, S>;
