@@ -52,27 +52,21 @@ EIGEN_ALWAYS_INLINE void hold(__m512& v) { asm("" : "+v"(v)); }
 EIGEN_ALWAYS_INLINE void hold(__m512i& v) { asm("" : "+v"(v)); }
 #endif
 
+// Sums of float, or of 32-bit integers in any type of 64 bytes that stands for them.
 EIGEN_ALWAYS_INLINE __m512 add_lanes(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
-EIGEN_ALWAYS_INLINE __m512i add_lanes(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
-EIGEN_ALWAYS_INLINE __m512 as_floats(__m512 v) { return v; }
-EIGEN_ALWAYS_INLINE __m512 as_floats(__m512i v) { return _mm512_castsi512_ps(v); }
-EIGEN_ALWAYS_INLINE void as_lanes(__m512 v, __m512& out) { out = v; }
-EIGEN_ALWAYS_INLINE void as_lanes(__m512 v, __m512i& out) { out = _mm512_castps_si512(v); }
+template <class P>
+EIGEN_ALWAYS_INLINE P add_lanes(P a, P b) {
+  return (P)_mm512_add_epi32((__m512i)a, (__m512i)b);
+}
 
 // Picks what Low and High name from a and b (b's half goes to the upper half of each pair) and adds the two.
 template <int Low, int High, class P>
 EIGEN_ALWAYS_INLINE P add_blocks(P a, P b) {  // blocks of four lanes
-  P x, y;
-  as_lanes(_mm512_shuffle_f32x4(as_floats(a), as_floats(b), Low), x);
-  as_lanes(_mm512_shuffle_f32x4(as_floats(a), as_floats(b), High), y);
-  return add_lanes(x, y);
+  return add_lanes((P)_mm512_shuffle_f32x4((__m512)a, (__m512)b, Low), (P)_mm512_shuffle_f32x4((__m512)a, (__m512)b, High));
 }
 template <int Low, int High, class P>
 EIGEN_ALWAYS_INLINE P add_pairs(P a, P b) {  // lanes inside each block
-  P x, y;
-  as_lanes(_mm512_shuffle_ps(as_floats(a), as_floats(b), Low), x);
-  as_lanes(_mm512_shuffle_ps(as_floats(a), as_floats(b), High), y);
-  return add_lanes(x, y);
+  return add_lanes((P)_mm512_shuffle_ps((__m512)a, (__m512)b, Low), (P)_mm512_shuffle_ps((__m512)a, (__m512)b, High));
 }
 
 // Lane i: the sum of the lanes of row i, for floats or 32-bit integers. Half the work of a transposition.

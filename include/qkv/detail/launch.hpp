@@ -52,13 +52,13 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
 }
 
 /// The decode kernel: an item is one kv head, or one split of its keys where several threads may share them.
-template <class T, StorageType S, class M, class F, class E, class Done>
+template <class D, class T, StorageType S, class M, class F, class E, class Done>
 void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
                    const E& executor, const Done& done, Start start) {
-  using Decode = kernel::Decode<T, S, M, F>;
+  using Decode = kernel::Decode<D, T, S, M, F>;
   using State = kernel::DecodeState<T>;
   const Index n = task.n_queries(), group = task.heads.group_size(), dv = task.v_head_dim();
-  const std::size_t scratch_bytes = kernel::decode_scratch_bytes<T>(n, group, task.head_dim(), dv);
+  const std::size_t scratch_bytes = kernel::decode_scratch_bytes<D>(n * group, task.head_dim(), dv);
   const auto begin = [&](Index kv_head) {
     if (start == Start::empty) state.clear(0, n, kv_head * group, group, dv);
   };
@@ -111,7 +111,11 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
         return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
     launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
   } else if (kernel == Kernel::decode) {
-    launch_decode(task, state, workspace, executor, done, start);
+    using Narrow = kernel::NarrowDot<T, S>;
+    if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
+      if (task.arithmetic == Arithmetic::automatic && heads.group_size() > 1)  // one query waits for memory anyway
+        return launch_decode<Narrow>(task, state, workspace, executor, done, start);
+    launch_decode<kernel::WidenedDot<T, S>>(task, state, workspace, executor, done, start);
   } else {
     const Index dv = task.v_head_dim();
     executor(heads.heads, [&](Index head) {

@@ -67,10 +67,11 @@ struct DecodeState {
   }
 };
 
-/// Scratch of one work item.
-template <class T>
+/// Scratch of one work item; D says how q·k is multiplied.
+template <class D>
 struct DecodeScratch {
-  T* q;        // [n, head_dim up to whole registers]: the queries of the group, zeros past head_dim
+  using T = typename D::Scalar;
+  PackedQueries<D> q;
   T* scores;   // [n, decode_chunk], then weights; -inf: the value is not read
   T* seen;     // [decode_chunk] 1: every query of the group sees this column
   T* scale_k;  // [decode_chunk]: int8, of the rows
@@ -78,7 +79,7 @@ struct DecodeScratch {
   DecodeState<T> state;
 
   DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
-      : q(carver.take<T>(n * whole_registers<T>(head_dim))),
+      : q(carver, n, head_dim),
         scores(carver.take<T>(n * decode_chunk)),
         seen(carver.take<T>(decode_chunk)),
         scale_k(carver.take<T>(decode_chunk)),
@@ -86,10 +87,10 @@ struct DecodeScratch {
         state(carver, n, v_head_dim) {}
 };
 
-template <class T>
-std::size_t decode_scratch_bytes(Index n_queries, Index group_size, Index head_dim, Index v_head_dim) {
+template <class D>
+std::size_t decode_scratch_bytes(Index n, Index head_dim, Index v_head_dim) {
   detail::Carver carver(nullptr);
-  DecodeScratch<T>(carver, n_queries * group_size, head_dim, v_head_dim);
+  DecodeScratch<D>(carver, n, head_dim, v_head_dim);
   return carver.used();
 }
 
@@ -101,7 +102,7 @@ bool decode_in_parallel(const Task<T, S, M, F>& task) {
 }
 
 /// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q.
-template <class T, StorageType S, class M, class F>
+template <class D, class T, StorageType S, class M, class F>
 class Decode {
   using V = Simd<T>;
   using Vec = typename V::Vec;
@@ -115,7 +116,7 @@ class Decode {
         carver_(scratch),
         s_(carver_, n_, task.head_dim(), task.v_head_dim()),
         state_(s_.state) {
-    for (Index i = 0; i < n_; ++i) pack_query(task_.query(query(i), head(i)), task_.head_dim(), i, n_, s_.q);
+    for (Index i = 0; i < n_; ++i) s_.q.pack(i, task_.query(query(i), head(i)), task_.head_dim(), task_.scale);
   }
 
   /// All keys, split by split, merged into `into`.
@@ -195,8 +196,8 @@ class Decode {
       const Index block = block_rows(keys.width);
       for (Index k = 0; k < piece.count; k += block) {
         const Index some = std::min(block, piece.count - k);
-        dot_rows(keys.from(k, some), s_.q, n_, task_.scale, next_rows<false>(piece.run, piece.row + k, some),
-                 s_.scores + piece.column + k, decode_chunk);
+        dot_rows<D>(keys.from(k, some), s_.q, next_rows<false>(piece.run, piece.row + k, some),
+                    s_.scores + piece.column + k, decode_chunk);
       }
       if (has_row_scale<S> || !std::is_same_v<F, Plain> || least != Cover::all)
         finish_scores(piece, least != Cover::all);
@@ -239,7 +240,7 @@ class Decode {
 
   /// Rows worked on at a time; they stay in the first-level cache for all queries, with those that come next.
   static Index block_rows(Index width) {
-    return std::clamp<Index>(4096 / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
+    return std::clamp<Index>(8192 / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
   }
   /// The rows after row + some - 1, be it in another run: as many, to be asked for meanwhile. Rows with gaps between
   /// them, as in plain matrices, are asked for here and now.
@@ -345,7 +346,7 @@ class Decode {
   const Task<T, S, M, F>& task_;
   Index kv_head_, n_;
   detail::Carver carver_;
-  DecodeScratch<T> s_;
+  DecodeScratch<D> s_;
   DecodeState<T> state_;
   bool complete_ = false;  // every column of the chunk has a key
 };

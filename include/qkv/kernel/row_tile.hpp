@@ -14,7 +14,9 @@
 
 #include <cstring>
 
+#include "../workspace.hpp"
 #include "register_tile.hpp"
+#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -59,103 +61,192 @@ constexpr Index whole_registers(Index width) {
 
 // ---- q·k ----
 
-/// Queries of one tile: [registers][Queries][W], zeros past head_dim. Tiles of 4, then 2, then 1 query, as dot_rows takes
-/// them.
-template <class T>
-constexpr Index queries_at_once(Index n) {
-  return n >= 4 && Simd<T>::width >= 4 ? 4 : n >= 2 && Simd<T>::width >= 2 ? 2 : 1;
-}
-template <class T>
-void pack_query(const T* query, Index width, Index i, Index n, T* packed) {
-  constexpr Index W = Simd<T>::width;
-  const Index whole = whole_registers<T>(width);
-  Index first = 0, tile = queries_at_once<T>(n);
-  while (i >= first + tile) first += tile, tile = queries_at_once<T>(n - first);
-  for (Index x = 0; x < whole; x += W) {
-    T* const to = packed + first * whole + (x * tile) + (i - first) * W;
-    const Index some = std::clamp<Index>(width - x, 0, W);
-    std::copy_n(query + x, some, to);
-    std::fill_n(to + some, W - some, T(0));
+/// q·k in T: what a register of a row is, how it is multiplied, and how a query is packed.
+template <class T, class S>
+struct WidenedDot {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Scalar = T;
+  using Key = S;
+  using Query = T;
+  static constexpr const char* name = "";
+  static constexpr Index width = V::width;  // elements in a register of a row
+  static constexpr Index lanes = V::width;  // sums that one tree adds up
+
+  static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
+  static EIGEN_ALWAYS_INLINE Vec query(const T* q) { return V::load_once(q); }
+  static EIGEN_ALWAYS_INLINE Vec key(const S* k) { return V::load_once(k); }
+  static EIGEN_ALWAYS_INLINE Vec key_n(const S* k, Index n) { return V::load_n(k, n); }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return V::fma(q, k, sum); }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const T* factor, const std::int32_t*, T* to) {
+    V::store(to, V::mul(V::sum_each(sum), V::load(factor)));
   }
+  static T round(const T* query, Index n, T* to, std::int32_t&) {
+    std::copy_n(query, n, to);
+    return T(1);
+  }
+};
+
+#ifdef QKV_DETAIL_WORDS
+/// q·k of int8 rows in integers (kernel/words.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
+/// a sum, 128·Σq, is taken off at the end.
+struct QuadsDot {
+  using V = Simd<float>;
+  using Vec = QuadDot::Sum;
+  using Scalar = float;
+  using Key = std::int8_t;
+  using Query = std::int8_t;
+  static constexpr const char* name = " multiplied in int8, values in float";
+  static constexpr Index width = 64, lanes = 16;
+
+  static EIGEN_ALWAYS_INLINE Vec zero() { return (Vec)_mm512_setzero_si512(); }
+  static EIGEN_ALWAYS_INLINE Vec query(const std::int8_t* q) {
+    __m512i v = _mm512_loadu_si512(q);
+    detail::hold(v);
+    return (Vec)v;
+  }
+  static EIGEN_ALWAYS_INLINE Vec plus_128(__m512i k) { return (Vec)_mm512_xor_si512(k, _mm512_set1_epi8(-128)); }
+  static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) { return plus_128(_mm512_loadu_si512(k)); }
+  static EIGEN_ALWAYS_INLINE Vec key_n(const std::int8_t* k, Index n) { return plus_128(row_words(k, n, 0)); }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
+    return QuadDot::dot(sum, (__m512i)q, (__m512i)k);
+  }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[16], const float* factor, const std::int32_t* shift, float* to) {
+    const __m512i products = _mm512_sub_epi32((__m512i)detail::sum_each_16(sum), _mm512_loadu_si512(shift));
+    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(products), _mm512_loadu_ps(factor)));
+  }
+  static float round(const float* query, Index n, std::int8_t* to, std::int32_t& shift) {
+    const float scale = quantize_row(query, n, to);
+    shift = 0;
+    for (Index i = 0; i < n; ++i) shift += 128 * to[i];
+    return scale;
+  }
+};
+template <class T, class S>
+using NarrowDot = std::conditional_t<std::is_same_v<T, float> && std::is_same_v<S, std::int8_t>, QuadsDot, WidenedDot<T, S>>;
+#else
+template <class T, class S>
+using NarrowDot = WidenedDot<T, S>;
+#endif
+
+/// How many queries the next tile takes when n are left.
+template <class D>
+constexpr Index queries_at_once(Index n) {
+  return n >= 4 && D::lanes >= 4 ? 4 : n >= 2 && D::lanes >= 2 ? 2 : 1;
 }
 
+/// n queries as tiles read them. A tile of Queries begins at its first query's place: [registers][Queries][width], zeros
+/// past head_dim; `factor` and `shift` are of the W sums, Queries x W/Queries.
+template <class D>
+struct PackedQueries {
+  using T = typename D::Scalar;
+  typename D::Query* packed;  // [n, row]
+  typename D::Query* rounded;  // [row], scratch
+  T* factor;                   // [n, lanes]
+  std::int32_t* shift;         // [n, lanes]
+  Index n, row;
+
+  PackedQueries(detail::Carver& carver, Index n_rows, Index head_dim)
+      : n(n_rows), row((std::max<Index>(head_dim, 1) + D::width - 1) / D::width * D::width) {
+    packed = carver.take<typename D::Query>(n * row);
+    rounded = carver.take<typename D::Query>(row);
+    factor = carver.take<T>(n * D::lanes);
+    shift = carver.take<std::int32_t>(n * D::lanes);
+  }
+
+  void pack(Index i, const T* query, Index head_dim, T scale) const {
+    Index first = 0, tile = queries_at_once<D>(n);
+    while (i >= first + tile) first += tile, tile = queries_at_once<D>(n - first);
+    std::fill_n(rounded, row, typename D::Query(0));
+    std::int32_t offset = 0;
+    const T scaled = scale * D::round(query, head_dim, rounded, offset);
+    const Index slot = i - first, rows = D::lanes / tile;
+    for (Index x = 0; x < row; x += D::width)
+      std::copy_n(rounded + x, D::width, packed + first * row + x * tile + slot * D::width);
+    std::fill_n(factor + first * D::lanes + slot * rows, rows, scaled);
+    std::fill_n(shift + first * D::lanes + slot * rows, rows, offset);
+  }
+};
+
 // One register of each row times one of each query. By constant indices and without lambdas, as in register_tile.hpp.
-template <Index Queries, class T, class S, std::size_t... Sum, std::size_t... Q, std::size_t... R>
-EIGEN_ALWAYS_INLINE void dot_step(const Rows<S>& keys, Index x, Index left, const T* q,
-                                  typename Simd<T>::Vec (&sum)[sizeof...(Sum)], std::index_sequence<Sum...>,
+template <class D, Index Queries, std::size_t... Sum, std::size_t... Q, std::size_t... R>
+EIGEN_ALWAYS_INLINE void dot_step(const Rows<typename D::Key>& keys, Index x, Index left, const typename D::Query* q,
+                                  typename D::Vec (&sum)[sizeof...(Sum)], std::index_sequence<Sum...>,
                                   std::index_sequence<Q...>, std::index_sequence<R...>) {
-  using V = Simd<T>;
-  typename V::Vec query[sizeof...(Q)], key[sizeof...(R)];
-  ((query[Q] = V::load_once(q + x * Queries + Index(Q) * V::width)), ...);
-  if (left >= V::width)
-    ((key[R] = Queries > 1 ? V::load_once(keys.row(Index(R)) + x) : V::load(keys.row(Index(R)) + x)), ...);
+  typename D::Vec query[sizeof...(Q)], key[sizeof...(R)];
+  ((query[Q] = D::query(q + x * Queries + Index(Q) * D::width)), ...);
+  if (left >= D::width)
+    ((key[R] = D::key(keys.row(Index(R)) + x)), ...);
   else
-    ((key[R] = V::load_n(keys.row(Index(R)) + x, left)), ...);
-  ((sum[Sum] = V::fma(query[Sum / sizeof...(R)], key[Sum % sizeof...(R)], sum[Sum])), ...);
+    ((key[R] = D::key_n(keys.row(Index(R)) + x, left)), ...);
+  ((sum[Sum] = D::add_product(query[Sum / sizeof...(R)], key[Sum % sizeof...(R)], sum[Sum])), ...);
 }
 
 // Queries x At rows; their sums go to query by query Step apart.
-template <Index Queries, Index At, Index Step, class T, class S, std::size_t... Sum, std::size_t... R>
-EIGEN_ALWAYS_INLINE void dot_some(const Rows<S>& keys, const T* q, NextLines& next, typename Simd<T>::Vec* to,
-                                  std::index_sequence<Sum...> sums, std::index_sequence<R...> rows) {
-  using V = Simd<T>;
-  constexpr Index W = V::width;
+template <class D, Index Queries, Index At, Index Step, std::size_t... Sum, std::size_t... R>
+EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typename D::Query* q, NextLines& next,
+                                  typename D::Vec* to, std::index_sequence<Sum...> sums,
+                                  std::index_sequence<R...> rows) {
   constexpr auto queries = std::make_index_sequence<std::size_t(Queries)>{};
-  typename V::Vec sum[sizeof...(Sum)];
-  ((sum[Sum] = V::zero()), ...);
+  typename D::Vec sum[sizeof...(Sum)];
+  ((sum[Sum] = D::zero()), ...);
   Index x = 0;
-  for (; x + W <= keys.width; x += W) {
-    next.template fetch<At * W * Index(sizeof(S))>();
-    dot_step<Queries>(keys, x, W, q, sum, sums, queries, rows);
+  for (; x + D::width <= keys.width; x += D::width) {
+    next.template fetch<At * D::width * Index(sizeof(typename D::Key))>();
+    dot_step<D, Queries>(keys, x, D::width, q, sum, sums, queries, rows);
   }
-  if (x < keys.width) dot_step<Queries>(keys, x, keys.width - x, q, sum, sums, queries, rows);
+  if (x < keys.width) dot_step<D, Queries>(keys, x, keys.width - x, q, sum, sums, queries, rows);
   ((to[Index(Sum) / At * Step + Index(Sum) % At] = sum[Sum]), ...);
 }
 
 // All of a tile's rows, At at a time: many rows side by side are many streams, which memory serves badly.
-template <Index Queries, Index At, class T, class S, std::size_t... Group>
-EIGEN_ALWAYS_INLINE void dot_groups(const Rows<S>& keys, const T* q, NextLines& next,
-                                    typename Simd<T>::Vec (&sum)[Simd<T>::lanes], std::index_sequence<Group...>) {
-  (dot_some<Queries, At, Simd<T>::width / Queries>(keys.from(Index(Group) * At, At), q, next, sum + Index(Group) * At,
-                                                   std::make_index_sequence<std::size_t(Queries * At)>{},
-                                                   std::make_index_sequence<std::size_t(At)>{}),
+template <class D, Index Queries, Index At, std::size_t... Group>
+EIGEN_ALWAYS_INLINE void dot_groups(const Rows<typename D::Key>& keys, const typename D::Query* q, NextLines& next,
+                                    typename D::Vec (&sum)[std::size_t(D::lanes)], std::index_sequence<Group...>) {
+  (dot_some<D, Queries, At, D::lanes / Queries>(keys.from(Index(Group) * At, At), q, next, sum + Index(Group) * At,
+                                                std::make_index_sequence<std::size_t(Queries * At)>{},
+                                                std::make_index_sequence<std::size_t(At)>{}),
    ...);
 }
 
-/// to[i, r] = scale · q_i·k_r for one tile of Queries queries, W/Queries rows at a time.
-template <Index Queries, class T, class S>
-EIGEN_DONT_INLINE void dot_tile(const Rows<S>& keys, const T* q, T scale, NextLines ahead, T* to, Index to_row) {
-  using V = Simd<T>;
-  constexpr Index step = V::width / Queries, at = std::min<Index>(step, 4);
+/// to[i, r] = factor_i · q_i·k_r for the tile of Queries queries that begins at query `first`, lanes/Queries rows at a time.
+template <class D, Index Queries>
+EIGEN_DONT_INLINE void dot_tile(const Rows<typename D::Key>& keys, const PackedQueries<D>& queries, Index first,
+                                NextLines ahead, typename D::Scalar* to, Index to_row) {
+  using T = typename D::Scalar;
+  constexpr Index step = D::lanes / Queries, at = std::min<Index>(step, 4);
+  const typename D::Query* const q = queries.packed + first * queries.row;
+  const T* const factor = queries.factor + first * D::lanes;
+  const std::int32_t* const shift = queries.shift + first * D::lanes;
   NextLines next = ahead;
-  typename V::Vec sum[V::lanes];
-  T scores[V::lanes];
+  typename D::Vec sum[std::size_t(D::lanes)];
+  T scores[std::size_t(D::lanes)];
   Index r = 0;
   for (; r + step <= keys.count; r += step) {
-    dot_groups<Queries, at>(keys.from(r, step), q, next, sum, std::make_index_sequence<std::size_t(step / at)>{});
-    V::store(scores, V::mul(V::sum_each(sum), V::broadcast(scale)));
+    dot_groups<D, Queries, at>(keys.from(r, step), q, next, sum, std::make_index_sequence<std::size_t(step / at)>{});
+    D::finish(sum, factor, shift, scores);
     for (Index i = 0; i < Queries; ++i)
       std::memcpy(to + i * to_row + r, scores + i * step, std::size_t(step) * sizeof(T));
   }
   for (; r < keys.count; ++r) {  // one by one, in the first slot of every query
-    for (auto& s : sum) s = V::zero();
-    dot_groups<Queries, 1>(keys.from(r, 1), q, next, sum, std::make_index_sequence<1>{});
-    V::store(scores, V::mul(V::sum_each(sum), V::broadcast(scale)));
+    for (auto& s : sum) s = D::zero();
+    dot_groups<D, Queries, 1>(keys.from(r, 1), q, next, sum, std::make_index_sequence<1>{});
+    D::finish(sum, factor, shift, scores);
     for (Index i = 0; i < Queries; ++i) to[i * to_row + r] = scores[i * step];
   }
 }
 
-/// to[i, r] = scale · q_i·k_r for n queries (pack_query) and all rows; `next` is asked for meanwhile.
-template <class T, class S>
-void dot_rows(const Rows<S>& keys, const T* q, Index n, T scale, NextLines next, T* to, Index to_row) {
-  const Index width = whole_registers<T>(keys.width);
-  for (Index i = 0, tile = 0; i < n; i += tile, next = {}) {
-    tile = queries_at_once<T>(n - i);
-    if constexpr (Simd<T>::width >= 4)
-      if (tile == 4) dot_tile<4>(keys, q + i * width, scale, next, to + i * to_row, to_row);
-    if constexpr (Simd<T>::width >= 2)
-      if (tile == 2) dot_tile<2>(keys, q + i * width, scale, next, to + i * to_row, to_row);
-    if (tile == 1) dot_tile<1>(keys, q + i * width, scale, next, to + i * to_row, to_row);
+/// to[i, r] = scale · q_i·k_r for all queries and rows; `next` is asked for meanwhile.
+template <class D>
+void dot_rows(const Rows<typename D::Key>& keys, const PackedQueries<D>& q, NextLines next, typename D::Scalar* to,
+              Index to_row) {
+  for (Index i = 0, tile = 0; i < q.n; i += tile, next = {}) {
+    tile = queries_at_once<D>(q.n - i);
+    if constexpr (D::lanes >= 4)
+      if (tile == 4) dot_tile<D, 4>(keys, q, i, next, to + i * to_row, to_row);
+    if constexpr (D::lanes >= 2)
+      if (tile == 2) dot_tile<D, 2>(keys, q, i, next, to + i * to_row, to_row);
+    if (tile == 1) dot_tile<D, 1>(keys, q, i, next, to + i * to_row, to_row);
   }
 }
 
