@@ -33,8 +33,8 @@ struct Sizes {
 
   std::string text() const {
     const auto part = [](const char* key, Index value) { return std::string(key) + ":" + std::to_string(value); };
-    return part("/n", n) + part("/heads", heads) + part("/kv_heads", kv_heads) + part("/d", d) +
-           part("/batch", batch) + part("/threads", threads) + (n_queries > 1 ? part("/queries", n_queries) : "");
+    return part("/n", n) + part("/heads", heads) + part("/kv_heads", kv_heads) + part("/d", d) + part("/batch", batch) +
+           part("/threads", threads) + (n_queries > 1 ? part("/queries", n_queries) : "");
   }
 };
 
@@ -62,7 +62,8 @@ class Threads {
 template <class Cache>
 void fill(Cache& cache, Index n, const Sizes& s, std::uint64_t seed) {
   constexpr Index piece = 509;
-  const Matrix<float> k = machine::normal(piece, s.kv_heads * s.d, seed), v = machine::normal(piece, k.cols(), seed + 1);
+  const Matrix<float> k = machine::normal(piece, s.kv_heads * s.d, seed),
+                      v = machine::normal(piece, k.cols(), seed + 1);
   while (cache.position() < n) {
     const Index rows = std::min({piece, n - cache.position(), cache.max_append()});
     cache.append(k.topRows(rows), v.topRows(rows));

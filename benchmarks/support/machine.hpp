@@ -101,8 +101,7 @@ class ReadProbe {
     typename V::Vec top[std::size_t(sums)];
     for (auto& t : top) t = V::zero();
     for (Index i = first; i < end; ++i)
-      qkv::kernel::unroll<sums>(
-          [&](auto j) { top[j] = V::max(top[j], V::load(data() + i * step + j * V::width)); });
+      qkv::kernel::unroll<sums>([&](auto j) { top[j] = V::max(top[j], V::load(data() + i * step + j * V::width)); });
     for (const auto& t : top) top[0] = V::max(top[0], t);
     float sink = V::max_lanes(top[0]);
     asm volatile("" : "+m"(sink));

@@ -47,7 +47,7 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
     }
     case Kernel::decode:
       return state + kernel::decode_scratch_bytes<kernel::WidenedDot<T, T>>(n_queries * heads.group_size(), head_dim,
-                                                                                  v_head_dim);
+                                                                            v_head_dim);
     default:
       return state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim);
   }

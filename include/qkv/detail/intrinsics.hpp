@@ -62,7 +62,8 @@ EIGEN_ALWAYS_INLINE P add_lanes(P a, P b) {
 // Picks what Low and High name from a and b (b's half goes to the upper half of each pair) and adds the two.
 template <int Low, int High, class P>
 EIGEN_ALWAYS_INLINE P add_blocks(P a, P b) {  // blocks of four lanes
-  return add_lanes((P)_mm512_shuffle_f32x4((__m512)a, (__m512)b, Low), (P)_mm512_shuffle_f32x4((__m512)a, (__m512)b, High));
+  return add_lanes((P)_mm512_shuffle_f32x4((__m512)a, (__m512)b, Low),
+                   (P)_mm512_shuffle_f32x4((__m512)a, (__m512)b, High));
 }
 template <int Low, int High, class P>
 EIGEN_ALWAYS_INLINE P add_pairs(P a, P b) {  // lanes inside each block

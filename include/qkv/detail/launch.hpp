@@ -70,8 +70,9 @@ void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView
   };
   Index splits = 0;
   if constexpr (!std::is_same_v<E, Serial>) kernel::for_each_split(task.keys, [&](const kernel::Split&) { ++splits; });
-  if (splits <= 1) return kernel::decode_in_parallel(task) ? executor(task.heads.kv_heads, one_head)
-                                                           : serial(task.heads.kv_heads, one_head);
+  if (splits <= 1)
+    return kernel::decode_in_parallel(task) ? executor(task.heads.kv_heads, one_head)
+                                            : serial(task.heads.kv_heads, one_head);
 
   const std::size_t state_bytes = State::bytes(n * group, dv);
   const auto items = static_cast<std::size_t>(splits * task.heads.kv_heads);

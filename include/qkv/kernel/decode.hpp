@@ -192,7 +192,7 @@ class Decode {
       if (most == Cover::none) return;
       scored += piece.count;
       const Rows<S> keys{task_.keys.key(*piece.run, kv_head_, piece.row), task_.keys.key_row_stride, piece.count,
-                   task_.head_dim()};
+                         task_.head_dim()};
       const Index block = block_rows(keys.width);
       for (Index k = 0; k < piece.count; k += block) {
         const Index some = std::min(block, piece.count - k);
@@ -210,7 +210,8 @@ class Decode {
   void finish_scores(const Piece& piece, bool mixed) {
     T* const scale_k = s_.scale_k + piece.column;
     if constexpr (has_row_scale<S>) {
-      const Index stride = task_.keys.scale_row_stride, at = kv_head_ * task_.keys.scale_head_stride + piece.row * stride;
+      const Index stride = task_.keys.scale_row_stride,
+                  at = kv_head_ * task_.keys.scale_head_stride + piece.row * stride;
       const float *const k = piece.run->key_scales + at, *const v = piece.run->value_scales + at;
       if (stride == 1) {
         std::copy_n(k, piece.count, scale_k);
@@ -271,7 +272,7 @@ class Decode {
     if (!all_seen) find_seen();
     for_each_piece_of(first, r, base, row, [&](const Piece& piece) {
       const Rows<S> values{task_.keys.value(*piece.run, kv_head_, piece.row), task_.keys.value_row_stride, piece.count,
-                     task_.v_head_dim()};
+                           task_.v_head_dim()};
       const Index block = block_rows(values.width);
       for (Index k = 0, some = 0; k < piece.count; k += std::max<Index>(some, 1)) {
         const Index most = std::min(block, piece.count - k);
@@ -329,7 +330,8 @@ class Decode {
     std::fill_n(s_.seen, decode_chunk, T(1));
     for (Index i = 0; i < n_; ++i)
       for (Index j = 0; j < decode_chunk; j += W) {
-        const auto mask = V::less_equal(V::load(s_.scores + i * decode_chunk + j), V::broadcast(detail::minus_infinity<T>));
+        const auto mask =
+            V::less_equal(V::load(s_.scores + i * decode_chunk + j), V::broadcast(detail::minus_infinity<T>));
         V::store(s_.seen + j, V::select(mask, V::zero(), V::load(s_.seen + j)));
       }
   }

@@ -123,7 +123,8 @@ struct QuadsDot {
   }
 };
 template <class T, class S>
-using NarrowDot = std::conditional_t<std::is_same_v<T, float> && std::is_same_v<S, std::int8_t>, QuadsDot, WidenedDot<T, S>>;
+using NarrowDot =
+    std::conditional_t<std::is_same_v<T, float> && std::is_same_v<S, std::int8_t>, QuadsDot, WidenedDot<T, S>>;
 #else
 template <class T, class S>
 using NarrowDot = WidenedDot<T, S>;
@@ -140,7 +141,7 @@ constexpr Index queries_at_once(Index n) {
 template <class D>
 struct PackedQueries {
   using T = typename D::Scalar;
-  typename D::Query* packed;  // [n, row]
+  typename D::Query* packed;   // [n, row]
   typename D::Query* rounded;  // [row], scratch
   T* factor;                   // [n, lanes]
   std::int32_t* shift;         // [n, lanes]
@@ -253,8 +254,8 @@ void dot_rows(const Rows<typename D::Key>& keys, const PackedQueries<D>& q, Next
 // ---- p·v ----
 
 template <Index Queries, Index Vectors, class T, class S, std::size_t... Sum, std::size_t... Q, std::size_t... X>
-EIGEN_ALWAYS_INLINE void add_vectors(const Rows<S>& values, const T* p, Index p_row, NextLines& next, T* o,
-                                     Index o_row, std::index_sequence<Sum...>, std::index_sequence<Q...>,
+EIGEN_ALWAYS_INLINE void add_vectors(const Rows<S>& values, const T* p, Index p_row, NextLines& next, T* o, Index o_row,
+                                     std::index_sequence<Sum...>, std::index_sequence<Q...>,
                                      std::index_sequence<X...>) {
   using V = Simd<T>;
   constexpr auto query = [](std::size_t s) { return Index(s) / Vectors; };
