@@ -45,10 +45,11 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
   return n_queries <= decode_max_queries ? Kernel::decode : Kernel::tiled;
 }
 
-/// In which numbers the tiled kernel multiplies. Sums are always of the scalar of q, or wider.
+/// In which numbers the tiled kernel multiplies, and the decode kernel an int8 cache. Sums are always of the scalar of q,
+/// or wider.
 enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
-              // has the instructions and q is float; otherwise exact
+              // has the instructions and q is float; otherwise exact. Decode: q·k of int8 for groups of heads only
   exact,      // everything widened to the scalar of q
   int8,       // as automatic, but an int8 cache in int8 throughout: softmax weights in 8 bits; faster and coarser
 };
@@ -79,7 +80,7 @@ struct Options {
   std::optional<Index> first_position = {};       // of the first query; default: the queries are the last valid tokens
   std::span<const T> sinks = {};                  // none, or one learned logit per head
   Kernel kernel = Kernel::automatic;              // force one
-  Arithmetic arithmetic = Arithmetic::automatic;  // of the tiled kernel
+  Arithmetic arithmetic = Arithmetic::automatic;  // of the fast kernels
   Matrix<T>* log_sum_exp = nullptr;               // where to write log Σ exp(score) [n_queries, heads]; resized
   Workspace* workspace = nullptr;                 // scratch memory to reuse; default: allocated by the call
   // Batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) and key rows likewise. Both or none.

@@ -19,9 +19,9 @@
 #include <cstdint>
 #include <numbers>
 
+#include "../score.hpp"
 #include "../softmax.hpp"
 #include "../workspace.hpp"
-#include "lanes.hpp"
 #include "row_tile.hpp"
 #include "task.hpp"
 

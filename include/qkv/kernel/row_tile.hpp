@@ -9,7 +9,7 @@
 // A score is one chain over its features and the tree, an output one chain over its rows in ascending order: the same
 // bits in a tile of any shape.
 //
-// Before: kernel/lanes.hpp   Next: kernel/decode.hpp
+// Before: kernel/tiled.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <cstring>
