@@ -207,3 +207,28 @@ TEST_CASE("an exception of a mask reaches the caller from every executor, and th
                     run<float>({.kernel = kernel}, in.q, in.k, in.v, prompt.heads, causal, plain)));
   }
 }
+
+TEST_CASE("keys that are split among threads give the bits of one thread, from whatever runs", "[attention][bits]") {
+  const Case c{.n_queries = 3, .n_keys = 5003, .heads = {6, 2}, .head_dim = 21, .v_head_dim = 13};  // three splits
+  const Inputs<float> in(c);
+  const Options<float> options{.kernel = Kernel::decode};
+  const Matrix<float> whole = run<float>(options, in.q, in.k, in.v, c.heads, causal, plain);
+  CHECK(max_error(whole, run<float>({.kernel = Kernel::reference}, in.q, in.k, in.v, c.heads, causal, plain)) <= 4e-6);
+  Eigen::ThreadPool threads(3);
+  const PoolExecutor pool(threads);
+  const auto split = [&](const auto& executor, const auto&... keys) {
+    Matrix<float> lse;
+    Options<float> with_lse = options;
+    with_lse.log_sum_exp = &lse;
+    const Matrix<float> out = attention(in.q, keys..., c.heads, causal, plain, with_lse, executor);
+    return same_bits(out, whole.leftCols(out.cols())) && same_bits(lse, whole.rightCols(lse.cols()));
+  };
+  const PagedKeys<float> pages(in.k, in.v, 2, consecutive_pages(c.n_keys, {64, 3, 2048}));
+  CHECK(split(serial, pages));
+  CHECK(split(pool, pages));
+  CHECK(split(pool, in.k, in.v));
+  CHECK(split(Shuffled{1}, in.k, in.v));
+  CHECK(split(Threaded{2}, in.k, in.v));
+  const Matrix<float> last = in.q.bottomRows(1);
+  CHECK(same_bits(run<float>(options, last, in.k, in.v, c.heads, causal, plain), whole.bottomRows(1)));
+}
