@@ -46,19 +46,27 @@ concept LatentKeySource = requires(C& cache, const C& constant, const View<float
   { cache.workspace() } -> std::same_as<Workspace&>;
 };
 
-/// The form that needs fewer flops. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
-/// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head and by halves of flops
-///   absorbed  pairs·(2·latent_dim + rope_dim)          + s·latent_dim·(nope_dim + v_head_dim)
-///   naive     pairs·(nope_dim + rope_dim + v_head_dim) + (c + s)·latent_dim·(nope_dim + v_head_dim)
-/// At DeepSeek's sizes naive wins from about √(c² + 341.3·c) - c new tokens on: 117 at c = 128, never more than 171.
-constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries,
-                                        Index n_keys) {
+/// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
+/// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
+/// sizes, never at run time: benchmarks/README.md, `break_even`.
+inline constexpr double naive_attention_cost = 1.25, projection_cost = 1.5, narrow_absorbed_cost = 0.5;
+
+/// The form that takes less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
+/// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head, in multiply-adds
+///   absorbed  pairs·(2·latent_dim + rope_dim)·absorbed_cost         + s·latent_dim·(nope_dim + v_head_dim)·1.5
+///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.25  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.5
+/// At DeepSeek's sizes and in float naive wins from about √(c² + 571.5·c) - c new tokens on: 171 at c = 128, never more
+/// than 286. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
+constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries, Index n_keys,
+                                        double absorbed_cost = 1) {
   if (asked != LatentForm::automatic) return asked;
   const double s = static_cast<double>(n_queries), old = static_cast<double>(std::max<Index>(n_keys - n_queries, 0));
   const double pairs = s * old + s * (s + 1) / 2;
-  const double up = static_cast<double>(c.latent_dim) * static_cast<double>(c.nope_dim + c.v_head_dim);
-  const double absorbed = pairs * static_cast<double>(2 * c.latent_dim + c.rope_dim) + s * up;
-  const double naive = pairs * static_cast<double>(c.nope_dim + c.rope_dim + c.v_head_dim) + (old + s) * up;
+  const double up =
+      projection_cost * static_cast<double>(c.latent_dim) * static_cast<double>(c.nope_dim + c.v_head_dim);
+  const double absorbed = absorbed_cost * pairs * static_cast<double>(2 * c.latent_dim + c.rope_dim) + s * up;
+  const double naive =
+      naive_attention_cost * pairs * static_cast<double>(c.nope_dim + c.rope_dim + c.v_head_dim) + (old + s) * up;
   return naive < absorbed ? LatentForm::naive : LatentForm::absorbed;
 }
 
@@ -301,16 +309,14 @@ class LatentAttention {
     using S = typename C::Storage;
     const auto& c = config_;
     const LatentRows<S> rows = cache.latent_rows();
-    const LatentForm form = choose_latent_form(options.form, c, q.rows(), rows.rows);
+    constexpr bool narrow = kernel::absorbed::in_words<kernel::absorbed::Narrow<T, S>, T>;
+    const LatentForm form =
+        choose_latent_form(options.form, c, q.rows(), rows.rows,
+                           narrow && options.arithmetic != Arithmetic::exact ? narrow_absorbed_cost : 1.0);
     const Index n = q.rows();
-    const kernel::LatentTask<T, S, M, F> task{rows,
-                                              c.heads,
-                                              static_cast<T>(scale()),
-                                              0,
-                                              cache.position() - n,
-                                              &mask,
-                                              &score,
-                                              choose_kernel<T>(options.kernel, n)};
+    const kernel::LatentTask<T, S, M, F> task{
+        rows,   c.heads,        static_cast<T>(scale()), 0, cache.position() - n, &mask,
+        &score, options.kernel, options.arithmetic};
     Workspace& workspace = cache.workspace();
     const auto sums = workspace.lease(static_cast<std::size_t>(2 * n * c.heads) * sizeof(T));
     T* maximum = reinterpret_cast<T*>(sums.data());

@@ -7,7 +7,7 @@
 // key that all heads share, and its latent part is the value. An int8 cache keeps the latent as bytes with one scale
 // per row, and the rope key, which sets the position, in float. DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and 2.1.3.
 //
-// Before: paged_cache.hpp   Next: saved_cache.hpp
+// Before: paged_cache.hpp   Next: paged_latent_cache.hpp
 #pragma once
 
 #include <algorithm>

@@ -45,8 +45,8 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
   return n_queries <= decode_max_queries ? Kernel::decode : Kernel::tiled;
 }
 
-/// In which numbers the tiled kernel multiplies, and the decode kernel an int8 cache. Sums are always of the scalar of q,
-/// or wider.
+/// In which numbers the tiled kernel and absorbed latent attention multiply, and the decode kernel an int8 cache. Sums are
+/// always of the scalar of q, or wider.
 enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
               // has the instructions and q is float; otherwise exact. Decode: q·k of int8 for groups of heads only
@@ -58,7 +58,8 @@ enum class Arithmetic {
 enum class LatentForm { automatic, naive, absorbed };
 
 /// What a layer's forward may be told: force a kernel or a form, for instance to have the same bits for a prompt in pieces
-/// as at once.
+/// as at once. Absorbed latent attention of float and double with plain scores has a kernel of its own
+/// (kernel/absorbed.hpp), which `automatic` takes for any number of queries; a forced kernel serves it in the general way.
 struct LayerOptions {
   Kernel kernel = Kernel::automatic;
   Arithmetic arithmetic = Arithmetic::automatic;

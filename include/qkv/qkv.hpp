@@ -53,10 +53,16 @@
 #include "page_pool.hpp"                // pages that sequences share, and who gives them up
 #include "paged_cache.hpp"              // a sequence in pages: fork, copy-on-write
 #include "latent_cache.hpp"             // MLA: one latent per token
+#include "paged_latent_cache.hpp"       // latents in pages of a shared pool
 #include "saved_cache.hpp"              // a cache in a file: checksum, version, the same bits
 
 // Layers
 #include "multi_head_attention.hpp"     // MHA, GQA, MQA
+#include "kernel/latent_tiles.hpp"      // the two products of absorbed attention, in registers
+#include "kernel/latent_blocks.hpp"     // latent rows as they are multiplied
+#include "kernel/latent_queries.hpp"    // queries turned so that lanes are heads
+#include "kernel/absorbed.hpp"          // absorbed latent attention: all heads share a row
+#include "kernel/latent_splits.hpp"     // its keys in splits, its heads in groups
 #include "kernel/latent.hpp"            // latent attention, naive and absorbed
 #include "latent_attention.hpp"         // MLA
 #include "checkpoint.hpp"               // weights from PyTorch, GPT-2, Llama, DeepSeek

@@ -7,35 +7,49 @@
 //                out_h   = (Σ p c)·W_UV(h)                    one key and value row for all heads; good for few queries
 //
 // with c [latent_dim] the cached latent of a key and r [rope_dim] its rotated key part, shared by all heads. Both are the
-// same sum, in another order. The naive form restores `latent_chunk` rows at a time in scratch and merges the states:
+// same sum, in another order. The naive form restores a bounded number of rows at a time in scratch and merges the states:
 // the whole of K and V is never there. DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C.
 //
-// Before: multi_head_attention.hpp   Next: latent_attention.hpp
+// Before: kernel/latent_splits.hpp   Next: latent_attention.hpp
 #pragma once
 
 #include "../detail/layer.hpp"
 #include "../latent_cache.hpp"
 #include "../projection.hpp"
+#include "latent_splits.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// Rows restored (naive) or converted to T (absorbed) at a time.
+/// Rows converted to T (absorbed, by the general kernels) or restored (naive) at a time, at the least.
 inline constexpr Index latent_chunk = 192;
 
-/// Chunks of latent rows on the position grid: f(run, first_row, row, count), each inside one run. The pieces of a chunk
-/// are handed out one by one; together with Start::merge they give the state of all rows.
-template <StorageType S, class F>
-void for_each_latent_piece(const LatentRows<S>& rows, F&& f) {
-  Index base = 0;
+/// Rows restored at a time: as many as fit 32 MB, up to 960. Every chunk merges its state into that of all queries, so
+/// few large ones are better. By sizes of the layer only: bits stay.
+template <class T>
+constexpr Index naive_chunk(Index numbers_per_row) {
+  constexpr Index budget = Index(32) << 20;
+  const Index rows = budget / (std::max<Index>(numbers_per_row, 1) * Index(sizeof(T)));
+  return std::clamp<Index>(rows / latent_chunk, 1, 5) * latent_chunk;
+}
+
+/// Rows of one chunk of the position grid that lie at consecutive positions, in whatever runs: load(run, row, i) for each,
+/// i counting them, then attend(first_row, position, count). Together with Start::merge they give the state of all rows.
+template <StorageType S, class Load, class Attend>
+void for_each_latent_chunk(const LatentRows<S>& rows, Index chunk, const Load& load, const Attend& attend) {
+  Index base = 0, first_row = 0, position = 0, count = 0;
   for (const auto& run : rows.runs) {
-    for (Index row = 0; row < run.rows;) {
-      const Index position = run.position + row;
-      const Index count = std::min(run.rows - row, (position / latent_chunk + 1) * latent_chunk - position);
-      f(run, base + row, row, count);
-      row += count;
+    for (Index row = 0; row < run.rows; ++row) {
+      const Index at = run.position + row;
+      if (count > 0 && (at != position + count || at % chunk == 0)) {
+        attend(first_row, position, count);
+        count = 0;
+      }
+      if (count == 0) first_row = base + row, position = at;
+      load(run, row, count++);
     }
     base += run.rows;
   }
+  if (count > 0) attend(first_row, position, count);
 }
 
 /// One sequence of latent attention, as both forms see it.
@@ -47,7 +61,8 @@ struct LatentTask {
   Index sequence, first_position;
   const M* mask;
   const F* score;
-  Kernel kernel;
+  Kernel kernel = Kernel::automatic;  // as asked
+  Arithmetic arithmetic = Arithmetic::automatic;
 };
 
 /// Merges rows [first_row, first_row + n) at consecutive positions, given as plain keys and values, into the state.
@@ -59,7 +74,8 @@ void merge_rows(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const
   const Task<T, Key, M, F> part{
       q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position, task.mask, task.score};
   detail::launch(
-      task.kernel, part, state, workspace, executor, [](Index, Index, Index, Index) {}, detail::Start::merge);
+      choose_kernel<T>(task.kernel, q.rows()), part, state, workspace, executor, [](Index, Index, Index, Index) {},
+      detail::Start::merge);
 }
 
 /// q [n_queries, heads·(latent_dim + rope_dim)], the absorbed queries; state.weighted [n_queries, heads·latent_dim].
@@ -68,23 +84,30 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
                      Workspace& workspace, const E& executor) {
   const Index latent = task.rows.latent_dim, rope = task.rows.rope_dim, width = latent + rope;
   state.clear(0, q.rows(), 0, task.heads, latent);
+  if constexpr (absorbed::serves<T, F>)
+    if (task.kernel == Kernel::automatic)
+      return absorbed::run(
+          absorbed::Task<T, S, M>{q, task.rows, task.heads, task.scale, task.sequence, task.first_position, task.mask},
+          task.arithmetic, state, workspace, executor);
   const auto scratch = workspace.lease(static_cast<std::size_t>(latent_chunk * width) * sizeof(T));
   T* rows = reinterpret_cast<T*>(scratch.data());
-  for_each_latent_piece(task.rows, [&](const LatentRun<S>& run, Index first_row, Index row, Index count) {
-    for (Index i = 0; i < count; ++i) {
-      load_row(task.rows.latent(run, row + i), latent, task.rows.scale(run, row + i), rows + i * width);
-      load_row(task.rows.rope(run, row + i), rope, 1.0F, rows + i * width + latent);
-    }
-    const KeyRun<T> keys{.rows = count, .position = run.position + row, .keys = rows, .values = rows};
-    merge_rows(task, q, keys,
-               KeyRows<T>{.first_row = first_row,
-                          .kv_heads = 1,
-                          .head_dim = width,
-                          .v_head_dim = latent,
-                          .key_row_stride = width,
-                          .value_row_stride = width},
-               state, workspace, executor);
-  });
+  for_each_latent_chunk(
+      task.rows, latent_chunk,
+      [&](const LatentRun<S>& run, Index row, Index i) {
+        load_row(task.rows.latent(run, row), latent, task.rows.scale(run, row), rows + i * width);
+        load_row(task.rows.rope(run, row), rope, 1.0F, rows + i * width + latent);
+      },
+      [&](Index first_row, Index position, Index count) {
+        const KeyRun<T> keys{.rows = count, .position = position, .keys = rows, .values = rows};
+        merge_rows(task, q, keys,
+                   KeyRows<T>{.first_row = first_row,
+                              .kv_heads = 1,
+                              .head_dim = width,
+                              .v_head_dim = latent,
+                              .key_row_stride = width,
+                              .value_row_stride = width},
+                   state, workspace, executor);
+      });
 }
 
 /// q [n_queries, heads·(nope_dim + rope_dim)]; state.weighted [n_queries, heads·v_head_dim]. key_up [latent_dim,
@@ -94,43 +117,49 @@ void latent_naive(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, con
                   const Projection<T>& value_up, const StateView<T>& state, Workspace& workspace, const E& executor) {
   const Index latent = task.rows.latent_dim, rope = task.rows.rope_dim, heads = task.heads;
   const Index nope = key_up.out_dim() / heads, head_dim = nope + rope, v_head_dim = value_up.out_dim() / heads;
+  const Index chunk = naive_chunk<T>(latent + rope + heads * (nope + head_dim + v_head_dim));
   state.clear(0, q.rows(), 0, heads, v_head_dim);
 
-  View<T> c(nullptr, 0, 0, Eigen::OuterStride<>(0)), k_nope(c), k(c), v(c);
+  View<T> c(nullptr, 0, 0, Eigen::OuterStride<>(0)), r(c), k_nope(c), k(c), v(c);
   const auto carve = [&](std::byte* base) {
     detail::Carver carver(base);
-    detail::carve_matrix(carver, c, latent_chunk, latent);
-    detail::carve_matrix(carver, k_nope, latent_chunk, heads * nope);
-    detail::carve_matrix(carver, k, latent_chunk, heads * head_dim);
-    detail::carve_matrix(carver, v, latent_chunk, heads * v_head_dim);
+    detail::carve_matrix(carver, c, chunk, latent);
+    detail::carve_matrix(carver, r, chunk, rope);
+    detail::carve_matrix(carver, k_nope, chunk, heads * nope);
+    detail::carve_matrix(carver, k, chunk, heads * head_dim);
+    detail::carve_matrix(carver, v, chunk, heads * v_head_dim);
     return carver.used();
   };
   const auto scratch = workspace.lease(carve(nullptr));
   carve(scratch.data());
-  for_each_latent_piece(task.rows, [&](const LatentRun<S>& run, Index first_row, Index row, Index count) {
-    for (Index i = 0; i < count; ++i)
-      load_row(task.rows.latent(run, row + i), latent, task.rows.scale(run, row + i), &c.coeffRef(i, 0));
-    const ConstView<T> latents(c.data(), count, latent, Eigen::OuterStride<>(latent));
-    detail::run_together<T, 2>(
-        {{{&key_up, detail::rows_of(k_nope, 0, count), latents}, {&value_up, detail::rows_of(v, 0, count), latents}}},
-        executor);
-    for (Index i = 0; i < count; ++i)
-      for (Index h = 0; h < heads; ++h) {
-        std::copy_n(&k_nope.coeffRef(i, h * nope), nope, &k.coeffRef(i, h * head_dim));
-        load_row(task.rows.rope(run, row + i), rope, 1.0F, &k.coeffRef(i, h * head_dim + nope));
-      }
-    const KeyRun<T> keys{.rows = count, .position = run.position + row, .keys = k.data(), .values = v.data()};
-    merge_rows(task, q, keys,
-               KeyRows<T>{.first_row = first_row,
-                          .kv_heads = heads,
-                          .head_dim = head_dim,
-                          .v_head_dim = v_head_dim,
-                          .key_row_stride = k.outerStride(),
-                          .key_head_stride = head_dim,
-                          .value_row_stride = v.outerStride(),
-                          .value_head_stride = v_head_dim},
-               state, workspace, executor);
-  });
+  for_each_latent_chunk(
+      task.rows, chunk,
+      [&](const LatentRun<S>& run, Index row, Index i) {
+        load_row(task.rows.latent(run, row), latent, task.rows.scale(run, row), &c.coeffRef(i, 0));
+        load_row(task.rows.rope(run, row), rope, 1.0F, &r.coeffRef(i, 0));
+      },
+      [&](Index first_row, Index position, Index count) {
+        const ConstView<T> latents(c.data(), count, latent, Eigen::OuterStride<>(latent));
+        detail::run_together<T, 2>({{{&key_up, detail::rows_of(k_nope, 0, count), latents},
+                                     {&value_up, detail::rows_of(v, 0, count), latents}}},
+                                   executor);
+        for (Index i = 0; i < count; ++i)
+          for (Index h = 0; h < heads; ++h) {
+            std::copy_n(&k_nope.coeffRef(i, h * nope), nope, &k.coeffRef(i, h * head_dim));
+            std::copy_n(&r.coeffRef(i, 0), rope, &k.coeffRef(i, h * head_dim + nope));
+          }
+        const KeyRun<T> keys{.rows = count, .position = position, .keys = k.data(), .values = v.data()};
+        merge_rows(task, q, keys,
+                   KeyRows<T>{.first_row = first_row,
+                              .kv_heads = heads,
+                              .head_dim = head_dim,
+                              .v_head_dim = v_head_dim,
+                              .key_row_stride = k.outerStride(),
+                              .key_head_stride = head_dim,
+                              .value_row_stride = v.outerStride(),
+                              .value_head_stride = v_head_dim},
+                   state, workspace, executor);
+      });
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -1,0 +1,392 @@
+// kernel/absorbed.hpp — absorbed latent attention: all heads share one row per key, and read it once.
+//
+//     for each block of keys:   Sᵀ = C Qᵀ                       [keys, lanes]       lanes are heads; C [keys, latent | rope]
+//                               m, l, Sᵀ ← softmax, lane by lane
+//                               O += S C[:, latent]             [lanes, latent]     lanes of registers are features
+//
+// 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is bound
+// by multiply-adds. Lane i is head i mod heads of token i / heads, so several new tokens fill registers too.
+//
+// A sum is the same chain in every lane and panel: a prompt in pieces gives the same bits as at once.
+// DeepSeek-V2, arXiv:2405.04434, appendix C; blocks of keys as in Dao et al. 2022, arXiv:2205.14135.
+//
+// Before: kernel/latent_queries.hpp   Next: kernel/latent_splits.hpp
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numbers>
+
+#include "../mask.hpp"
+#include "latent_queries.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel::absorbed {
+
+/// The state of some lanes: m in natural units; o [lanes, o_step].
+template <class T>
+struct LaneState {
+  T *m, *l, *o;
+  Index o_step;
+};
+
+/// Some lanes, in panels of Vectors registers, against the blocks of one split after another.
+template <class A, Index Vectors, class T, StorageType S, class M>
+class Absorbed {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Value = ValueOf<A>;
+  static constexpr Index W = V::width;
+  static constexpr bool words = in_words<A, T>, quads = in_quads<A>;
+  static constexpr Index n_rows = block_rows<words>, partial_sums = 4;
+  static_assert(n_rows % partial_sums == 0 && n_rows % Shape<T>::score_rows(Vectors) == 0);
+
+ public:
+  static constexpr Index panel = Queries<A, Vectors, T, S, M>::panel;
+
+  static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
+  static std::size_t bytes(const Task<T, S, M>& task, Index n_lanes) {
+    detail::Carver carver(nullptr);
+    Absorbed(task, carver, 0, n_lanes);
+    return carver.used();
+  }
+
+  Absorbed(const Task<T, S, M>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
+      : task_(task), block_(carver, task.rows), q_(task, carver, first_lane, n_lanes), first_(first_lane), n_(n_lanes) {
+    s_ = carver.take<T>(n_rows * panel);
+    row_ = carver.take<T>(features(task.rows));
+    hidden_ = carver.take<bool>(n_rows * panel);
+  }
+
+  void load_queries() { q_.load(); }
+
+  /// state ← that of the rows of `places`, `next` coming after them (or null).
+  void attend(const Place* places, Index n_places, const Place* next, const LaneState<T>& state) {
+    state_ = state;
+    const Index lanes = round_up(n_, panel);
+    std::fill_n(state.m, lanes, detail::minus_infinity<T>);
+    std::fill_n(state.l, lanes, T(0));
+    std::fill_n(state.o, lanes * state.o_step, T(0));
+    for (Index b = 0; b < n_places; ++b) {
+      block_.prepare(places[b]);
+      follow(b + 1 < n_places ? places + b + 1 : next);
+      for (Index p = 0; p < n_; p += panel) attend(p);
+    }
+    const T unit = score_unit();
+    for (Index i = 0; i < n_; ++i)
+      if (state.m[i] != detail::minus_infinity<T>) state.m[i] *= unit;
+  }
+
+ private:
+  /// Scores are kept as ±q·c, so that what enters the exponent is a difference before it is scaled.
+  T score_unit() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
+
+  // ---- masks ----
+  /// f(block of one head's queries × the keys, first lane of them) for all heads of the panel; lanes lie `heads` apart.
+  template <class F>
+  void for_each_head(Index p, const LatentRun<S>& run, Index base, Index row, Index count, F&& f) const {
+    const Index end = std::min(n_, p + panel);
+    for (Index i = p; i < std::min(end, p + task_.heads); ++i) {
+      const Index lane = first_ + i, query = lane / task_.heads, n = (end - 1 - i) / task_.heads + 1;
+      f(Block{task_.sequence, lane % task_.heads, query, n, task_.first_position + query, base + row, count,
+              run.position + row},
+        i - p);
+    }
+  }
+  Cover cover(Index p, const LatentRun<S>& run, Index base, Index row, Index count) const {
+    Cover least = Cover::all, most = Cover::none;
+    for_each_head(p, run, base, row, count, [&](const Block& block, Index) {
+      const Cover c = detail::cover(*task_.mask, block);
+      least = std::min(least, c), most = std::max(most, c);
+    });
+    return least == most ? least : Cover::some;
+  }
+  /// Calls f(run, base, row, count, column, cover) for the pieces of the block, mixed ones cut into 16 columns.
+  template <class F>
+  void for_each_cover(Index p, F&& f) const {
+    for_each_piece<n_rows>(task_.rows, block_.place(),
+                           [&](const LatentRun<S>& run, Index base, Index row, Index count, Index column) {
+                             const Cover all = cover(p, run, base, row, count);
+                             if (all != Cover::some) return f(run, base, row, count, column, all);
+                             for (Index i = 0; i < count;) {
+                               const Index some = std::min(count - i, 16 - (column + i) % 16);
+                               f(run, base, row + i, some, column + i, cover(p, run, base, row + i, some));
+                               i += some;
+                             }
+                           });
+  }
+  void hide(Index begin, Index end) {
+    if (begin < end) std::fill_n(s_ + begin * panel, (end - begin) * panel, detail::minus_infinity<T>);
+  }
+  void hide_key(Index p, const LatentRun<S>& run, Index base, Index row, T* s) {
+    for_each_head(p, run, base, row, 1, [&](const Block& block, Index lane) {
+      const SeenBy seen = detail::seen_by(*task_.mask, block);
+      At at{block.sequence, block.head, block.query, block.key, block.query_position, block.key_position};
+      for (Index i = 0; i < block.n_queries; ++i, ++at.query, ++at.query_position, lane += task_.heads)
+        if (seen.exact ? i < seen.begin || i >= seen.end : !task_.mask->sees(at)) s[lane] = detail::minus_infinity<T>;
+    });
+  }
+
+  // ---- one block, one panel ----
+  void attend(Index p) {
+    const Place& place = block_.place();
+    Index begin = n_rows, end = 0, held = 0;
+    bool mixed = false;
+    for_each_cover(p, [&](const LatentRun<S>&, Index, Index, Index count, Index column, Cover c) {
+      held += count;
+      mixed = mixed || c != Cover::all;
+      if (c == Cover::none) return;
+      begin = std::min(begin, column);
+      end = std::max(end, column + count);
+    });
+    if (end <= begin) return;
+    // Whole pairs and partial sums: a row beside those that are seen must not be NaN times zero unnoticed.
+    begin = std::max(place.begin, begin / partial_sums * partial_sums);
+    end = std::min(place.count, round_up(end, partial_sums));
+    multiply_rows(p, begin, end);
+    const bool finite = scores_are_finite(begin, end);
+    if (mixed || held < place.count - place.begin) hide_unseen(p, begin, end);
+    const Index from = begin / partial_sums * partial_sums;
+    hide(from, begin);
+    if (!finite) note_hidden(from, end);
+    soften(p, from, end);
+    if (finite)
+      multiply_values(p, from, end);
+    else
+      multiply_values_carefully(p, from, end);
+  }
+
+  void multiply_rows(Index p, Index begin, Index end) {
+    constexpr Index rows = Shape<T>::score_rows(Vectors);
+    const Index n = end - begin, tiles = n / rows;
+    tiles_of<rows>(p, begin, tiles);
+    begin += tiles * rows;
+    if (begin == end) return;
+    if (tiles > 0) return tiles_of<rows>(p, end - rows, 1);  // rows twice: the same bits
+    tiles_of<4>(p, begin, (end - begin) / 4);
+    begin += (end - begin) / 4 * 4;
+    tiles_of<1>(p, begin, end - begin);
+  }
+  template <Index Rows>
+  void tiles_of(Index p, Index c, Index tiles) {
+    T* const to = s_ + c * panel;
+    if constexpr (!quads) {
+      score_tiles<A, Rows, Vectors>(tiles, q_.depth(), block_.row(c), block_.stride(), q_.at(p), to);
+    }
+#ifdef QKV_DETAIL_WORDS
+    else {
+      const QuadRows rows{q_.depth(),      q_.rope_depth(),      block_.row(c),    block_.rope(c),
+                          block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
+      quad_score_tiles<Rows, Vectors>(tiles, rows, q_.at(p), q_.rope(p), q_.unit(p), to);
+    }
+#endif
+  }
+
+  /// A row that is not finite has no finite score, in any lane: one register tells.
+  bool scores_are_finite(Index begin, Index end) const {
+    Vec a = V::zero(), b = a;
+    for (Index c = begin; c + 2 <= end; c += 2) {
+      a = V::fma(V::zero(), V::load(s_ + c * panel), a);
+      b = V::fma(V::zero(), V::load(s_ + (c + 1) * panel), b);
+    }
+    if ((end - begin) % 2 == 1) a = V::fma(V::zero(), V::load(s_ + (end - 1) * panel), a);
+    return V::sum_lanes(V::add(a, b)) == 0;
+  }
+
+  void hide_unseen(Index p, Index begin, Index end) {
+    Index next = begin;  // columns before it are done
+    for_each_cover(p, [&](const LatentRun<S>& run, Index base, Index row, Index count, Index column, Cover c) {
+      if (column + count <= begin || column >= end) return;
+      hide(next, column);
+      next = column + count;
+      if (c == Cover::none) hide(column, next);
+      if (c != Cover::some) return;
+      for (Index i = 0; i < count; ++i) hide_key(p, run, base, row + i, s_ + (column + i) * panel);
+    });
+    hide(next, end);
+  }
+
+  /// m, l and o of the panel ← with the scores of columns [begin, end), which become weights.
+  void soften(Index p, Index begin, Index end) {
+    alignas(detail::cache_line) T keep[std::size_t(panel)];
+    bool moved = false;
+    const Vec to_log2 = V::broadcast(score_unit() * static_cast<T>(std::numbers::log2e_v<long double>));
+    for (Index v = 0; v < panel; v += W) {
+      T *const s = s_ + v, *const m = state_.m + p + v, *const l = state_.l + p + v;
+      const Vec old = V::load(m), now = V::max_nan(old, largest(s, begin, end));
+      const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
+      const Vec base = V::select(nothing, V::zero(), now);
+      const Vec factor = V::weight(V::sub(old, base), to_log2);
+      V::store(l, V::fma(V::load(l), factor, weigh(s, begin, end, base, to_log2)));
+      V::store(m, now);
+      V::store(keep + v, factor);
+      moved = moved || V::any(V::less(old, now));
+    }
+    if (!moved) return;
+    const Index width = features(task_.rows);
+    for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
+      if (keep[lane] == T(1)) continue;
+      T* const o = state_.o + (p + lane) * state_.o_step;
+      const Vec factor = V::broadcast(keep[lane]);
+      for (Index x = 0; x < width; x += W) V::store(o + x, V::mul(V::load(o + x), factor));
+    }
+  }
+  static Vec largest(const T* s, Index begin, Index end) {
+    Vec a = V::broadcast(detail::minus_infinity<T>), b = a, c = a, d = a;
+    Index i = begin;
+    for (; i + 4 <= end; i += 4) {
+      a = V::max_nan(a, V::load(s + i * panel));
+      b = V::max_nan(b, V::load(s + (i + 1) * panel));
+      c = V::max_nan(c, V::load(s + (i + 2) * panel));
+      d = V::max_nan(d, V::load(s + (i + 3) * panel));
+    }
+    for (; i < end; ++i) a = V::max_nan(a, V::load(s + i * panel));
+    return V::max_nan(V::max_nan(a, b), V::max_nan(c, d));
+  }
+  /// Scores become weights; their sum. `begin` lies on a partial sum.
+  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2) {
+    Index c = begin;
+    if constexpr (!words) {
+      Vec sum[] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (; c + 4 <= end; c += 4) {
+        sum[0] = V::add(sum[0], weight(s + c * panel, base, to_log2));
+        sum[1] = V::add(sum[1], weight(s + (c + 1) * panel, base, to_log2));
+        sum[2] = V::add(sum[2], weight(s + (c + 2) * panel, base, to_log2));
+        sum[3] = V::add(sum[3], weight(s + (c + 3) * panel, base, to_log2));
+      }
+      if (c < end) sum[0] = V::add(sum[0], weight(s + c * panel, base, to_log2));
+      if (c + 1 < end) sum[1] = V::add(sum[1], weight(s + (c + 1) * panel, base, to_log2));
+      if (c + 2 < end) sum[2] = V::add(sum[2], weight(s + (c + 2) * panel, base, to_log2));
+      return V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]));
+    }
+#ifdef QKV_DETAIL_WORDS
+    else {  // in place: the pair of columns c, c + 1 goes to row c / 2; sums are of the rounded weights
+      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+      Vec a = V::zero(), b = a;
+      for (; c + 4 <= end; c += 4) {
+        a = InPairs::add(a, weight_pair(s, c, end, base, to_log2), ones);
+        b = InPairs::add(b, weight_pair(s, c + 2, end, base, to_log2), ones);
+      }
+      if (c < end) a = InPairs::add(a, weight_pair(s, c, end, base, to_log2), ones);
+      if (c + 2 < end) b = InPairs::add(b, weight_pair(s, c + 2, end, base, to_log2), ones);
+      return V::add(a, b);
+    }
+#endif
+  }
+  static EIGEN_ALWAYS_INLINE Vec weight(T* s, Vec base, Vec to_log2) {
+    const Vec w = V::weight(V::sub(V::load(s), base), to_log2);
+    V::store(s, w);
+    return w;
+  }
+#ifdef QKV_DETAIL_WORDS
+  static EIGEN_ALWAYS_INLINE __m512i weight_pair(float* s, Index c, Index end, Vec base, Vec to_log2) {
+    const Vec low = weight_short(V::sub(V::load(s + c * panel), base), to_log2);
+    const Vec high = c + 1 < end ? weight_short(V::sub(V::load(s + (c + 1) * panel), base), to_log2) : V::zero();
+    const __m512i pair = to_pairs(low, high);
+    _mm512_storeu_si512(s + c / 2 * panel, pair);
+    return pair;
+  }
+#endif
+
+  void multiply_values(Index p, Index begin, Index end) {
+    using N = typename Value::Number;
+    constexpr Index keys = words ? 2 : 1, vectors = Shape<T>::value_vectors;
+    if (begin >= end) return;
+    begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
+    const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
+    ValueOperands<Value, T> op{.depth = (end + keys - 1) / keys - begin / keys,
+                               .p = reinterpret_cast<const N*>(s_) + begin / keys * panel,
+                               .p_step = panel,
+                               .c = block_.values(begin),
+                               .c_step = block_.value_step(),
+                               .o = state_.o + p * state_.o_step,
+                               .o_row = state_.o_step};
+    for (Index x = 0; x < width;) {
+      if (!stream_.pending()) std::swap(stream_, later_), later_ = {};
+      const Index some = std::min(vectors, (width - x) / W);
+      if (some == vectors)
+        value_tiles<Value, vectors>(lanes, op, stream_);
+      else if (some == 2)
+        value_tiles<Value, 2>(lanes, op, stream_);
+      else
+        value_tiles<Value, 1>(lanes, op, stream_);
+      x += some * W, op.c += some * W, op.o += some * W;
+    }
+  }
+
+  // ---- rows that are not finite: a weight of zero must not meet them ----
+  void note_hidden(Index begin, Index end) {
+    for (Index i = begin * panel; i < end * panel; ++i) hidden_[i] = s_[i] == detail::minus_infinity<T>;
+  }
+  void multiply_values_carefully(Index p, Index begin, Index end) {
+    const auto [dropped, n] = block_.dropped();
+    if constexpr (words) {
+      multiply_values(p, begin, end);  // they are packed as zeros
+    } else {
+      Index from = begin;
+      for (Index i = 0; i < n; ++i) {
+        if (dropped[i] < begin || dropped[i] >= end) continue;
+        multiply_values(p, from, dropped[i]);
+        from = dropped[i] + 1;
+      }
+      multiply_values(p, from, end);
+    }
+    for (Index i = 0; i < n; ++i) {
+      const Index c = dropped[i];
+      if (c < begin || c >= end) continue;
+      block_.load_latent(c, row_);
+      for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
+        if (hidden_[c * panel + lane]) continue;
+        T* const o = state_.o + (p + lane) * state_.o_step;
+        for (Index x = 0; x < task_.rows.latent_dim; ++x) o[x] += weight_of(c, lane) * row_[x];
+      }
+    }
+  }
+  T weight_of(Index c, Index lane) const {
+    if constexpr (words) {
+      Word pair;
+      std::memcpy(&pair, s_ + c / 2 * panel + lane, sizeof pair);
+      pair = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
+      T weight;
+      std::memcpy(&weight, &pair, sizeof weight);
+      return weight;
+    } else {
+      return s_[c * panel + lane];
+    }
+  }
+
+  /// The rows of the block to come, for the second-level cache.
+  void follow(const Place* next) {
+    stream_ = later_ = {};
+    if (next == nullptr) return;
+    const LatentRun<S>& run = task_.rows.runs[next->run];
+    const Index count = std::min(next->count - next->begin, run.rows - next->row);
+    const auto stream = [&](const auto* from, Index step) {
+      const auto at = reinterpret_cast<std::uintptr_t>(from);
+      return Stream{at, at + static_cast<std::uintptr_t>(count * step * Index(sizeof(*from)))};
+    };
+    stream_ = stream(task_.rows.latent(run, next->row), task_.rows.latent_row_stride);
+    if constexpr (has_row_scale<S>) later_ = stream(task_.rows.rope(run, next->row), task_.rows.rope_row_stride);
+  }
+
+  const Task<T, S, M>& task_;
+  BlockRows<A, T, S> block_;
+  Queries<A, Vectors, T, S, M> q_;
+  Index first_, n_;
+  LaneState<T> state_{};
+  T *s_ = nullptr, *row_ = nullptr;
+  bool* hidden_ = nullptr;  // [n_rows, panel]; written where a score is not finite
+  Stream stream_, later_;
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel::absorbed
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

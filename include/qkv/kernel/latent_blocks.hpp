@@ -1,0 +1,356 @@
+// kernel/latent_blocks.hpp — a block of latent rows as absorbed attention multiplies it: in place where it can be.
+//
+//     block b: the rows at positions [b·block_rows, (b + 1)·block_rows), column = position - b·block_rows
+//
+//     exact    rows   float rows of one run: where they lie in the cache; else a copy, widened and without gaps
+//              values the same rows
+//     pairs    rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
+//     quads    rows   int8 latents, likewise; rope keys as bfloat16    values  the same, restored and rounded to bfloat16
+//
+// Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
+//
+// Before: kernel/latent_tiles.hpp   Next: kernel/latent_queries.hpp
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../latent_cache.hpp"
+#include "../workspace.hpp"
+#include "latent_tiles.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel::absorbed {
+
+/// The grid of positions: blocks, and splits of whole blocks whose states are merged in ascending order. What of a block
+/// one slice of values reads, and the weights of a panel, should fit the first-level cache (measured: 96 rows of float
+/// are 1 to 4 % faster than 192; words, half as many, are 2 % slower).
+template <bool Words>
+inline constexpr Index block_rows = Words ? 192 : 96;
+inline constexpr Index split_rows = 768;
+
+constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
+
+/// How rows stored as S are multiplied unless exact is asked for.
+#ifdef QKV_DETAIL_WORDS
+template <class T, StorageType S>
+using Narrow = std::conditional_t<!std::is_same_v<T, float>, Plainly<T>,
+                                  std::conditional_t<std::is_same_v<S, bfloat16>, InPairs,
+                                                     std::conditional_t<has_row_scale<S>, InQuads, Plainly<T>>>>;
+template <class A>
+inline constexpr bool in_quads = std::is_same_v<A, InQuads>;
+template <class A>
+using ValueOf = std::conditional_t<in_quads<A>, InPairs, A>;
+#else
+template <class T, StorageType S>
+using Narrow = Plainly<T>;
+template <class A>
+inline constexpr bool in_quads = false;
+template <class A>
+using ValueOf = A;
+#endif
+/// Whether values are pairs of keys in words.
+template <class A, class T>
+inline constexpr bool in_words = !std::is_same_v<A, Plainly<T>>;
+
+/// Where a block's rows are.
+struct Place {
+  Index first = 0;      // position of column 0
+  Index begin = 0;      // first column held
+  Index count = 0;      // one past the last column held
+  std::size_t run = 0;  // where its rows begin: run, logical row of that run's first row, row in the run
+  Index base = 0, row = 0;
+  bool whole = false;  // all in one run
+};
+
+/// The pieces of a block: f(run, base, row, count, column).
+template <Index Rows, StorageType S, class F>
+void for_each_piece(const LatentRows<S>& rows, const Place& place, F&& f) {
+  Index base = place.base, row = place.row;
+  for (std::size_t r = place.run; r < rows.runs.size(); base += rows.runs[r].rows, row = 0, ++r) {
+    const auto& run = rows.runs[r];
+    if (run.rows == 0) continue;
+    const Index end = std::min(run.rows, place.first + Rows - run.position);
+    if (end <= row) return;
+    f(run, base, row, end - row, run.position + row - place.first);
+  }
+}
+
+/// f(place) for all blocks that hold a row, in ascending position.
+template <Index Rows, StorageType S, class F>
+void for_each_block(const LatentRows<S>& rows, F&& f) {
+  const auto& runs = rows.runs;
+  std::size_t r = 0;
+  Index base = 0, row = 0;  // logical row of the run's first row; next row inside the run
+  while (r < runs.size()) {
+    if (row == runs[r].rows) {
+      base += runs[r].rows, row = 0, ++r;
+      continue;
+    }
+    const Index first = (runs[r].position + row) / Rows * Rows;
+    Place place{.first = first, .begin = Rows, .run = r, .base = base, .row = row};
+    Index pieces = 0;
+    for_each_piece<Rows>(rows, place, [&](const LatentRun<S>&, Index, Index, Index count, Index column) {
+      place.begin = std::min(place.begin, column);
+      place.count = column + count;
+      ++pieces;
+    });
+    place.whole = pieces == 1;
+    f(place);
+    while (r < runs.size()) {
+      row = std::min(runs[r].rows, first + Rows - runs[r].position);
+      if (row < runs[r].rows) break;
+      base += runs[r].rows, row = 0, ++r;
+      if (r < runs.size() && runs[r].position >= first + Rows) break;
+    }
+  }
+}
+
+/// A row of any storage as T.
+template <class T, StorageType S>
+void widen_row(const S* from, Index n, float scale, T* to) {
+  using V = Simd<T>;
+  const auto factor = V::broadcast(static_cast<T>(scale));
+  for (Index x = 0; x < n; x += V::width) {
+    auto v = x + V::width <= n ? V::load(from + x) : V::load_n(from + x, n - x);
+    if constexpr (has_row_scale<S>) v = V::mul(v, factor);
+    V::store_n(to + x, v, std::min(V::width, n - x));
+  }
+}
+
+/// One block at a time, prepared for arithmetic A in scratch of its own.
+template <class A, class T, StorageType S>
+class BlockRows {
+  using Value = ValueOf<A>;
+  using Number = typename Value::Number;
+  using Element = std::conditional_t<in_words<A, T>, S, T>;  // of rows
+  static constexpr bool words = in_words<A, T>, quads = in_quads<A>;
+  static constexpr Index n_rows = block_rows<words>;
+  static constexpr Index unit = quads ? 64 : words ? 32 : Simd<T>::width;  // rows are read up to a multiple of it
+
+ public:
+  BlockRows(detail::Carver& carver, const LatentRows<S>& rows) : rows_(rows) {
+    copy_ = carver.take<Element>(n_rows * copy_step());
+    if constexpr (words) packed_ = carver.take<Number>(n_rows / 2 * packed_step());
+    if constexpr (quads) {
+      rope_ = carver.take<Number>(n_rows * rope_step());
+      scales_ = carver.take<float>(n_rows);
+      offsets_ = carver.take<std::int32_t>(n_rows);
+    }
+  }
+
+  void prepare(const Place& place) {
+    place_ = place;
+    inspected_ = false;
+    n_dropped_ = 0;
+    const LatentRun<S>& run = rows_.runs[place.run];
+    if (in_place(place)) {
+      if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place));
+      step_ = rows_.latent_row_stride;
+    } else {
+      copy();
+    }
+    if constexpr (quads) this->weigh_rows(), this->round_rope();
+    if constexpr (words) this->pack_values();
+  }
+
+  const Place& place() const { return place_; }
+  /// The row of a column that is held, and the bytes from one to the next.
+  const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
+  Index stride() const { return step_ * Index(sizeof(Element)); }
+  /// Values from column c on (words: an even one), and the numbers from one (words: one pair) to the next.
+  const Number* values(Index column) const {
+    if constexpr (words)
+      return packed_ + column / 2 * packed_step();
+    else
+      return row(column);
+  }
+  Index value_step() const { return words ? packed_step() : step_; }
+  const Number* rope(Index column) const { return rope_ + column * rope_step(); }
+  Index rope_stride() const { return rope_step() * Index(sizeof(Number)); }
+  const float* scales(Index column) const { return scales_ + column; }
+  const std::int32_t* offsets(Index column) const { return offsets_ + column; }
+
+  /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
+  /// Asked for where a score is not finite, as every score of such a row is.
+  std::pair<const Index*, Index> dropped() {
+    if (!inspected_) inspect();
+    return {dropped_.data(), n_dropped_};
+  }
+  /// The latent of a column as T.
+  void load_latent(Index column, T* to) const {
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index at) {
+      if (column >= at && column < at + count) {
+        const Index r = row + column - at;
+        widen_row(rows_.latent(run, r), rows_.latent_dim, rows_.scale(run, r), to);
+      }
+    });
+  }
+
+ private:
+  Index copied_dim() const { return quads ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
+  Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
+  Index rope_step() const { return round_up(rows_.rope_dim, 32) / 2; }
+  Index packed_step() const {
+    return round_up(rows_.latent_dim, 32) + 16;
+  }  // not a multiple of 4 KB: all in one L1 set
+  const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.row); }
+
+  bool in_place(const Place& place) const {
+    if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
+    if constexpr (quads || has_row_scale<S>)
+      return quads;
+    else
+      return rows_.rope_dim % 2 == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
+             rows_.rope(rows_.runs[place.run], 0) == rows_.latent(rows_.runs[place.run], 0) + rows_.latent_dim;
+  }
+
+  void copy() {
+    const Index step = copy_step(), latent = rows_.latent_dim;
+    [[maybe_unused]] const Index rope = rows_.rope_dim;
+    first_ = copy_ + place_.begin * step;
+    step_ = step;
+    Index next = place_.begin;  // columns before it are done
+    const auto clear = [&](Index to) {
+      for (; next < to; ++next) {
+        std::fill_n(copy_ + next * step, step, Element(0));
+      }
+    };
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      clear(column);
+      for (Index i = 0; i < count; ++i, ++next) {
+        Element* const to = copy_ + next * step;
+        const S* const c = rows_.latent(run, row + i);
+        [[maybe_unused]] const WideStorage<S>* const r = rows_.rope(run, row + i);
+        if constexpr (!words) {
+          widen_row(c, latent, rows_.scale(run, row + i), to);
+          widen_row(r, rope, 1.0F, to + latent);
+        } else if constexpr (quads) {
+          std::copy_n(c, latent, to);
+        } else {
+          std::copy_n(c, latent, to);
+          std::copy_n(r, rope, to + latent);
+        }
+        std::fill(to + copied_dim(), to + step, Element(0));
+      }
+    });
+  }
+
+  void inspect() {
+    inspected_ = true;
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      for (Index i = 0; i < count; ++i) {
+        const S* const c = rows_.latent(run, row + i);
+        const T scale = static_cast<T>(rows_.scale(run, row + i));
+        bool finite = true;
+        for (Index x = 0; x < rows_.latent_dim; ++x) finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
+        if (finite) continue;
+        dropped_[static_cast<std::size_t>(n_dropped_++)] = column + i;
+        if constexpr (words)
+          for (Index x = 0; x < packed_step(); ++x)
+            packed_[(column + i) / 2 * packed_step() + x] &= (column + i) % 2 == 0 ? 0xFFFF0000U : 0x0000FFFFU;
+      }
+    });
+  }
+
+#ifdef QKV_DETAIL_WORDS
+  /// Scales and offsets of the rows, in quads; 16 rows at a time.
+  void weigh_rows() {
+    std::fill_n(scales_, n_rows, 0.0F);
+    std::fill_n(offsets_, n_rows, 0);
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      for (Index i = 0; i < count; ++i) scales_[column + i] = rows_.scale(run, row + i);
+    });
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (Index c = place_.begin; c < place_.count; c += 16) {
+      const Index some = std::min<Index>(16, place_.count - c);
+      __m512 sums[16];
+      for (Index i = 0; i < 16; ++i) {
+        __v16si sum = reinterpret_cast<__v16si>(_mm512_setzero_si512());
+        if (i < some)
+          for (Index x = 0; x < rows_.latent_dim; x += 64)
+            sum = reinterpret_cast<__v16si>(
+                _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), ones, _mm512_loadu_si512(row(c + i) + x)));
+        sums[i] = _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sum));
+      }
+      Simd<float>::transpose(sums);
+      __m512 total = sums[0];
+      for (Index i = 1; i < 16; ++i) total = _mm512_add_ps(total, sums[i]);
+      const __m512i offset = _mm512_cvtps_epi32(_mm512_mul_ps(total, _mm512_set1_ps(-128.0F)));  // whole numbers: exact
+      _mm512_mask_storeu_epi32(offsets_ + c, static_cast<__mmask16>((1U << some) - 1U), offset);
+    }
+  }
+
+  /// Rope keys as pairs of bfloat16: in int8 they are multiplied like that.
+  void round_rope() {
+    std::fill_n(rope_, n_rows * rope_step(), Word(0));
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      const auto part = [&](const float* from, Index x) {
+        return x >= rows_.rope_dim ? _mm512_setzero_ps()
+                                   : Simd<float>::load_n(from + x, std::min<Index>(16, rows_.rope_dim - x));
+      };
+      for (Index i = 0; i < count; ++i)
+        for (Index x = 0; x < rows_.rope_dim; x += 32) {
+          const float* const from = rows_.rope(run, row + i);
+          _mm512_storeu_si512(rope_ + (column + i) * rope_step() + x / 2,
+                              reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part(from, x + 16), part(from, x))));
+        }
+    });
+  }
+
+  /// Two rows into one of words: (v[j][x], v[j + 1][x]).
+  void pack_values() {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
+                                          22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+    for (Index c = place_.begin / 2 * 2; c < place_.count; c += 2) {
+      Word* const to = packed_ + c / 2 * packed_step();
+      const bool has[] = {c >= place_.begin, c + 1 < place_.count};
+      const Element* const from[] = {has[0] ? row(c) : nullptr, has[1] ? row(c + 1) : nullptr};
+      for (Index x = 0; x < rows_.latent_dim; x += 32) {
+        const __m512i a = has[0] ? halves(from[0] + x, c) : _mm512_setzero_si512();
+        const __m512i b = has[1] ? halves(from[1] + x, c + 1) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + x, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_storeu_si512(to + x + 16, _mm512_permutex2var_epi16(a, high, b));
+      }
+    }
+  }
+  /// 32 features of a row as bfloat16.
+  __m512i halves(const Element* from, [[maybe_unused]] Index column) const {
+    if constexpr (quads) {
+      const __m512 scale = _mm512_set1_ps(scales_[column]);
+      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(Simd<float>::load(from + 16), scale),
+                                                           _mm512_mul_ps(Simd<float>::load(from), scale)));
+    } else {
+      return _mm512_loadu_si512(from);
+    }
+  }
+#endif
+
+  LatentRows<S> rows_;
+  Place place_;
+  const Element* first_ = nullptr;
+  Index step_ = 0;
+  Element* copy_ = nullptr;
+  Number* packed_ = nullptr;
+  Number* rope_ = nullptr;
+  float* scales_ = nullptr;
+  std::int32_t* offsets_ = nullptr;
+  bool inspected_ = false;
+  Index n_dropped_ = 0;
+  std::array<Index, std::size_t(n_rows)> dropped_;
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel::absorbed
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -1,0 +1,147 @@
+// kernel/latent_queries.hpp — queries of absorbed latent attention, turned so that lanes are heads.
+//
+//     lane i is head i mod heads of token i / heads; panels of Vectors registers of lanes, in the numbers that they multiply in
+//
+//     exact    [panel][latent | rope][lanes] of T
+//     pairs    [panel][half of that][lanes] of words, two bfloat16 each
+//     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
+//              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
+//
+// The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are
+// narrow already.
+//
+// Before: kernel/latent_blocks.hpp   Next: kernel/absorbed.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "latent_blocks.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel::absorbed {
+
+/// One sequence. q [n_queries, heads·(latent_dim + rope_dim)].
+template <class T, StorageType S, class M>
+struct Task {
+  ConstView<T> q;
+  LatentRows<S> rows;
+  Index heads;
+  T scale;
+  Index sequence, first_position;
+  const M* mask;
+
+  Index lanes() const { return q.rows() * heads; }
+  Index width() const { return rows.latent_dim + rows.rope_dim; }
+  const T* lane(Index i) const { return q.data() + i / heads * q.outerStride() + i % heads * width(); }
+};
+
+/// Lanes [first, first + n) of a task.
+template <class A, Index Vectors, class T, StorageType S, class M>
+class Queries {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Number = typename A::Number;
+  static constexpr Index W = V::width;
+  static constexpr bool words = in_words<A, T>, quads = in_quads<A>;
+  static constexpr Index numbers = quads ? 4 : words ? 2 : 1;  // features in one
+
+ public:
+  static constexpr Index panel = Vectors * W;
+
+  Queries(const Task<T, S, M>& task, detail::Carver& carver, Index first, Index n) : task_(task), first_(first), n_(n) {
+    const Index lanes = round_up(n, panel);
+    q_ = carver.take<Number>(depth() * lanes);
+    if constexpr (quads) {
+      rope_ = carver.take<Number>(rope_depth() * lanes);
+      unit_ = carver.take<float>(lanes);
+    }
+  }
+
+  void load() {
+    for (Index i = 0; i < n_; i += W) load_register(i);
+  }
+
+  /// Numbers of a lane, without the rope part in quads; where a panel's begin.
+  Index depth() const { return ((quads ? task_.rows.latent_dim : task_.width()) + numbers - 1) / numbers; }
+  const Number* at(Index lane) const { return q_ + lane * depth(); }
+  Index rope_depth() const { return (task_.rows.rope_dim + 1) / 2; }
+  const Number* rope(Index lane) const { return rope_ + lane * rope_depth(); }
+  const float* unit(Index lane) const { return unit_ + lane; }
+
+ private:
+  /// Features [k, k + W) of a lane, with the sign of the scale; zeros past the end.
+  Vec part(Index lane, Index k, Index end) const {
+    if (lane >= n_ || k >= end) return V::zero();
+    const T* const from = task_.lane(first_ + lane) + k;
+    const Vec v = k + W <= end ? V::load(from) : V::load_n(from, end - k);
+    return task_.scale < 0 ? V::mul(v, V::broadcast(T(-1))) : v;
+  }
+  /// Lanes [lane, lane + W) turned: [number][lane of the panel].
+  void load_register(Index lane) {
+    const Index p = lane / panel * panel, at = lane % panel;
+    if constexpr (!words) {
+      turn(q_ + p * depth() + at, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
+    }
+#ifdef QKV_DETAIL_WORDS
+    else if constexpr (!quads) {
+      turn(reinterpret_cast<float*>(q_ + p * depth()) + at, depth(), [&](Index i, Index k) {
+        return reinterpret_cast<__m512>(
+            _mm512_cvtne2ps_pbh(part(lane + i, 2 * k + 16, task_.width()), part(lane + i, 2 * k, task_.width())));
+      });
+    } else {
+      const Index latent = task_.rows.latent_dim;
+      float inverse[16];
+      for (Index i = 0; i < 16; ++i) {
+        Vec most = V::zero(), nothing = V::zero();  // the latter is NaN where the lane is not finite
+        for (Index k = 0; k < latent; k += W) {
+          const Vec x = part(lane + i, k, latent);
+          most = V::max(most, _mm512_abs_ps(x));
+          nothing = V::fma(V::zero(), x, nothing);
+        }
+        const float amax = V::max_lanes(most), nan = V::sum_lanes(nothing);
+        const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
+        inverse[i] = zeros ? 0 : 127 / amax;
+        unit_[lane + i] = (zeros ? 0 : amax / 127) + nan;
+      }
+      turn(reinterpret_cast<float*>(q_ + p * depth()) + at, depth(), [&](Index i, Index k) {
+        alignas(detail::cache_line) std::uint8_t bytes[64];
+        for (Index j = 0; j < 4; ++j) {
+          const __m512 x = V::mul(part(lane + i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
+          const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
+          _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + j, _mm512_cvtusepi32_epi8(whole));
+        }
+        return _mm512_castsi512_ps(_mm512_load_si512(bytes));
+      });
+      turn(reinterpret_cast<float*>(rope_ + p * rope_depth()) + at, rope_depth(), [&](Index i, Index k) {
+        return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(part(lane + i, latent + 2 * k + 16, task_.width()),
+                                                            part(lane + i, latent + 2 * k, task_.width())));
+      });
+    }
+#endif
+  }
+  template <class F>
+  void turn(T* to, Index depth, F&& row) const {
+    for (Index k = 0; k < depth; k += W) {
+      Vec block[V::lanes];
+      for (Index i = 0; i < W; ++i) block[i] = row(i, k);
+      V::transpose(block);
+      for (Index i = 0; i < std::min(W, depth - k); ++i) V::store(to + (k + i) * panel, block[i]);
+    }
+  }
+
+  const Task<T, S, M>& task_;
+  Index first_, n_;
+  Number *q_ = nullptr, *rope_ = nullptr;
+  float* unit_ = nullptr;
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel::absorbed
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -1,0 +1,138 @@
+// kernel/latent_splits.hpp — absorbed latent attention of a whole sequence: its keys in splits, its lanes in groups.
+//
+//     splits    `split_rows` positions each, on a fixed grid; their states are merged in ascending order
+//     groups    lanes that share a prepared block; a state has the same bits in any
+//
+// A work item is a group and, for several threads, a split: enough items for one token and many keys. Bits depend on neither
+// threads nor groups. FlashDecoding (Dao et al. 2023) splits the keys of a decode step likewise.
+//
+// Before: kernel/absorbed.hpp   Next: kernel/latent.hpp
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../parallel.hpp"
+#include "../score.hpp"
+#include "absorbed.hpp"
+#include "task.hpp"
+
+namespace qkv::inline QKV_ABI::kernel::absorbed {
+
+/// Merges the state of lanes [first, first + n) of one split.
+template <class T, StorageType S, class M>
+void merge_lanes(const Task<T, S, M>& task, const LaneState<T>& from, Index first, Index n, const StateView<T>& state) {
+  const Index latent = task.rows.latent_dim;
+  for (Index i = 0; i < n; ++i) {
+    const Index query = (first + i) / task.heads, head = (first + i) % task.heads;
+    detail::merge_row(state.m(query, head), state.l(query, head), state.o(query, head, latent), from.m[i], from.l[i],
+                      from.o + i * from.o_step, latent);
+  }
+}
+
+/// Lanes of one work item, in panels: they share a prepared block, which for words costs more than for rows in place.
+/// Few splits are shared out in smaller items. (A state has the same bits in any group.)
+template <bool Words>
+constexpr Index group_lanes(Index n_splits) {
+  return Words && n_splits >= 4 ? 128 : 64;
+}
+/// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.
+inline constexpr Index most_partial_bytes = Index(64) << 20;
+
+template <class A, Index Vectors, class T, StorageType S, class M, class E>
+void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& workspace, const E& executor) {
+  using Worker = Absorbed<A, Vectors, T, S, M>;
+  constexpr Index rows = block_rows<in_words<A, T>>;
+  static_assert(split_rows % rows == 0);
+  Index n_blocks = 0;
+  for_each_block<rows>(task.rows, [&](const Place&) { ++n_blocks; });
+  if (n_blocks == 0) return;
+  detail::Carver count(nullptr);
+  const Index room = round_up(n_blocks + 1, 64);  // a growing cache seldom needs more
+  count.take<Place>(room), count.take<Index>(room);
+  const auto tables = workspace.lease(count.used());
+  detail::Carver carver(tables.data());
+  Place* const places = carver.take<Place>(room);
+  Index* const splits = carver.take<Index>(room);  // first block of each
+  Index n_splits = 0, b = 0;
+  for_each_block<rows>(task.rows, [&](const Place& place) {
+    if (b == 0 || place.first / split_rows != places[b - 1].first / split_rows) splits[n_splits++] = b;
+    places[b++] = place;
+  });
+  splits[n_splits] = n_blocks;
+
+  const Index group = Vectors == 1 ? Worker::panel
+                                   : group_lanes<in_words<A, T>>(std::is_same_v<E, Serial> ? n_blocks : n_splits),
+              lanes = task.lanes();
+  const Index groups = (lanes + group - 1) / group, width = Worker::features(task.rows) + Simd<T>::width;
+  const auto lanes_of = [&](Index g) { return std::min(group, lanes - g * group); };
+  const auto state_bytes = [&](Index n) {
+    detail::Carver c(nullptr);
+    c.take<T>(n), c.take<T>(n), c.take<T>(n * width);
+    return c.used();
+  };
+  const auto state_at = [&](std::byte* base, Index n) {
+    detail::Carver c(base);
+    T* const m = c.take<T>(n);
+    T* const l = c.take<T>(n);
+    return LaneState<T>{m, l, c.take<T>(n * width), width};
+  };
+  const std::size_t own = Worker::bytes(task, group), part = state_bytes(group);
+  const auto attend = [&](Worker& worker, Index s, const LaneState<T>& to) {
+    worker.attend(places + splits[s], splits[s + 1] - splits[s], s + 1 < n_splits ? places + splits[s + 1] : nullptr,
+                  to);
+  };
+  // Either way each lane's splits are merged in ascending order: the same bits.
+  if (std::is_same_v<E, Serial> || n_splits == 1 || groups >= n_splits * 4 ||
+      static_cast<Index>(part) > most_partial_bytes / (groups * n_splits)) {
+    executor(groups, [&](Index g) {
+      const auto scratch = workspace.lease(own + part);
+      detail::Carver c(scratch.data());
+      Worker worker(task, c, g * group, lanes_of(g));
+      worker.load_queries();
+      const LaneState<T> to = state_at(scratch.data() + own, group);
+      for (Index s = 0; s < n_splits; ++s) {
+        attend(worker, s, to);
+        merge_lanes(task, to, g * group, lanes_of(g), state);
+      }
+    });
+    return;
+  }
+  const auto parts = workspace.lease(part * static_cast<std::size_t>(groups * n_splits));
+  const auto part_of = [&](Index g, Index s) {
+    return state_at(parts.data() + part * static_cast<std::size_t>(s * groups + g), group);
+  };
+  executor(groups * n_splits, [&](Index item) {
+    const Index g = item % groups;
+    const auto scratch = workspace.lease(own);
+    detail::Carver c(scratch.data());
+    Worker worker(task, c, g * group, lanes_of(g));
+    worker.load_queries();
+    attend(worker, item / groups, part_of(g, item / groups));
+  });
+  executor(groups, [&](Index g) {
+    for (Index s = 0; s < n_splits; ++s) merge_lanes(task, part_of(g, s), g * group, lanes_of(g), state);
+  });
+}
+
+/// What it covers: numbers that fill registers, and scores that are left as they are.
+template <class T, class F>
+inline constexpr bool serves =
+    (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2 && std::is_same_v<F, Plain>;
+
+/// Merges all rows into the state, in the arithmetic of the storage or exactly.
+template <class T, StorageType S, class M, class E>
+void run(const Task<T, S, M>& task, Arithmetic arithmetic, const StateView<T>& state, Workspace& workspace,
+         const E& executor) {
+  const auto in = [&]<class A>(std::type_identity<A>) {
+    if (Simd<T>::width >= Shape<T>::value_lanes && task.lanes() <= Simd<T>::width)
+      run<A, 1>(task, state, workspace, executor);
+    else
+      run<A, 2>(task, state, workspace, executor);
+  };
+  if constexpr (in_words<Narrow<T, S>, T>)
+    if (arithmetic != Arithmetic::exact) return in(std::type_identity<Narrow<T, S>>{});
+  in(std::type_identity<Plainly<T>>{});
+}
+
+}  // namespace qkv::inline QKV_ABI::kernel::absorbed

@@ -1,0 +1,238 @@
+#include <qkv/kernel/latent.hpp>
+
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/executors.hpp"
+#include "support/numbers.hpp"
+
+using namespace support;
+using qkv::Arithmetic, qkv::At, qkv::Matrix;
+
+namespace {
+
+using Wide = Matrix<long double>;
+
+struct Sizes {
+  Index heads, n_new, latent_dim, rope_dim;
+};
+
+/// Latent rows in memory of their own: runs of `lengths` rows, `gap` positions apart, NaN wherever no row is.
+template <class S>
+struct Rows {
+  Rows(const Sizes& s, std::vector<Index> lengths, Index gap = 0, std::uint64_t seed = 1) {
+    Index n = 0, position = 5 * gap;
+    for (const Index length : lengths) n += length;
+    const Matrix<float> c = numbers<float>(n, s.latent_dim, seed), r = numbers<float>(n, s.rope_dim, seed + 1);
+    const Index stride = s.latent_dim + s.rope_dim + 3;
+    const bool one_row = !qkv::has_row_scale<S>;
+    const Index slots = n + static_cast<Index>(lengths.size());
+    memory.assign(static_cast<std::size_t>(slots * stride), qkv::has_row_scale<S> ? S(127) : S(NAN));
+    ropes.assign(static_cast<std::size_t>(slots * stride), qkv::WideStorage<S>(NAN));
+    scales.assign(static_cast<std::size_t>(slots), NAN);
+    latent = Wide(n, s.latent_dim), rope = Wide(n, s.rope_dim);
+    Index slot = 0, row = 0;
+    for (const Index length : lengths) {
+      qkv::LatentRun<S> run;
+      run.rows = length, run.position = position;
+      run.latent = memory.data() + slot * stride;
+      run.rope = one_row ? reinterpret_cast<const qkv::WideStorage<S>*>(run.latent + s.latent_dim)
+                         : ropes.data() + slot * stride;
+      run.scales = scales.data() + slot;
+      for (Index i = 0; i < length; ++i, ++row) {
+        S* const to = memory.data() + (slot + i) * stride;
+        float* const scale = scales.data() + slot + i;
+        auto* const turned = const_cast<qkv::WideStorage<S>*>(run.rope + i * stride);
+        qkv::store_row(c.row(row).data(), s.latent_dim, to, scale);
+        qkv::store_row(r.row(row).data(), s.rope_dim, turned, nullptr);
+        qkv::load_row(to, s.latent_dim, *scale, latent.row(row).data());
+        qkv::load_row(turned, s.rope_dim, 1.0F, rope.row(row).data());
+        positions.push_back(position + i);
+      }
+      runs.push_back(run);
+      position += length + gap;
+      slot += length + 1;
+    }
+    all = {.runs = runs,
+           .rows = n,
+           .latent_dim = s.latent_dim,
+           .rope_dim = s.rope_dim,
+           .latent_row_stride = stride,
+           .rope_row_stride = stride};
+  }
+  Rows(const Rows&) = delete;
+
+  S* latent_of(Index row) {
+    for (auto& run : runs) {
+      if (row < run.rows) return const_cast<S*>(run.latent) + row * all.latent_row_stride;
+      row -= run.rows;
+    }
+    return nullptr;
+  }
+
+  std::vector<S> memory;
+  std::vector<qkv::WideStorage<S>> ropes;
+  std::vector<float> scales;
+  std::vector<qkv::LatentRun<S>> runs;
+  std::vector<Index> positions;
+  qkv::LatentRows<S> all;
+  Wide latent, rope;
+};
+
+/// Σ p c / Σ p [n_new, heads·latent_dim]; a query that sees nothing: zeros.
+template <class T, class S, class M = qkv::Window, class E = qkv::Serial>
+Matrix<T> absorbed(const Sizes& s, const Rows<S>& rows, const Matrix<T>& q, T scale, Index first,
+                   const M& mask = qkv::causal, Arithmetic arithmetic = Arithmetic::exact,
+                   const E& executor = qkv::serial) {
+  qkv::Workspace workspace;
+  Matrix<T> out(s.n_new, s.heads * s.latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
+  const auto& as_mask = qkv::detail::as_mask(mask);
+  using Mask = std::remove_cvref_t<decltype(as_mask)>;
+  const qkv::kernel::LatentTask<T, S, Mask, qkv::Plain> task{
+      rows.all, s.heads, scale, 0, first, &as_mask, &qkv::plain, qkv::Kernel::automatic, arithmetic};
+  const qkv::kernel::StateView<T> state{m.data(), l.data(), qkv::writable_view(out), s.heads};
+  qkv::kernel::latent_absorbed(task, qkv::view(q), state, workspace, executor);
+  for (Index i = 0; i < s.n_new; ++i)
+    for (Index h = 0; h < s.heads; ++h)
+      if (m(i, h) != -std::numeric_limits<T>::infinity()) out.row(i).segment(h * s.latent_dim, s.latent_dim) /= l(i, h);
+  return out;
+}
+
+template <class T, class S, class Sees>
+Wide formula(const Sizes& s, const Rows<S>& rows, const Matrix<T>& q, T scale, Index first, const Sees& sees) {
+  Wide out = Wide::Zero(s.n_new, s.heads * s.latent_dim);
+  const Index width = s.latent_dim + s.rope_dim;
+  for (Index i = 0; i < s.n_new; ++i)
+    for (Index h = 0; h < s.heads; ++h) {
+      std::vector<long double> weight;
+      std::vector<Index> seen;
+      long double top = -std::numeric_limits<long double>::infinity(), sum = 0;
+      for (Index j = 0; j < rows.all.rows; ++j) {
+        if (!sees(At{0, h, i, j, first + i, rows.positions[static_cast<std::size_t>(j)]})) continue;
+        long double dot = 0;
+        for (Index x = 0; x < width; ++x)
+          dot += static_cast<long double>(q(i, h * width + x)) *
+                 (x < s.latent_dim ? rows.latent(j, x) : rows.rope(j, x - s.latent_dim));
+        weight.push_back(static_cast<long double>(scale) * dot);
+        seen.push_back(j);
+        top = std::max(top, weight.back());
+      }
+      for (auto& w : weight) sum += w = std::exp(w - top);
+      for (std::size_t k = 0; k < seen.size(); ++k)
+        for (Index x = 0; x < s.latent_dim; ++x)
+          out(i, h * s.latent_dim + x) += weight[k] / sum * rows.latent(seen[k], x);
+    }
+  return out;
+}
+
+bool causally(const At& at) { return at.key_position <= at.query_position; }
+
+const Sizes sizes[] = {{16, 1, 64, 32}, {33, 1, 32, 6}, {1, 1, 67, 5},
+                       {8, 3, 128, 64}, {5, 7, 19, 3},  {16, 2, 512, 64}};
+
+template <class Computed, class Stored>
+struct In {
+  using T = Computed;
+  using S = Stored;
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the absorbed kernel is its formula, whatever the heads, tokens, widths and runs", "[absorbed]",
+                   (In<float, float>), (In<double, double>), (In<float, qkv::half>), (In<float, qkv::bfloat16>),
+                   (In<float, std::int8_t>), (In<double, std::int8_t>)) {
+  using T = typename TestType::T;
+  using S = typename TestType::S;
+  for (const Sizes& s : sizes)
+    for (const T scale : {T(0.15), T(-0.2)}) {
+      CAPTURE(s.heads, s.n_new, s.latent_dim, scale);
+      const Matrix<T> q = numbers<T>(s.n_new, s.heads * (s.latent_dim + s.rope_dim), 7);
+      for (const Rows<S>& rows :
+           {Rows<S>(s, {823}), Rows<S>(s, {1, 30, 2, 64, 7, 199}), Rows<S>(s, {17, 40, 3}, 101)}) {
+        const Index first = rows.positions.back() - s.n_new + 1;
+        const Wide expected = formula(s, rows, q, scale, first, causally);
+        CHECK(max_error(absorbed(s, rows, q, scale, first), expected) <= (sizeof(T) == 4 ? 3e-6 : 1e-14));
+        CHECK(max_error(absorbed(s, rows, q, scale, first, qkv::causal, Arithmetic::automatic), expected) <=
+              (sizeof(T) == 8                     ? 1e-14
+               : std::is_same_v<S, qkv::bfloat16> ? 0.01
+               : std::is_same_v<S, std::int8_t>   ? 0.03
+                                                  : 3e-6));
+      }
+    }
+}
+
+TEMPLATE_TEST_CASE("masks reach the absorbed kernel: windows, lambdas, queries that see nothing", "[absorbed]", float,
+                   qkv::bfloat16, std::int8_t) {
+  const double budget = sizeof(TestType) == 4 ? 3e-6 : 0.03;
+  for (const Sizes& s : {Sizes{16, 5, 32, 4}, Sizes{3, 40, 32, 4}}) {
+    const Rows<TestType> rows(s, {3, 400, 50, 1, 399});
+    const Matrix<float> q = numbers<float>(s.n_new, s.heads * 36, 8);
+    const Index first = 853 - s.n_new;
+    const auto check = [&](const auto& mask) {
+      const Wide expected =
+          formula(s, rows, q, 0.4F, first, [&](const At& at) { return qkv::detail::as_mask(mask).sees(at); });
+      CHECK(max_error(absorbed(s, rows, q, 0.4F, first, mask, Arithmetic::automatic), expected) <= budget);
+    };
+    check(qkv::window(57, 3));
+    check((qkv::prefix(4) | qkv::window(9, 0)) & qkv::causal);
+    check([](const At& at) { return (at.key_position * at.key_position + at.head + at.query) % 7 < 3; });
+    check([](const At& at) { return at.query != 1 && at.head != 2 && causally(at); });
+    check([](const At&) { return false; });
+  }
+}
+
+TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, pieces nor runs", "[absorbed]", float,
+                   double, qkv::half, qkv::bfloat16, std::int8_t) {
+  using T = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
+  for (const Sizes& s : {Sizes{16, 9, 64, 32}, Sizes{5, 31, 33, 5}, Sizes{130, 2, 32, 2}}) {
+    const Rows<TestType> rows(s, {1801});
+    std::vector<Index> lengths(27, 64);
+    lengths.push_back(1801 - 27 * 64);
+    const Rows<TestType> pages(s, lengths);
+    const Index width = s.heads * (s.latent_dim + s.rope_dim), first = 1801 - s.n_new;
+    const Matrix<T> q = numbers<T>(s.n_new, width, 9);
+    const auto whole = absorbed(s, rows, q, T(0.5), first, qkv::causal, Arithmetic::automatic);
+    CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, Arithmetic::automatic), whole));
+    CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, Arithmetic::automatic, Threaded{3}), whole));
+    CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, Arithmetic::automatic, Shuffled{4}), whole));
+    for (Index i = 0; i < s.n_new; ++i) {
+      const Sizes one{s.heads, 1, s.latent_dim, s.rope_dim};
+      const Matrix<T> row = q.row(i);
+      CHECK(same_bits(absorbed(one, rows, row, T(0.5), first + i, qkv::causal, Arithmetic::automatic), whole.row(i)));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a latent row that is not finite reaches who sees it and nobody else", "[absorbed]", float,
+                   qkv::bfloat16, std::int8_t) {
+  const Sizes s{16, 6, 32, 4};
+  const Matrix<float> q = numbers<float>(6, 16 * 36, 10);
+  for (const bool paged : {false, true})
+    for (const Index bad : {0, 95, 300, 396}) {
+      Rows<TestType> rows(s, paged ? std::vector<Index>{33, 64, 299 - 97, 101} : std::vector<Index>{400});
+      const auto sees = [&](const At& at) { return causally(at) && (at.key != bad || at.query % 2 == 1); };
+      const auto before = absorbed(s, rows, q, 0.4F, 394, sees, Arithmetic::automatic);
+      if constexpr (qkv::has_row_scale<TestType>)
+        for (std::size_t slot = 0, row = 0, r = 0; r < rows.runs.size(); ++r, ++slot)
+          for (Index i = 0; i < rows.runs[r].rows; ++i, ++slot, ++row) {
+            if (static_cast<Index>(row) == bad) rows.scales[slot] = NAN;
+          }
+      else
+        rows.latent_of(bad)[11] = TestType(NAN);
+      const auto after = absorbed(s, rows, q, 0.4F, 394, sees, Arithmetic::automatic);
+      for (Index i = 0; i < 6; ++i) {
+        CAPTURE(paged, bad, i);
+        if (i % 2 == 0 || bad > 394 + i)
+          CHECK(same_bits(after.row(i), before.row(i)));
+        else
+          CHECK(after.row(i).array().isNaN().any());
+      }
+    }
+}
+
+TEST_CASE("scores of the absorbed kernel may be huge", "[absorbed]") {
+  const Sizes s{16, 1, 32, 4};
+  const Rows<float> rows(s, {700});
+  const Matrix<float> q = numbers<float>(1, 16 * 36, 11) * 1e4F;
+  CHECK(max_error(absorbed(s, rows, q, 1.0F, 699), formula(s, rows, q, 1.0F, 699, causally)) <= 1e-2);
+}

@@ -1,0 +1,142 @@
+#include <qkv/latent_attention.hpp>
+#include <qkv/memory.hpp>
+#include <qkv/paged_latent_cache.hpp>
+
+#include "support/batches.hpp"
+#include "support/catch.hpp"
+
+using namespace support;
+using qkv::LatentForm, qkv::LatentPagePool, qkv::LayerOptions, qkv::PagedLatentCache;
+
+namespace {
+
+qkv::LatentPagePoolConfig pages_for_small_mla(Index page_tokens, Index pages) {
+  return {
+      .latent_dim = small_mla.latent_dim, .rope_dim = small_mla.rope_dim, .page_tokens = page_tokens, .pages = pages};
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("latent pages give the bits of one block, in either form", "[paged_latent_cache]", float, qkv::half,
+                   qkv::bfloat16, std::int8_t) {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(251, 29, 1);
+  for (const LatentForm form : {LatentForm::naive, LatentForm::absorbed, LatentForm::automatic})
+    for (const Index page_tokens : {1, 7, 64}) {
+      LatentPagePool<TestType> pool(pages_for_small_mla(page_tokens, 330));
+      PagedLatentCache<TestType> other(pool), cache(pool);  // two take pages in turn: those of one are not in a row
+      auto whole = layer.template make_cache<TestType>(251);
+      for (Index first = 0, n = 40; first < 251; first += n, n = std::min<Index>(n == 40 ? 1 : 2 * n, 251 - first)) {
+        const LayerOptions options{.form = form};
+        const auto rows = x.middleRows(first, n);
+        CHECK(same_bits(layer.forward(rows, cache, qkv::causal, qkv::plain, options),
+                        layer.forward(rows, whole, qkv::causal, qkv::plain, options)));
+        if (other.rows() < 30) layer.forward(x.topRows(8), other);
+      }
+      CHECK(same_bits(cache.latent(), whole.latent()));
+      CHECK(same_bits(cache.rope_keys(), whole.rope_keys()));
+    }
+}
+
+TEMPLATE_TEST_CASE("forks of latents share their past and do not see each other's future", "[paged_latent_cache]",
+                   float, std::int8_t) {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> prompt = normals<float>(19, 29, 2), a = normals<float>(12, 29, 3), b = normals<float>(12, 29, 4);
+  const auto alone = [&](Index shared, const Matrix<float>& own) {
+    auto cache = layer.template make_cache<TestType>(40);
+    layer.forward(prompt, cache);
+    cache.truncate(shared);
+    return feed(layer, cache, own, {1, 3});
+  };
+  LatentPagePool<TestType> pool(pages_for_small_mla(5, 20));
+  PagedLatentCache<TestType> trunk(pool);
+  layer.forward(prompt, trunk);
+  REQUIRE(pool.free_pages() == 16);
+  auto left = trunk.fork(), right = trunk.fork(7);
+  CHECK(pool.free_pages() == 16);  // nothing is copied yet
+  CHECK(pool.references(trunk.pages()[0]) == 3);
+  CHECK(pool.references(trunk.pages()[3]) == 2);
+  Matrix<float> of_trunk(12, 29), of_left(12, 29), of_right(12, 29);
+  for (Index first = 0, n = 1; first < 12; first += n, n = std::min<Index>(3, 12 - first)) {
+    layer.forward_into(of_trunk.middleRows(first, n), a.middleRows(first, n), trunk);
+    layer.forward_into(of_left.middleRows(first, n), b.middleRows(first, n), left);
+    layer.forward_into(of_right.middleRows(first, n), a.middleRows(first, n), right);
+  }
+  CHECK(same_bits(of_trunk, alone(19, a)));
+  CHECK(same_bits(of_left, alone(19, b)));
+  CHECK(same_bits(of_right, alone(7, a)));
+  trunk.clear(), left.clear();
+  CHECK(pool.free_pages() == 20 - 4);
+  { const auto moved = std::move(right); }
+  CHECK(right.capacity() == 0);
+  CHECK(pool.free_pages() == 20);
+}
+
+TEST_CASE("a batch of paged latents is each sequence alone, and takes its rows as a whole", "[paged_latent_cache]") {
+  const auto layer = latent_layer<float>(small_mla);
+  LatentPagePool<float> pool(pages_for_small_mla(5, 100));
+  std::vector<PagedLatentCache<float>> together;
+  for (int i = 0; i < 4; ++i) together.emplace_back(pool);
+  std::vector<qkv::LatentCache<float>> alone(4, layer.make_cache(120));
+  CHECK(batch_equals_alone<float>(layer, together, alone));
+
+  LatentPagePool<float> small(pages_for_small_mla(4, 3));
+  PagedLatentCache<float> one(small), two(small);
+  const Matrix<float> x = normals<float>(14, 29, 5);
+  PagedLatentCache<float>* const both[] = {&one, &two};
+  Matrix<float> out(14, 29);
+  const std::vector<Index> offsets = {0, 7, 14}, fitting = {0, 4, 12};
+  const auto run = [&](const std::vector<Index>& rows) {
+    const Index n = rows.back();
+    layer.forward_into(out.topRows(n), x.topRows(n), std::span<const Index>(rows),
+                       std::span<PagedLatentCache<float>* const>(both));
+  };
+  CHECK(contains(message_of<std::length_error>([&] { run(offsets); }),
+                 "the pool has 3 free pages; the rows of all its sequences need 4"));
+  CHECK((one.rows() == 0 && two.rows() == 0 && small.free_pages() == 3));
+  run(fitting);
+  CHECK((one.rows() == 4 && two.rows() == 8 && small.free_pages() == 0));
+}
+
+TEST_CASE("a paged latent cache says what is wrong and stays as it was", "[paged_latent_cache]") {
+  LatentPagePool<float> pool({.latent_dim = 3, .rope_dim = 2, .page_tokens = 4, .pages = 2});
+  PagedLatentCache<float> cache(pool, 7);
+  const Matrix<float> c = numbers<float>(8, 3, 1), r = numbers<float>(8, 2, 2);
+  cache.append(c.topRows(5), r.topRows(5));
+  const auto unchanged = [&] {
+    return cache.rows() == 5 && pool.free_pages() == 0 && same_bits(cache.latent(), c.topRows(5));
+  };
+  CHECK(cache.max_append() == 2);
+  CHECK(contains(message_of<std::length_error>([&] { cache.append(c.topRows(3), r.topRows(3)); }),
+                 "takes at most 2 more rows; given 3"));
+  CHECK_FALSE(cache.try_append(c.topRows(3), r.topRows(3)));
+  CHECK(
+      contains(message_of([&] { cache.append(c.topRows(1), r.topRows(2)); }), "given latent [1, 3], rope_key [2, 2]"));
+  CHECK(contains(message_of<std::out_of_range>([&] { cache.truncate(6); }), "0 <= position <= 5; given position 6"));
+  CHECK_FALSE(cache.try_truncate(-1));
+  CHECK(contains(message_of<std::out_of_range>([&] { cache.fork(6); }), "given 6"));
+  CHECK(contains(message_of<std::out_of_range>([&] { pool.references(2); }), "given page 2"));
+  CHECK(unchanged());
+  CHECK(contains(message_of([&] { PagedLatentCache<float>(pool, 9); }), "= 8; given 9"));
+  CHECK(contains(message_of([&] { LatentPagePool<float>({.latent_dim = 3, .rope_dim = 0, .pages = 1}); }),
+                 "given 3, 0, 64, 1"));
+  // A fork needs a page of its own for the next row, and there is none.
+  PagedLatentCache<float> fork = cache.fork();
+  CHECK(fork.max_append() == 0);
+  CHECK_FALSE(fork.try_append(c.topRows(1), r.topRows(1)));
+  CHECK(unchanged());
+  cache.truncate(4);
+  CHECK((fork.max_append() == 2 && same_bits(fork.latent(), c.topRows(5))));
+}
+
+TEMPLATE_TEST_CASE("a pool of latent pages has the bytes that memory.hpp computes", "[paged_latent_cache]", float,
+                   qkv::half, std::int8_t) {
+  qkv::LatentAttentionConfig config = small_mla;
+  LatentPagePool<TestType> pool(pages_for_small_mla(6, 9));
+  CHECK(pool.bytes() == qkv::cache_bytes<TestType>(config, 54));
+  PagedLatentCache<TestType> cache(pool);
+  cache.append(numbers<float>(13, 19, 1), numbers<float>(13, 6, 2));
+  CHECK(cache.bytes() == qkv::cache_bytes<TestType>(config, 18));
+  const auto fork = cache.fork();
+  CHECK(pool.used_bytes() == cache.bytes());
+}
