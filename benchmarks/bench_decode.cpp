@@ -65,8 +65,9 @@ void fill(Cache& cache, Index n, const Sizes& s, std::uint64_t seed) {
   const Matrix<float> k = machine::normal(piece, s.kv_heads * s.d, seed),
                       v = machine::normal(piece, k.cols(), seed + 1);
   while (cache.position() < n) {
-    const Index rows = std::min({piece, n - cache.position(), cache.max_append()});
-    cache.append(k.topRows(rows), v.topRows(rows));
+    const Index at = cache.position() % piece;
+    const Index rows = std::min({piece - at, n - cache.position(), cache.max_append()});
+    cache.append(k.middleRows(at, rows), v.middleRows(at, rows));
   }
 }
 
