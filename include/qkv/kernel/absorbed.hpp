@@ -20,6 +20,7 @@
 #include <numbers>
 
 #include "../mask.hpp"
+#include "../softmax.hpp"
 #include "latent_queries.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
