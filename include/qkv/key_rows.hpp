@@ -48,12 +48,14 @@ struct KeyRows {
     return run.values + (first_kv_head + kv_head) * value_head_stride + row * value_row_stride;
   }
   float key_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
-    return has_row_scale<S> ? run.key_scales[(first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride]
-                            : 1.0F;
+    return has_row_scale<S> ? run.key_scales[scale_at(kv_head, row)] : 1.0F;
   }
   float value_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
-    return has_row_scale<S> ? run.value_scales[(first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride]
-                            : 1.0F;
+    return has_row_scale<S> ? run.value_scales[scale_at(kv_head, row)] : 1.0F;
+  }
+  /// Where a row's scales stand in key_scales and value_scales.
+  Index scale_at(Index kv_head, Index row) const {
+    return (first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride;
   }
 };
 

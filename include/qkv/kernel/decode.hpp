@@ -210,8 +210,7 @@ class Decode {
   void finish_scores(const Piece& piece, bool mixed) {
     T* const scale_k = s_.scale_k + piece.column;
     if constexpr (has_row_scale<S>) {
-      const Index stride = task_.keys.scale_row_stride,
-                  at = kv_head_ * task_.keys.scale_head_stride + piece.row * stride;
+      const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
       const float *const k = piece.run->key_scales + at, *const v = piece.run->value_scales + at;
       if (stride == 1) {
         std::copy_n(k, piece.count, scale_k);
