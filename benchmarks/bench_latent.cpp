@@ -226,11 +226,11 @@ void naive(benchmark::State& state, const Sizes& s) {
   };
   call();
   Errors errors;
-  const Matrix<double> c = cache.template latent<double>();
+  const Matrix<double> c = cache.template latent<double>(), w_key = key_up.weight().template cast<double>(),
+                       w_value = value_up.weight().template cast<double>();
   for (const Index h : {Index(0), s.heads - 1}) {
-    const Matrix<double> k = beside(c * qkv::head_columns(key_up.weight(), h, s.heads).template cast<double>(),
-                                    cache.template rope_keys<double>()),
-                         v = c * qkv::head_columns(value_up.weight(), h, s.heads).template cast<double>();
+    const Matrix<double> k = beside(c * qkv::head_columns(w_key, h, s.heads), cache.template rope_keys<double>()),
+                         v = c * qkv::head_columns(w_value, h, s.heads);
     for (Index i = 0; i < s.n_new; i += std::max<Index>(1, s.n_new / 3))
       errors.add(out.row(i).segment(h * v_head_dim, v_head_dim) / l(i, h),
                  formula(q.row(i).segment(h * d, d).cast<double>(), k, v, s.n - s.n_new + i));
