@@ -50,6 +50,7 @@ class Absorbed {
 
  public:
   static constexpr Index panel = Queries<A, Vectors, T, S, M>::panel;
+  static_assert(panel % Shape<T>::value_lanes == 0);
 
   static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
   static std::size_t bytes(const Task<T, S, M>& task, Index n_lanes) {

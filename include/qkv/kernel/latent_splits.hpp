@@ -125,10 +125,9 @@ template <class T, StorageType S, class M, class E>
 void run(const Task<T, S, M>& task, Arithmetic arithmetic, const StateView<T>& state, Workspace& workspace,
          const E& executor) {
   const auto in = [&]<class A>(std::type_identity<A>) {
-    if (Simd<T>::width >= Shape<T>::value_lanes && task.lanes() <= Simd<T>::width)
-      run<A, 1>(task, state, workspace, executor);
-    else
-      run<A, 2>(task, state, workspace, executor);
+    if constexpr (Simd<T>::width % Shape<T>::value_lanes == 0)
+      if (task.lanes() <= Simd<T>::width) return run<A, 1>(task, state, workspace, executor);
+    run<A, 2>(task, state, workspace, executor);
   };
   if constexpr (in_words<Narrow<T, S>, T>)
     if (arithmetic != Arithmetic::exact) return in(std::type_identity<Narrow<T, S>>{});

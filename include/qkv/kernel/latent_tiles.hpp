@@ -80,7 +80,7 @@ struct Shape {
   static constexpr Index score_rows(Index vectors) {
     return vectors == 1 ? (wide ? 24 : 12) : wide ? 12 : Simd<T>::fused ? 6 : 4;
   }
-  static constexpr Index value_lanes = wide ? 8 : 4;  // lanes of a value tile
+  static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
   static constexpr Index value_vectors = wide || Simd<T>::fused ? 3 : 2;
 };
 
