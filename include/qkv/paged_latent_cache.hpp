@@ -314,10 +314,12 @@ class PagedLatentCache {
     release_from(pages_for(position));
     hold(position);
   }
+  /// Pages before the first row that changes keep their runs: amortised O(1) per appended row.
   void hold(Index rows) {
+    const Index kept = std::min(rows_, rows) / page_tokens();
     rows_ = rows;
-    runs_.clear();
-    for (Index first = 0; first < rows_; first += page_tokens()) {
+    runs_.resize(static_cast<std::size_t>(kept));
+    for (Index first = kept * page_tokens(); first < rows_; first += page_tokens()) {
       const Index at = slot(first);
       runs_.push_back({.rows = std::min(page_tokens(), rows_ - first),
                        .position = first,
