@@ -1,6 +1,7 @@
 // bench_prefill — how much of the machine does attention over a prompt use?
 //
 //     prefill/<mask>/<storage>/n:<>/heads:<>/kv_heads:<>/d:<>/threads:<>     the tiled kernel
+//     … /openmp                                                              on OpenMP's threads, not Eigen's pool
 //     prefill/<mask>/eigen_naive|eigen_tiled|eigen_gemm/…                    what Eigen products give
 //
 // mask: causal, full, window (255 keys back), chunk (512 queries on 4096 keys), softcap, alibi, lambda (causal with that
@@ -29,6 +30,7 @@ using qkv::Matrix;
 
 struct Sizes {
   Index n_queries, n_keys, heads, kv_heads, d, threads = 1;
+  bool openmp = false;
 };
 
 /// As many FMA peaks as threads, all running at once: what the row's threads could reach together.
@@ -82,10 +84,13 @@ struct Case {
     Eigen::ThreadPool pool(static_cast<int>(std::max<Index>(s.threads - 1, 1)));  // the calling thread works too
     const qkv::PoolExecutor executor(pool);
     const auto call = [&] {
-      if (s.threads == 1)
-        qkv::attention_into(out, q, cache, heads, mask, score, options);
-      else
-        qkv::attention_into(out, q, cache, heads, mask, score, options, executor);
+      if (s.threads == 1) return qkv::attention_into(out, q, cache, heads, mask, score, options);
+#ifdef _OPENMP
+      if (s.openmp)
+        return qkv::attention_into(out, q, cache, heads, mask, score, options,
+                                   qkv::OpenMp{static_cast<int>(s.threads)});
+#endif
+      qkv::attention_into(out, q, cache, heads, mask, score, options, executor);
     };
 
     call();
@@ -128,7 +133,7 @@ struct Case {
 std::string row_name(const std::string& mask, const std::string& storage, const Sizes& s) {
   return "prefill/" + mask + "/" + storage + "/n:" + std::to_string(s.n_keys) + "/heads:" + std::to_string(s.heads) +
          "/kv_heads:" + std::to_string(s.kv_heads) + "/d:" + std::to_string(s.d) +
-         "/threads:" + std::to_string(s.threads);
+         "/threads:" + std::to_string(s.threads) + (s.openmp ? "/openmp" : "");
 }
 
 void add_row(const std::string& name, auto run) {
@@ -271,7 +276,11 @@ void add_eigen_gemm(Index n, Index heads, Index d) {
     return s - decltype(s)(0.01) * static_cast<decltype(s)>(at.query_position - at.key_position);
   });
   add<double>("causal", causal, {2048, 2048, 8, 8, 128});
-  for (const Index threads : {2}) add<float>("causal", causal, {2048, 2048, 8, 8, 128, threads});
+  add<float>("causal", causal, {2048, 2048, 8, 8, 128, 2});
+#ifdef _OPENMP
+  Eigen::setNbThreads(1);  // its products are rows of one thread
+  add<float>("causal", causal, {2048, 2048, 8, 8, 128, 2, true});
+#endif
   add<float>("causal", causal, {8192, 8192, 8, 8, 128});
   add<float>("window", window(255, 0), {8192, 8192, 8, 8, 128});
   add_eigen("eigen_naive", 2048, 8, 128, eigen_naive);

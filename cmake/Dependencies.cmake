@@ -81,3 +81,13 @@ function(qkv_require_catch)
     target_link_libraries(qkv_catch INTERFACE qkv_catch_main)
   endif()
 endfunction()
+
+# OpenMP, where the compiler has it: for the executor of parallel.hpp, which exists only then.
+function(qkv_use_openmp target)
+  find_package(OpenMP COMPONENTS CXX QUIET)
+  if(OpenMP_CXX_FOUND)
+    target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
+  else()
+    message(STATUS "${target}: goes without OpenMP, which ${CMAKE_CXX_COMPILER_ID} does not have here")
+  endif()
+endfunction()

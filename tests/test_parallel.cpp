@@ -1,3 +1,4 @@
+#include <qkv/attention.hpp>
 #include <qkv/parallel.hpp>
 
 #include <unsupported/Eigen/CXX11/ThreadPool>
@@ -111,6 +112,21 @@ TEST_CASE("the OpenMP executor calls every item once and hands on exceptions", "
   check_executor(qkv::OpenMp{3});
 }
 #endif
+
+TEST_CASE("attention has the same bits on one thread, on a pool and on OpenMP's threads", "[parallel]") {
+  const qkv::Heads heads{4, 2};
+  const auto q = numbers<float>(300, 4 * 24, 1), k = numbers<float>(410, 2 * 24, 2), v = numbers<float>(410, 2 * 16, 3);
+  const qkv::Matrix<float> alone = qkv::attention(q, k, v, heads, qkv::causal);
+  const auto check = [&](const auto& executor) {
+    CHECK(same_bits(alone, qkv::attention(q, k, v, heads, qkv::causal, qkv::plain, {}, executor)));
+  };
+  Eigen::ThreadPool pool(2);
+  check(qkv::PoolExecutor(pool));
+#ifdef _OPENMP
+  check(qkv::OpenMp{});
+  check(qkv::OpenMp{3});
+#endif
+}
 
 TEST_CASE("the test suite's own executors keep the rules", "[parallel]") {
   check_executor(Threaded{3});

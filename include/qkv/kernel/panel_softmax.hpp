@@ -77,16 +77,25 @@ class PanelSoftmax {
   }
 
 #ifdef QKV_DETAIL_WORDS
-  /// Bytes: `top` of each lane; -inf where nothing is seen.
-  static Vec largest_product(const T* s, Index begin, Index end, Vec to_log2, const float* logs) {
-    Vec w = V::broadcast(detail::minus_infinity<T>), x = w;
+  /// Bytes: the largest score of each lane, and its `top`, in one pass over the scores.
+  struct Largest {
+    Vec score, product;
+  };
+  static Largest largest_of_both(const T* s, Index begin, Index end, Vec to_log2, const float* logs) {
+    const Vec low = V::broadcast(detail::minus_infinity<T>);
+    Vec a = low, b = low, x = low, y = low;
     Index c = begin;
     for (; c + 2 <= end; c += 2) {
-      w = V::max(w, V::fma(V::load(s + c * lanes), to_log2, V::broadcast(logs[c])));
-      x = V::max(x, V::fma(V::load(s + (c + 1) * lanes), to_log2, V::broadcast(logs[c + 1])));
+      const Vec first = V::load(s + c * lanes), second = V::load(s + (c + 1) * lanes);
+      a = V::max(a, first), b = V::max(b, second);
+      x = V::max(x, V::fma(first, to_log2, V::broadcast(logs[c])));
+      y = V::max(y, V::fma(second, to_log2, V::broadcast(logs[c + 1])));
     }
-    if (c < end) w = V::max(w, V::fma(V::load(s + c * lanes), to_log2, V::broadcast(logs[c])));
-    return V::max(w, x);
+    if (c < end) {
+      const Vec first = V::load(s + c * lanes);
+      a = V::max(a, first), x = V::max(x, V::fma(first, to_log2, V::broadcast(logs[c])));
+    }
+    return {V::max(a, b), V::max(x, y)};
   }
   /// Bytes: 2^(s·to_log2 + log2 scale - bottom) rounded, with bottom = top - log2 255, four columns to row c / 4; returns
   /// the sum of the unrounded ones over scale.

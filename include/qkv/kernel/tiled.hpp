@@ -291,18 +291,26 @@ class Tiled {
       T* const m = scratch_.m + p * lanes + v * V::width;
       T* const l = scratch_.l + p * lanes + v * V::width;
       const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
+      const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
       const Vec old = V::load(m);
-      const Vec now = V::max(old, Softmax::largest(s, columns.begin, columns.end));
+      Vec largest, to_log2 = V::mul(V::broadcast(log2_e<T>), unit);
+#ifdef QKV_DETAIL_WORDS
+      Vec top;
+      const float* const logs = A::bytes ? panels_.value_logs + b * tile_keys : nullptr;
+      if constexpr (A::bytes) {
+        const auto both = Softmax::largest_of_both(s, columns.begin, columns.end, to_log2, logs);
+        largest = both.score, top = both.product;
+      } else
+#endif
+        largest = Softmax::largest(s, columns.begin, columns.end);
+      const Vec now = V::max(old, largest);
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
-      const Vec unit = plain ? V::load(scratch_.unit + p * lanes + v * V::width) : one;
-      const Vec to_log2 = V::mul(V::broadcast(log2_e<T>), V::select(nothing, one, unit));  // a query of NaN has no unit
+      to_log2 = V::select(nothing, V::broadcast(log2_e<T>), to_log2);  // a query of NaN has no unit
       const Vec factor = V::weight(V::sub(old, base), to_log2);
       Vec sum;
 #ifdef QKV_DETAIL_WORDS
       if constexpr (A::bytes) {
-        const float* const logs = panels_.value_logs + b * tile_keys;
-        const Vec top = Softmax::largest_product(s, columns.begin, columns.end, to_log2, logs);
         const Vec bottom = V::sub(V::select(V::less_equal(top, low), V::zero(), top), V::broadcast(log2_255));
         sum = Softmax::weigh_products(s, columns.begin, columns.end, bottom, to_log2, logs,
                                       panels_.value_inverses + b * tile_keys);
