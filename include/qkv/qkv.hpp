@@ -39,6 +39,7 @@
 #include "kernel/panel_mask.hpp"        // what a panel of queries sees of a block of keys
 #include "kernel/panel_softmax.hpp"     // scores of a panel become weights
 #include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too
+#include "kernel/panel_sums.hpp"        // the softmax state of a panel, and its way out
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/row_tile.hpp"          // rows of a cache against a few queries
 #include "kernel/decode.hpp"            // few queries: decode

@@ -13,7 +13,7 @@
 // ascending order of features and keys, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at
 // once. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
 //
-// Before: kernel/value_tile.hpp   Next: kernel/decode.hpp
+// Before: kernel/panel_sums.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <algorithm>
@@ -25,6 +25,7 @@
 #include "../workspace.hpp"
 #include "panel_mask.hpp"
 #include "panel_softmax.hpp"
+#include "panel_sums.hpp"
 #include "query_panels.hpp"
 #include "register_tile.hpp"
 #include "task.hpp"
@@ -121,21 +122,18 @@ class Tiled {
       }
     }
     for (Index p = 0; p < n_panels; ++p) {
-      store_panel(p);
+      merge_panel<plain>(sums(p), state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim());
       done(query_ + p * lanes, panel_queries(p), head_, Index(1));
     }
   }
 
  private:
-  /// What is kept of a score: ±q·k itself where nothing but the scale is applied, so that what enters the exponent is a
-  /// difference before it is rounded; otherwise the score. In natural units one of it is `unit`, lane by lane.
-  T natural(Index lane) const {
-    const T m = scratch_.m[lane];
-    return plain && m != detail::minus_infinity<T> ? m * scratch_.unit[lane] : m;
-  }
   Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
   Number* q(Index p) const { return reinterpret_cast<Number*>(scratch_.q) + p * panels_.key_depth() * lanes; }
   T* o(Index p) const { return scratch_.o + p * task_.v_head_dim() * lanes; }
+  PanelSums<T> sums(Index p) const {
+    return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes, o(p)};
+  }
 
   /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
   void load_panel(Index p) {
@@ -148,54 +146,8 @@ class Tiled {
                               task_.scale < 0 ? T(-1) : T(1)};
       pack_queries(A{}, from, q(p) + v * V::width, lanes, scratch_.unit + first);
     }
-    std::fill_n(scratch_.m + p * lanes, lanes, detail::minus_infinity<T>);
-    std::fill_n(scratch_.l + p * lanes, lanes, T(0));
-    std::fill_n(o(p), task_.v_head_dim() * lanes, T(0));
+    sums(p).clear(task_.v_head_dim());
   }
-  /// The state of the panel, in natural units, merged into that of the task.
-  void store_panel(Index p) {
-    const Index n = panel_queries(p), dv = task_.v_head_dim(), stride = state_.weighted.outerStride();
-    bool empty[std::size_t(lanes)], all_empty = true;  // rows that hold nothing yet: not even zeros
-    T keep[std::size_t(lanes)], take[std::size_t(lanes)];
-    for (Index i = 0; i < n; ++i) {
-      T& m = state_.m(query_ + p * lanes + i, head_);
-      T& l = state_.l(query_ + p * lanes + i, head_);
-      const T here = natural(p * lanes + i), top = detail::nan_max(m, here);
-      empty[i] = m == detail::minus_infinity<T>;
-      all_empty = all_empty && empty[i];
-      keep[i] = detail::weight_of(m, top), take[i] = detail::weight_of(here, top);
-      l = keep[i] * l + take[i] * scratch_.l[p * lanes + i];
-      m = top;
-    }
-    for (Index first = 0; first < n; first += V::width) {
-      const Index rows_here = std::min(V::width, n - first);
-      T* const to = state_.o(query_ + p * lanes + first, head_, dv);
-      for (Index k = 0; k < dv; k += V::width) {
-        const Index width = std::min(V::width, dv - k);
-        const T* const from = o(p) + k * lanes + first;
-        if (all_empty && rows_here == V::width && width == V::width) {
-          store_block(from, to + k, stride, std::make_index_sequence<V::lanes>{});
-          continue;
-        }
-        Vec block[V::lanes];
-        for (Index i = 0; i < V::width; ++i) block[i] = i < width ? V::load(from + i * lanes) : V::zero();
-        V::transpose(block);
-        for (Index i = 0; i < rows_here; ++i) {
-          T* const row = to + i * stride + k;
-          const Index lane = first + i;
-          const Vec old = empty[lane] ? V::zero() : V::mul(V::broadcast(keep[lane]), V::load_n(row, width));
-          V::store_n(row, empty[lane] ? block[i] : V::fma(V::broadcast(take[lane]), block[i], old), width);
-        }
-      }
-    }
-  }
-  template <std::size_t... I>
-  static EIGEN_ALWAYS_INLINE void store_block(const T* from, T* to, Index stride, std::index_sequence<I...>) {
-    Vec block[] = {V::load(from + Index(I) * lanes)...};
-    V::transpose(block);
-    (V::store(to + Index(I) * stride, block[I]), ...);
-  }
-
   /// Whether a query of this item may see a key of block b.
   bool seen(Index b) const {
     const KeyBlock& block = panels_.blocks[b];

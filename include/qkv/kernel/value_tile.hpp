@@ -8,7 +8,7 @@
 //
 // The sums stay in registers from the first column to the last: a mask's edge costs the columns it has and nothing more.
 //
-// Before: kernel/panel_softmax.hpp   Next: kernel/tiled.hpp
+// Before: kernel/panel_softmax.hpp   Next: kernel/panel_sums.hpp
 #pragma once
 
 #include <array>
