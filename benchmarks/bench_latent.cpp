@@ -9,7 +9,7 @@
 //     layer/<mla|mha>/<storage>/n:<>/model_dim:<>              a whole layer, one token, projections included
 //
 // heads: 16 as in DeepSeek-V2-Lite, 128 as in V3; latent 512, rope key 64, heads of 128 + 64 and 128 features. storage:
-// f32, f16, bf16, int8, and *_exact, widened to float. peak_fraction: useful flops over the f32 FMA peak, each call beside
+// f32, f16, bf16, int8, *_exact, widened to float, and int8_throughout. peak_fraction: useful flops over the f32 FMA peak, each call beside
 // a peak sample; for several threads over the peak of as many. rms_error and max_abs_error are against the formula in
 // double on the stored rows. cache_bytes_per_token: as allocated; saved_against_*: another cache's bytes over these.
 #include <benchmark/benchmark.h>
@@ -179,7 +179,11 @@ template <class S>
 void absorbed(benchmark::State& state, const Sizes& s, qkv::Arithmetic arithmetic) {
   const auto cache = filled<S>(s.n);
   const Index width = latent_dim + rope_dim;
-  const Matrix<float> q = machine::normal(s.n_new, s.heads * width, 3);
+  // As W_UK of variance 1/latent_dim makes them of normal queries: deviation ½ for latents, 1 for the rope part. Scores then
+  // deviate by 1; with 1 throughout they would by 1.7, and int8's error with them.
+  Matrix<float> q = machine::normal(s.n_new, s.heads * width, 3);
+  for (Index h = 0; h < s.heads; ++h)
+    q.middleCols(h * width, latent_dim) *= std::sqrt(static_cast<float>(nope_dim) / latent_dim);
   Matrix<float> out(s.n_new, s.heads * latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
   qkv::Workspace workspace;
   const Pair pair(s.threads);
@@ -361,8 +365,9 @@ template <class S>
 void add_storage() {
   using namespace qkv;
   const std::string storage = storage_name<S>;
-  for (const Index heads : {16, 128})
+  for (const Index heads : {8, 16, 128})
     for (const Index n : {1024, 4096, 16384}) {
+      if (heads == 8 && n != 4096) continue;
       const Sizes s{n, heads};
       add_row("decode/absorbed/" + storage + at(s),
               [=](benchmark::State& state) { absorbed<S>(state, s, Arithmetic::automatic); });
@@ -378,6 +383,13 @@ void add_storage() {
       add_row("decode/absorbed/" + storage + "_exact" + at(s),
               [=](benchmark::State& state) { absorbed<S>(state, s, Arithmetic::exact); });
     }
+  if (has_row_scale<S>)
+    for (const Index heads : {16, 128})
+      for (const Index n : {1024, 4096, 16384}) {
+        const Sizes s{n, heads};
+        add_row("decode/absorbed/" + storage + "_throughout" + at(s),
+                [=](benchmark::State& state) { absorbed<S>(state, s, Arithmetic::int8); });
+      }
   for (const Index heads : {16, 128}) {
     for (const Index n : {1024, 4096}) {
       const Sizes s{n, heads};

@@ -127,8 +127,8 @@ Wide formula(const Sizes& s, const Rows<S>& rows, const Matrix<T>& q, T scale, I
 
 bool causally(const At& at) { return at.key_position <= at.query_position; }
 
-const Sizes sizes[] = {{16, 1, 64, 32}, {33, 1, 32, 6}, {1, 1, 67, 5},
-                       {8, 3, 128, 64}, {5, 7, 19, 3},  {16, 2, 512, 64}};
+const Sizes sizes[] = {{16, 1, 64, 32}, {33, 1, 32, 6},   {1, 1, 67, 5}, {8, 3, 128, 64},
+                       {5, 7, 19, 3},   {16, 2, 512, 64}, {2, 9, 64, 10}};
 
 template <class Computed, class Stored>
 struct In {
@@ -157,6 +157,13 @@ TEMPLATE_TEST_CASE("the absorbed kernel is its formula, whatever the heads, toke
                : std::is_same_v<S, qkv::bfloat16> ? 0.01
                : std::is_same_v<S, std::int8_t>   ? 0.03
                                                   : 3e-6));
+        const Wide bytes =
+            absorbed(s, rows, q, scale, first, qkv::causal, Arithmetic::int8).template cast<long double>();
+        const double rms = static_cast<double>((bytes - expected).norm() / expected.norm());
+        CHECK(rms <= (sizeof(T) == 8                     ? 1e-14
+                      : std::is_same_v<S, qkv::bfloat16> ? 5e-3
+                      : std::is_same_v<S, std::int8_t>   ? 2e-2
+                                                         : 3e-6));
       }
     }
 }
@@ -171,7 +178,8 @@ TEMPLATE_TEST_CASE("masks reach the absorbed kernel: windows, lambdas, queries t
     const auto check = [&](const auto& mask) {
       const Wide expected =
           formula(s, rows, q, 0.4F, first, [&](const At& at) { return qkv::detail::as_mask(mask).sees(at); });
-      CHECK(max_error(absorbed(s, rows, q, 0.4F, first, mask, Arithmetic::automatic), expected) <= budget);
+      for (const Arithmetic in : {Arithmetic::automatic, Arithmetic::int8})
+        CHECK(max_error(absorbed(s, rows, q, 0.4F, first, mask, in), expected) <= budget);
     };
     check(qkv::window(57, 3));
     check((qkv::prefix(4) | qkv::window(9, 0)) & qkv::causal);
@@ -184,34 +192,37 @@ TEMPLATE_TEST_CASE("masks reach the absorbed kernel: windows, lambdas, queries t
 TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, pieces nor runs", "[absorbed]", float,
                    double, qkv::half, qkv::bfloat16, std::int8_t) {
   using T = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
-  for (const Sizes& s : {Sizes{16, 9, 64, 32}, Sizes{5, 31, 33, 5}, Sizes{130, 2, 32, 2}}) {
+  for (const Sizes& s : {Sizes{16, 9, 64, 32}, Sizes{5, 31, 33, 5}, Sizes{2, 19, 64, 8}, Sizes{130, 2, 32, 2}}) {
     const Rows<TestType> rows(s, {1801});
     std::vector<Index> lengths(27, 64);
     lengths.push_back(1801 - 27 * 64);
     const Rows<TestType> pages(s, lengths);
     const Index width = s.heads * (s.latent_dim + s.rope_dim), first = 1801 - s.n_new;
     const Matrix<T> q = numbers<T>(s.n_new, width, 9);
-    const auto whole = absorbed(s, rows, q, T(0.5), first, qkv::causal, Arithmetic::automatic);
-    CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, Arithmetic::automatic), whole));
-    CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, Arithmetic::automatic, Threaded{3}), whole));
-    CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, Arithmetic::automatic, Shuffled{4}), whole));
-    for (Index i = 0; i < s.n_new; ++i) {
-      const Sizes one{s.heads, 1, s.latent_dim, s.rope_dim};
-      const Matrix<T> row = q.row(i);
-      CHECK(same_bits(absorbed(one, rows, row, T(0.5), first + i, qkv::causal, Arithmetic::automatic), whole.row(i)));
+    for (const Arithmetic in : {Arithmetic::automatic, Arithmetic::int8}) {
+      const auto whole = absorbed(s, rows, q, T(0.5), first, qkv::causal, in);
+      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in), whole));
+      CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, in, Threaded{3}), whole));
+      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in, Shuffled{4}), whole));
+      for (Index i = 0; i < s.n_new; ++i) {
+        const Sizes one{s.heads, 1, s.latent_dim, s.rope_dim};
+        const Matrix<T> row = q.row(i);
+        CHECK(same_bits(absorbed(one, rows, row, T(0.5), first + i, qkv::causal, in), whole.row(i)));
+      }
     }
   }
 }
 
 TEMPLATE_TEST_CASE("a latent row that is not finite reaches who sees it and nobody else", "[absorbed]", float,
                    qkv::bfloat16, std::int8_t) {
-  const Sizes s{16, 6, 32, 4};
-  const Matrix<float> q = numbers<float>(6, 16 * 36, 10);
   for (const bool paged : {false, true})
-    for (const Index bad : {0, 95, 300, 396}) {
+    for (const Index bad : {0, 95, 300, 301, 396}) {
+      const Sizes s{paged ? Index(8) : Index(16), 6, 32, 4};
+      const Matrix<float> q = numbers<float>(6, s.heads * 36, 10);
+      const Arithmetic in = bad % 2 == 0 ? Arithmetic::automatic : Arithmetic::int8;
       Rows<TestType> rows(s, paged ? std::vector<Index>{33, 64, 299 - 97, 101} : std::vector<Index>{400});
       const auto sees = [&](const At& at) { return causally(at) && (at.key != bad || at.query % 2 == 1); };
-      const auto before = absorbed(s, rows, q, 0.4F, 394, sees, Arithmetic::automatic);
+      const auto before = absorbed(s, rows, q, 0.4F, 394, sees, in);
       if constexpr (qkv::has_row_scale<TestType>)
         for (std::size_t slot = 0, row = 0, r = 0; r < rows.runs.size(); ++r, ++slot)
           for (Index i = 0; i < rows.runs[r].rows; ++i, ++slot, ++row) {
@@ -219,7 +230,7 @@ TEMPLATE_TEST_CASE("a latent row that is not finite reaches who sees it and nobo
           }
       else
         rows.latent_of(bad)[11] = TestType(NAN);
-      const auto after = absorbed(s, rows, q, 0.4F, 394, sees, Arithmetic::automatic);
+      const auto after = absorbed(s, rows, q, 0.4F, 394, sees, in);
       for (Index i = 0; i < 6; ++i) {
         CAPTURE(paged, bad, i);
         if (i % 2 == 0 || bad > 394 + i)

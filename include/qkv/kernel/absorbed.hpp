@@ -22,6 +22,7 @@
 #include "../mask.hpp"
 #include "../softmax.hpp"
 #include "latent_queries.hpp"
+#include "panel_softmax.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -42,15 +43,16 @@ template <class A, Index Vectors, class T, StorageType S, class M>
 class Absorbed {
   using V = Simd<T>;
   using Vec = typename V::Vec;
-  using Value = ValueOf<A>;
+  using Value = ValueDot<A>;
   static constexpr Index W = V::width;
-  static constexpr bool words = in_words<A, T>, quads = in_quads<A>;
-  static constexpr Index n_rows = block_rows<words>, partial_sums = 4;
+  static constexpr bool words = A::words;
+  static constexpr Index n_rows = block_rows<words>, partial_sums = A::bytes ? 8 : 4;
   static_assert(n_rows % partial_sums == 0 && n_rows % Shape<T>::score_rows(Vectors) == 0);
 
  public:
   static constexpr Index panel = Queries<A, Vectors, T, S, M>::panel;
   static_assert(panel % Shape<T>::value_lanes == 0);
+  using Softmax = PanelSoftmax<A, panel>;
 
   static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
   static std::size_t bytes(const Task<T, S, M>& task, Index n_lanes) {
@@ -60,7 +62,11 @@ class Absorbed {
   }
 
   Absorbed(const Task<T, S, M>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
-      : task_(task), block_(carver, task.rows), q_(task, carver, first_lane, n_lanes), first_(first_lane), n_(n_lanes) {
+      : task_(task),
+        block_(carver, task.rows, parts_of<T>(task.heads)),
+        q_(task, carver, first_lane, n_lanes),
+        first_(first_lane),
+        n_(n_lanes) {
     s_ = carver.take<T>(n_rows * panel);
     row_ = carver.take<T>(features(task.rows));
     hidden_ = carver.take<bool>(n_rows * panel);
@@ -177,17 +183,31 @@ class Absorbed {
   }
   template <Index Rows>
   void tiles_of(Index p, Index c, Index tiles) {
-    T* const to = s_ + c * panel;
-    if constexpr (!quads) {
-      score_tiles<A, Rows, Vectors>(tiles, q_.depth(), block_.row(c), block_.stride(), q_.at(p), to);
+    if constexpr (Vectors == 1 && parts_of<T>(1) > 1) {
+      if (q_.parts() == 4) return tiles_in<Rows, 4>(p, c, tiles);
+      if (q_.parts() == 2) return tiles_in<Rows, 2>(p, c, tiles);
     }
+    tiles_in<Rows, 1>(p, c, tiles);
+  }
+  template <Index Rows, Index Parts>
+  void tiles_in(Index p, Index c, Index tiles) {
+    constexpr Index step = panel / Parts;
+    const Index live = round_up(std::min(panel, n_ - p), step);
+    for (Index lane = p; lane < p + live; lane += step) {
+      T* const to = s_ + c * panel + lane - p;
+      if constexpr (!A::quads)
+        score_tiles<KeyDot<A>, Rows, Vectors, Parts>(tiles, q_.steps(), block_.row(c), block_.stride(), q_.at(lane),
+                                                     to);
 #ifdef QKV_DETAIL_WORDS
-    else {
-      const QuadRows rows{q_.depth(),      q_.rope_depth(),      block_.row(c),    block_.rope(c),
-                          block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
-      quad_score_tiles<Rows, Vectors>(tiles, rows, q_.at(p), q_.rope(p), q_.unit(p), to);
-    }
+      if constexpr (A::quads) {
+        const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
+                            block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
+        quad_score_tiles<Rows, Vectors, Parts>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+      }
 #endif
+    }
+    if (live < panel)  // what follows takes whole registers
+      for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(s_ + r * panel + live, panel - live, T(0));
   }
 
   /// A row that is not finite has no finite score, in any lane: one register tells.
@@ -221,12 +241,14 @@ class Absorbed {
     const Vec to_log2 = V::broadcast(score_unit() * static_cast<T>(std::numbers::log2e_v<long double>));
     for (Index v = 0; v < panel; v += W) {
       T *const s = s_ + v, *const m = state_.m + p + v, *const l = state_.l + p + v;
-      const Vec old = V::load(m), now = V::max_nan(old, largest(s, begin, end));
+      const auto [score, top] = largest(v, begin, end, to_log2);
+      const Vec old = V::load(m), now = V::max(old, score);
       const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec factor = V::weight(V::sub(old, base), to_log2);
-      V::store(l, V::fma(V::load(l), factor, weigh(s, begin, end, base, to_log2)));
-      V::store(m, now);
+      const Vec sum = weigh(v, begin, end, top, base, to_log2);
+      V::store(l, V::fma(V::load(l), factor, sum));
+      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(keep + v, factor);
       moved = moved || V::any(V::less(old, now));
     }
@@ -239,85 +261,54 @@ class Absorbed {
       for (Index x = 0; x < width; x += W) V::store(o + x, V::mul(V::load(o + x), factor));
     }
   }
-  static Vec largest(const T* s, Index begin, Index end) {
-    Vec a = V::broadcast(detail::minus_infinity<T>), b = a, c = a, d = a;
-    Index i = begin;
-    for (; i + 4 <= end; i += 4) {
-      a = V::max_nan(a, V::load(s + i * panel));
-      b = V::max_nan(b, V::load(s + (i + 1) * panel));
-      c = V::max_nan(c, V::load(s + (i + 2) * panel));
-      d = V::max_nan(d, V::load(s + (i + 3) * panel));
-    }
-    for (; i < end; ++i) a = V::max_nan(a, V::load(s + i * panel));
-    return V::max_nan(V::max_nan(a, b), V::max_nan(c, d));
-  }
-  /// Scores become weights; their sum. `begin` lies on a partial sum.
-  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2) {
-    Index c = begin;
-    if constexpr (!words) {
-      Vec sum[] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      for (; c + 4 <= end; c += 4) {
-        sum[0] = V::add(sum[0], weight(s + c * panel, base, to_log2));
-        sum[1] = V::add(sum[1], weight(s + (c + 1) * panel, base, to_log2));
-        sum[2] = V::add(sum[2], weight(s + (c + 2) * panel, base, to_log2));
-        sum[3] = V::add(sum[3], weight(s + (c + 3) * panel, base, to_log2));
-      }
-      if (c < end) sum[0] = V::add(sum[0], weight(s + c * panel, base, to_log2));
-      if (c + 1 < end) sum[1] = V::add(sum[1], weight(s + (c + 1) * panel, base, to_log2));
-      if (c + 2 < end) sum[2] = V::add(sum[2], weight(s + (c + 2) * panel, base, to_log2));
-      return V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]));
-    }
+  /// The largest score of each lane of register v and, in bytes, weight times scale.
+  struct Largest {
+    Vec score, product;
+  };
+  Largest largest(Index v, Index begin, Index end, [[maybe_unused]] Vec to_log2) const {
 #ifdef QKV_DETAIL_WORDS
-    else {  // in place: the pair of columns c, c + 1 goes to row c / 2; sums are of the rounded weights
-      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
-      Vec a = V::zero(), b = a;
-      for (; c + 4 <= end; c += 4) {
-        a = InPairs::add(a, weight_pair(s, c, end, base, to_log2), ones);
-        b = InPairs::add(b, weight_pair(s, c + 2, end, base, to_log2), ones);
-      }
-      if (c < end) a = InPairs::add(a, weight_pair(s, c, end, base, to_log2), ones);
-      if (c + 2 < end) b = InPairs::add(b, weight_pair(s, c + 2, end, base, to_log2), ones);
-      return V::add(a, b);
-    }
+    if constexpr (A::bytes) {
+      const auto both = Softmax::largest_of_both(s_ + v, begin, end, to_log2, block_.logs());
+      return {both.score, both.product};
+    } else
 #endif
+      return {Softmax::largest(s_ + v, begin, end), V::zero()};
   }
-  static EIGEN_ALWAYS_INLINE Vec weight(T* s, Vec base, Vec to_log2) {
-    const Vec w = V::weight(V::sub(V::load(s), base), to_log2);
-    V::store(s, w);
-    return w;
-  }
+  /// Scores of register v become weights; their sum. `begin` lies on a partial sum.
+  Vec weigh(Index v, Index begin, Index end, [[maybe_unused]] Vec top, Vec base, Vec to_log2) {
 #ifdef QKV_DETAIL_WORDS
-  static EIGEN_ALWAYS_INLINE __m512i weight_pair(float* s, Index c, Index end, Vec base, Vec to_log2) {
-    const Vec low = weight_short(V::sub(V::load(s + c * panel), base), to_log2);
-    const Vec high = c + 1 < end ? weight_short(V::sub(V::load(s + (c + 1) * panel), base), to_log2) : V::zero();
-    const __m512i pair = to_pairs(low, high);
-    _mm512_storeu_si512(s + c / 2 * panel, pair);
-    return pair;
-  }
+    if constexpr (A::bytes) {
+      const auto w = Softmax::weigh_bytes(s_ + v, begin, end, top, base, to_log2, block_.logs(), block_.inverses());
+      V::store(take_ + v, w.step);
+      return w.sum;
+    } else
 #endif
+      return Softmax::weigh(s_ + v, begin, end, base, to_log2);
+  }
 
   void multiply_values(Index p, Index begin, Index end) {
     using N = typename Value::Number;
-    constexpr Index keys = words ? 2 : 1, vectors = Shape<T>::value_vectors;
+    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
     if (begin >= end) return;
     begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
     const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
-    ValueOperands<Value, T> op{.depth = (end + keys - 1) / keys - begin / keys,
-                               .p = reinterpret_cast<const N*>(s_) + begin / keys * panel,
-                               .p_step = panel,
-                               .c = block_.values(begin),
-                               .c_step = block_.value_step(),
-                               .o = state_.o + p * state_.o_step,
-                               .o_row = state_.o_step};
+    FeatureOperands<Value, T> op{.depth = (end + keys - 1) / keys - begin / keys,
+                                 .p = reinterpret_cast<const N*>(s_) + begin / keys * panel,
+                                 .p_step = panel,
+                                 .c = block_.values(begin),
+                                 .c_step = block_.value_step(),
+                                 .o = state_.o + p * state_.o_step,
+                                 .o_row = state_.o_step,
+                                 .take = take_};
     for (Index x = 0; x < width;) {
       if (!stream_.pending()) std::swap(stream_, later_), later_ = {};
       const Index some = std::min(vectors, (width - x) / W);
       if (some == vectors)
-        value_tiles<Value, vectors>(lanes, op, stream_);
+        feature_tiles<Value, vectors>(lanes, op, stream_);
       else if (some == 2)
-        value_tiles<Value, 2>(lanes, op, stream_);
+        feature_tiles<Value, 2>(lanes, op, stream_);
       else
-        value_tiles<Value, 1>(lanes, op, stream_);
+        feature_tiles<Value, 1>(lanes, op, stream_);
       x += some * W, op.c += some * W, op.o += some * W;
     }
   }
@@ -351,7 +342,11 @@ class Absorbed {
     }
   }
   T weight_of(Index c, Index lane) const {
-    if constexpr (words) {
+    if constexpr (A::bytes) {
+      Word quad;
+      std::memcpy(&quad, s_ + c / 4 * panel + lane, sizeof quad);
+      return static_cast<T>(quad >> (8 * (c % 4)) & 255U);  // what it multiplies is not finite
+    } else if constexpr (words) {
       Word pair;
       std::memcpy(&pair, s_ + c / 2 * panel + lane, sizeof pair);
       pair = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
@@ -383,7 +378,8 @@ class Absorbed {
   Index first_, n_;
   LaneState<T> state_{};
   T *s_ = nullptr, *row_ = nullptr;
-  bool* hidden_ = nullptr;  // [n_rows, panel]; written where a score is not finite
+  alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // bytes: what a step of a weight is worth
+  bool* hidden_ = nullptr;                                       // [n_rows, panel]; written where a score is not finite
   Stream stream_, later_;
 };
 

@@ -6,6 +6,8 @@
 //              values the same rows
 //     pairs    rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
 //     quads    rows   int8 latents, likewise; rope keys as bfloat16    values  the same, restored and rounded to bfloat16
+//     bytes    rows   as in quads                                      values  [four keys][latent_dim] words as stored, and
+//                                                                              the logarithms of their scales
 //
 // Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
 //
@@ -37,28 +39,6 @@ inline constexpr Index block_rows = Words ? 192 : 96;
 inline constexpr Index split_rows = 768;
 
 constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
-
-/// How rows stored as S are multiplied unless exact is asked for.
-#ifdef QKV_DETAIL_WORDS
-template <class T, StorageType S>
-using Narrow = std::conditional_t<!std::is_same_v<T, float>, Plainly<T>,
-                                  std::conditional_t<std::is_same_v<S, bfloat16>, InPairs,
-                                                     std::conditional_t<has_row_scale<S>, InQuads, Plainly<T>>>>;
-template <class A>
-inline constexpr bool in_quads = std::is_same_v<A, InQuads>;
-template <class A>
-using ValueOf = std::conditional_t<in_quads<A>, InPairs, A>;
-#else
-template <class T, StorageType S>
-using Narrow = Plainly<T>;
-template <class A>
-inline constexpr bool in_quads = false;
-template <class A>
-using ValueOf = A;
-#endif
-/// Whether values are pairs of keys in words.
-template <class A, class T>
-inline constexpr bool in_words = !std::is_same_v<A, Plainly<T>>;
 
 /// Where a block's rows are.
 struct Place {
@@ -128,21 +108,21 @@ void widen_row(const S* from, Index n, float scale, T* to) {
 /// One block at a time, prepared for arithmetic A in scratch of its own.
 template <class A, class T, StorageType S>
 class BlockRows {
-  using Value = ValueOf<A>;
-  using Number = typename Value::Number;
-  using Element = std::conditional_t<in_words<A, T>, S, T>;  // of rows
-  static constexpr bool words = in_words<A, T>, quads = in_quads<A>;
+  using Number = typename A::Number;
+  using Element = std::conditional_t<A::words, S, T>;  // of rows
+  static constexpr bool words = A::words, quads = A::quads;
   static constexpr Index n_rows = block_rows<words>;
   static constexpr Index unit = quads ? 64 : words ? 32 : Simd<T>::width;  // rows are read up to a multiple of it
 
  public:
-  BlockRows(detail::Carver& carver, const LatentRows<S>& rows) : rows_(rows) {
+  BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
     copy_ = carver.take<Element>(n_rows * copy_step());
-    if constexpr (words) packed_ = carver.take<Number>(n_rows / 2 * packed_step());
+    if constexpr (words) packed_ = carver.take<Number>(n_rows / A::keys * packed_step());
     if constexpr (quads) {
       rope_ = carver.take<Number>(n_rows * rope_step());
       scales_ = carver.take<float>(n_rows);
       offsets_ = carver.take<std::int32_t>(n_rows);
+      if constexpr (A::bytes) logs_ = carver.take<float>(n_rows), inverses_ = carver.take<float>(n_rows);
     }
   }
 
@@ -165,10 +145,10 @@ class BlockRows {
   /// The row of a column that is held, and the bytes from one to the next.
   const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
   Index stride() const { return step_ * Index(sizeof(Element)); }
-  /// Values from column c on (words: an even one), and the numbers from one (words: one pair) to the next.
+  /// Values from column c on (words: the first of one), and the numbers from one (one word) to the next.
   const Number* values(Index column) const {
     if constexpr (words)
-      return packed_ + column / 2 * packed_step();
+      return packed_ + column / A::keys * packed_step();
     else
       return row(column);
   }
@@ -177,6 +157,9 @@ class BlockRows {
   Index rope_stride() const { return rope_step() * Index(sizeof(Number)); }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
+  /// Bytes: log2 and inverse of the scale of each column.
+  const float* logs() const { return logs_; }
+  const float* inverses() const { return inverses_; }
 
   /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
   /// Asked for where a score is not finite, as every score of such a row is.
@@ -208,7 +191,7 @@ class BlockRows {
     if constexpr (quads || has_row_scale<S>)
       return quads;
     else
-      return rows_.rope_dim % 2 == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
+      return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
              rows_.rope(rows_.runs[place.run], 0) == rows_.latent(rows_.runs[place.run], 0) + rows_.latent_dim;
   }
 
@@ -243,6 +226,7 @@ class BlockRows {
     });
   }
 
+  static constexpr Word key_bits = A::bytes ? 0xFFU : 0xFFFFU;  // of one key in a word of values
   void inspect() {
     inspected_ = true;
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
@@ -255,7 +239,8 @@ class BlockRows {
         dropped_[static_cast<std::size_t>(n_dropped_++)] = column + i;
         if constexpr (words)
           for (Index x = 0; x < packed_step(); ++x)
-            packed_[(column + i) / 2 * packed_step() + x] &= (column + i) % 2 == 0 ? 0xFFFF0000U : 0x0000FFFFU;
+            packed_[(column + i) / A::keys * packed_step() + x] &=
+                ~(key_bits << (32 / A::keys * ((column + i) % A::keys)));
       }
     });
   }
@@ -268,6 +253,14 @@ class BlockRows {
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
       for (Index i = 0; i < count; ++i) scales_[column + i] = rows_.scale(run, row + i);
     });
+    if constexpr (A::bytes)
+      for (Index c = 0; c < n_rows; c += 16) {
+        // Rows of zeros, or not finite, count for the sum of the weights alone: they never fill the 8 bits.
+        const __m512 scale = Simd<float>::load(scales_ + c), least = _mm512_set1_ps(0x1p-90F);
+        const __m512 used = _mm512_mask_mov_ps(least, _mm512_cmp_ps_mask(scale, least, _CMP_GT_OQ), scale);
+        Simd<float>::store(logs_ + c, log2_of(used));
+        Simd<float>::store(inverses_ + c, _mm512_div_ps(_mm512_set1_ps(1), used));
+      }
     const __m512i ones = _mm512_set1_epi8(1);
     for (Index c = place_.begin; c < place_.count; c += 16) {
       const Index some = std::min<Index>(16, place_.count - c);
@@ -288,6 +281,18 @@ class BlockRows {
     }
   }
 
+  /// 2^e·m, m ∈ [√½, √2): e + 2/ln 2·artanh((m - 1)/(m + 1)); error 2e-7 beside e.
+  static __m512 log2_of(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const __mmask16 upper = _mm512_cmp_ps_mask(m, _mm512_set1_ps(1.41421356F), _CMP_GE_OQ);
+    const __m512 half = _mm512_mask_mul_ps(m, upper, m, _mm512_set1_ps(0.5F)), e = _mm512_getexp_ps(x);
+    const __m512 t = _mm512_div_ps(_mm512_sub_ps(half, one), _mm512_add_ps(half, one)), tt = _mm512_mul_ps(t, t);
+    __m512 series = _mm512_set1_ps(0.412198586F);  // 2/(7·ln 2), 2/(5·ln 2), …
+    for (const float c : {0.577078016F, 0.961796694F, 2.88539008F})
+      series = _mm512_fmadd_ps(series, tt, _mm512_set1_ps(c));
+    return _mm512_fmadd_ps(t, series, _mm512_mask_add_ps(e, upper, e, one));
+  }
+
   /// Rope keys as pairs of bfloat16: in int8 they are multiplied like that.
   void round_rope() {
     std::fill_n(rope_, n_rows * rope_step(), Word(0));
@@ -305,8 +310,9 @@ class BlockRows {
     });
   }
 
-  /// Two rows into one of words: (v[j][x], v[j + 1][x]).
+  /// Two rows into one of words, (v[j][x], v[j + 1][x]); in bytes four.
   void pack_values() {
+    if constexpr (A::bytes) return pack_bytes();
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
@@ -323,6 +329,17 @@ class BlockRows {
       }
     }
   }
+  void pack_bytes() {
+    for (Index c = place_.begin / 4 * 4; c < place_.count; c += 4) {
+      Word* const to = packed_ + c / 4 * packed_step();
+      const auto at = [&](Index i, Index x) {
+        if (i < place_.begin || i >= place_.count) return _mm_setzero_si128();
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(i) + x));
+      };
+      for (Index x = 0; x < rows_.latent_dim; x += 16)
+        store_words(to + x, to_quads(at(c, x), at(c + 1, x), at(c + 2, x), at(c + 3, x)));
+    }
+  }
   /// 32 features of a row as bfloat16.
   __m512i halves(const Element* from, [[maybe_unused]] Index column) const {
     if constexpr (quads) {
@@ -336,6 +353,7 @@ class BlockRows {
 #endif
 
   LatentRows<S> rows_;
+  Index parts_;
   Place place_;
   const Element* first_ = nullptr;
   Index step_ = 0;
@@ -344,6 +362,7 @@ class BlockRows {
   Number* rope_ = nullptr;
   float* scales_ = nullptr;
   std::int32_t* offsets_ = nullptr;
+  float *logs_ = nullptr, *inverses_ = nullptr;
   bool inspected_ = false;
   Index n_dropped_ = 0;
   std::array<Index, std::size_t(n_rows)> dropped_;

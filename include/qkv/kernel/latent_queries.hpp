@@ -7,6 +7,8 @@
 //     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
 //              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
 //
+// In parts (kernel/latent_tiles.hpp) a panel is cut into registers of width / parts lanes, [register][steps][lane][part].
+//
 // The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are
 // narrow already.
 //
@@ -15,6 +17,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "latent_blocks.hpp"
 
@@ -47,18 +50,18 @@ class Queries {
   using Vec = typename V::Vec;
   using Number = typename A::Number;
   static constexpr Index W = V::width;
-  static constexpr bool words = in_words<A, T>, quads = in_quads<A>;
-  static constexpr Index numbers = quads ? 4 : words ? 2 : 1;  // features in one
+  static constexpr bool words = A::words, quads = A::quads;
 
  public:
   static constexpr Index panel = Vectors * W;
 
-  Queries(const Task<T, S, M>& task, detail::Carver& carver, Index first, Index n) : task_(task), first_(first), n_(n) {
-    const Index lanes = round_up(n, panel);
-    q_ = carver.take<Number>(depth() * lanes);
+  Queries(const Task<T, S, M>& task, detail::Carver& carver, Index first, Index n)
+      : task_(task), first_(first), n_(n), parts_(parts_of<T>(task.heads)) {
+    const Index slots = round_up(n, panel) * parts_;
+    q_ = carver.take<Number>(steps() * slots);
     if constexpr (quads) {
-      rope_ = carver.take<Number>(rope_depth() * lanes);
-      unit_ = carver.take<float>(lanes);
+      rope_ = carver.take<Number>(rope_steps() * slots);
+      unit_ = carver.take<float>(slots);
     }
   }
 
@@ -66,14 +69,17 @@ class Queries {
     for (Index i = 0; i < n_; i += W) load_register(i);
   }
 
-  /// Numbers of a lane, without the rope part in quads; where a panel's begin.
-  Index depth() const { return ((quads ? task_.rows.latent_dim : task_.width()) + numbers - 1) / numbers; }
-  const Number* at(Index lane) const { return q_ + lane * depth(); }
-  Index rope_depth() const { return (task_.rows.rope_dim + 1) / 2; }
-  const Number* rope(Index lane) const { return rope_ + lane * rope_depth(); }
-  const float* unit(Index lane) const { return unit_ + lane; }
+  Index parts() const { return parts_; }
+  /// Numbers of a part of a lane, without the rope part in quads; where the register or panel that begins with a lane lies.
+  Index steps() const { return (depth() + parts_ - 1) / parts_; }
+  const Number* at(Index lane) const { return q_ + lane * parts_ * steps(); }
+  Index rope_steps() const { return (rope_depth() + parts_ - 1) / parts_; }
+  const Number* rope(Index lane) const { return rope_ + lane * parts_ * rope_steps(); }
+  const float* unit(Index lane) const { return unit_ + lane * parts_; }
 
  private:
+  Index depth() const { return ((quads ? task_.rows.latent_dim : task_.width()) + A::features - 1) / A::features; }
+  Index rope_depth() const { return (task_.rows.rope_dim + 1) / 2; }
   /// Features [k, k + W) of a lane, with the sign of the scale; zeros past the end.
   Vec part(Index lane, Index k, Index end) const {
     if (lane >= n_ || k >= end) return V::zero();
@@ -83,13 +89,13 @@ class Queries {
   }
   /// Lanes [lane, lane + W) turned: [number][lane of the panel].
   void load_register(Index lane) {
-    const Index p = lane / panel * panel, at = lane % panel;
+    const Index p = lane / panel * panel, at = lane % panel;  // in parts a panel is one register, and `at` is 0
     if constexpr (!words) {
-      turn(q_ + p * depth() + at, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
+      turn(q_ + p * parts_ * steps() + at, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
     }
 #ifdef QKV_DETAIL_WORDS
     else if constexpr (!quads) {
-      turn(reinterpret_cast<float*>(q_ + p * depth()) + at, depth(), [&](Index i, Index k) {
+      turn(reinterpret_cast<float*>(q_ + p * parts_ * steps()) + at, depth(), [&](Index i, Index k) {
         return reinterpret_cast<__m512>(
             _mm512_cvtne2ps_pbh(part(lane + i, 2 * k + 16, task_.width()), part(lane + i, 2 * k, task_.width())));
       });
@@ -106,9 +112,9 @@ class Queries {
         const float amax = V::max_lanes(most), nan = V::sum_lanes(nothing);
         const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
         inverse[i] = zeros ? 0 : 127 / amax;
-        unit_[lane + i] = (zeros ? 0 : amax / 127) + nan;
+        std::fill_n(unit_ + (lane + i) * parts_, parts_, (zeros ? 0 : amax / 127) + nan);
       }
-      turn(reinterpret_cast<float*>(q_ + p * depth()) + at, depth(), [&](Index i, Index k) {
+      turn(reinterpret_cast<float*>(q_ + p * parts_ * steps()) + at, depth(), [&](Index i, Index k) {
         alignas(detail::cache_line) std::uint8_t bytes[64];
         for (Index j = 0; j < 4; ++j) {
           const __m512 x = V::mul(part(lane + i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
@@ -117,7 +123,7 @@ class Queries {
         }
         return _mm512_castsi512_ps(_mm512_load_si512(bytes));
       });
-      turn(reinterpret_cast<float*>(rope_ + p * rope_depth()) + at, rope_depth(), [&](Index i, Index k) {
+      turn(reinterpret_cast<float*>(rope_ + p * parts_ * rope_steps()) + at, rope_depth(), [&](Index i, Index k) {
         return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(part(lane + i, latent + 2 * k + 16, task_.width()),
                                                             part(lane + i, latent + 2 * k, task_.width())));
       });
@@ -126,6 +132,7 @@ class Queries {
   }
   template <class F>
   void turn(T* to, Index depth, F&& row) const {
+    if (parts_ > 1) return spread(to, depth, row);
     for (Index k = 0; k < depth; k += W) {
       Vec block[V::lanes];
       for (Index i = 0; i < W; ++i) block[i] = row(i, k);
@@ -134,8 +141,23 @@ class Queries {
     }
   }
 
+  /// The same in parts.
+  template <class F>
+  void spread(T* to, Index depth, F&& row) const {
+    const Index lanes = W / parts_, n_steps = (depth + parts_ - 1) / parts_;
+    alignas(detail::cache_line) T numbers[std::size_t(W)];
+    for (Index i = 0; i < W; ++i) {
+      T* const lane = to + i / lanes * n_steps * W + i % lanes * parts_;
+      for (Index k = 0; k < depth; k += W) {
+        V::store(numbers, row(i, k));
+        for (Index j = 0; j < W && k + j < n_steps * parts_; j += parts_)
+          std::memcpy(lane + (k + j) / parts_ * W, numbers + j, static_cast<std::size_t>(parts_) * sizeof(T));
+      }
+    }
+  }
+
   const Task<T, S, M>& task_;
-  Index first_, n_;
+  Index first_, n_, parts_;
   Number *q_ = nullptr, *rope_ = nullptr;
   float* unit_ = nullptr;
 };

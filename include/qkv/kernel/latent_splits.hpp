@@ -42,7 +42,7 @@ inline constexpr Index most_partial_bytes = Index(64) << 20;
 template <class A, Index Vectors, class T, StorageType S, class M, class E>
 void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& workspace, const E& executor) {
   using Worker = Absorbed<A, Vectors, T, S, M>;
-  constexpr Index rows = block_rows<in_words<A, T>>;
+  constexpr Index rows = block_rows<A::words>;
   static_assert(split_rows % rows == 0);
   Index n_blocks = 0;
   for_each_block<rows>(task.rows, [&](const Place&) { ++n_blocks; });
@@ -61,9 +61,9 @@ void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& worksp
   });
   splits[n_splits] = n_blocks;
 
-  const Index group = Vectors == 1 ? Worker::panel
-                                   : group_lanes<in_words<A, T>>(std::is_same_v<E, Serial> ? n_blocks : n_splits),
-              lanes = task.lanes();
+  const Index lanes = task.lanes();
+  const Index group =
+      std::min(group_lanes<A::words>(std::is_same_v<E, Serial> ? n_blocks : n_splits), round_up(lanes, Worker::panel));
   const Index groups = (lanes + group - 1) / group, width = Worker::features(task.rows) + Simd<T>::width;
   const auto lanes_of = [&](Index g) { return std::min(group, lanes - g * group); };
   const auto state_bytes = [&](Index n) {
@@ -126,12 +126,16 @@ void run(const Task<T, S, M>& task, Arithmetic arithmetic, const StateView<T>& s
          const E& executor) {
   const auto in = [&]<class A>(std::type_identity<A>) {
     if constexpr (Simd<T>::width % Shape<T>::value_lanes == 0)
-      if (task.lanes() <= Simd<T>::width) return run<A, 1>(task, state, workspace, executor);
+      if (task.lanes() <= Simd<T>::width || parts_of<T>(task.heads) > 1)
+        return run<A, 1>(task, state, workspace, executor);
     run<A, 2>(task, state, workspace, executor);
   };
-  if constexpr (in_words<Narrow<T, S>, T>)
-    if (arithmetic != Arithmetic::exact) return in(std::type_identity<Narrow<T, S>>{});
-  in(std::type_identity<Plainly<T>>{});
+  using Narrow = NarrowArithmetic<T, S>;
+  if constexpr (std::is_same_v<Narrow, Quads>)
+    if (arithmetic == Arithmetic::int8) return in(std::type_identity<Bytes>{});
+  if constexpr (Narrow::words)
+    if (arithmetic != Arithmetic::exact) return in(std::type_identity<Narrow>{});
+  in(std::type_identity<Exact<T>>{});
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel::absorbed

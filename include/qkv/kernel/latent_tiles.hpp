@@ -5,8 +5,8 @@
 //     values    o(lane, x) += Σ_j p(j, lane)·c(j, x)      lanes are features; the weight is broadcast
 //
 // Neither needs a transposed copy of the rows, and neither wastes lanes on few heads in the second. Each sum is one chain
-// of multiply-adds in ascending k or j, whatever the height of the tile. A number stands for one feature, or is a word of two
-// (bfloat16) or four (int8) features or, of values, of two keys.
+// of multiply-adds in ascending k or j, whatever the height of the tile (few heads: see parts_of). A number stands for one
+// feature, or is a word of two (bfloat16) or four (int8) features or, of values, of as many keys.
 //
 // Before: multi_head_attention.hpp   Next: kernel/latent_blocks.hpp
 #pragma once
@@ -15,8 +15,8 @@
 #include <cstring>
 #include <utility>
 
-#include "register_tile.hpp"
-#include "words.hpp"
+#include "panels.hpp"
+#include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -27,51 +27,74 @@
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
-/// How a register of numbers is multiplied with a broadcast one.
-template <class T>
-struct Plainly {
-  using Number = T;
-  using Vec = typename Simd<T>::Vec;
-  using Sum = Vec;
-  static EIGEN_ALWAYS_INLINE Vec load(const T* p) { return Simd<T>::load(p); }
-  static EIGEN_ALWAYS_INLINE Vec broadcast(const void* p) {
-    T x;
-    std::memcpy(&x, p, sizeof x);
-    return Simd<T>::broadcast(x);
-  }
-  static EIGEN_ALWAYS_INLINE Sum add(Sum c, Vec a, Vec b) { return Simd<T>::fma(a, b, c); }
-};
-
+/// How the latent part of the rows is multiplied with queries (int8: the rope part is pairs of bfloat16).
+template <class A>
+using KeyDot =
 #ifdef QKV_DETAIL_WORDS
-EIGEN_ALWAYS_INLINE __m512i broadcast_word(const void* p) {
-  int x;
-  std::memcpy(&x, p, sizeof x);
-  return _mm512_set1_epi32(x);
-}
-/// Pairs of bfloat16, sums in float.
-struct InPairs {
-  using Number = Word;
-  using Vec = __m512i;
-  using Sum = __m512;
-  static EIGEN_ALWAYS_INLINE Vec load(const Word* p) { return _mm512_loadu_si512(p); }
-  static EIGEN_ALWAYS_INLINE Vec broadcast(const void* p) { return broadcast_word(p); }
-  static EIGEN_ALWAYS_INLINE Sum add(Sum c, Vec a, Vec b) {
-    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
-  }
-};
-/// Four int8, sums in int32; the broadcast ones are signed, the lanes hold q + 128. The sums are of the type that the
-/// instruction's builtin takes: g++ keeps an array of __m512i in memory, at half the speed.
-struct InQuads {
-  using Number = Word;
-  using Vec = __m512i;
-  using Sum = __v16si;
-  static EIGEN_ALWAYS_INLINE Vec load(const Word* p) { return _mm512_loadu_si512(p); }
-  static EIGEN_ALWAYS_INLINE Vec broadcast(const void* p) { return broadcast_word(p); }
-  static EIGEN_ALWAYS_INLINE Sum add(Sum c, Vec a, Vec b) {
-    return reinterpret_cast<Sum>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(c), b, a));
-  }
-};
+    std::conditional_t<A::quads, QuadValueDot,
+                       std::conditional_t<A::words, PairValueDot, NumberDot<typename A::Scalar>>>;
+#else
+    NumberDot<typename A::Scalar>;
 #endif
+
+/// Few heads leave lanes over: then each of them takes every `parts`-th number of a row, and parts are added at the end.
+///
+///     parts 2, 8 heads, step k     lane 0: head 0, number 2k     lane 1: head 0, number 2k + 1     lane 2: head 1, …
+///
+/// One load repeats two or four numbers of a row in a register, as one repeats a single number. By heads only: the bits
+/// of a token depend on no other.
+template <class T>
+constexpr Index parts_of([[maybe_unused]] Index heads) {
+#ifdef EIGEN_VECTORIZE_AVX512
+  if (std::is_same_v<T, float>) return heads <= 4 ? 4 : heads <= 8 ? 2 : 1;
+#endif
+  return 1;
+}
+
+/// `Parts` numbers from p on, repeated in all lanes.
+template <class Dot, Index Parts>
+EIGEN_ALWAYS_INLINE auto repeat(const void* p) {
+#ifdef EIGEN_VECTORIZE_AVX512
+  if constexpr (Parts > 1) {
+    __m512 v;
+    if constexpr (Parts == 2) {
+      double two;
+      std::memcpy(&two, p, sizeof two);
+      v = _mm512_castpd_ps(_mm512_set1_pd(two));
+    } else {
+      v = _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
+    }
+    if constexpr (std::is_same_v<typename Dot::Number, float>)
+      return v;
+    else
+      return _mm512_castps_si512(v);
+  }
+#endif
+  if constexpr (Parts == 1) {
+    typename Dot::Number x;
+    std::memcpy(&x, p, sizeof x);
+    return Dot::broadcast(x);
+  }
+}
+
+/// A register of scores in parts: their sums, width / Parts of them.
+template <Index Parts, class T, class Vec>
+EIGEN_ALWAYS_INLINE void store_sums(T* s, Vec v) {
+  if constexpr (Parts == 1) Simd<T>::store(s, v);
+#ifdef EIGEN_VECTORIZE_AVX512
+  if constexpr (Parts > 1) {
+    const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
+    if constexpr (Parts == 2) {
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+      _mm256_storeu_ps(s, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, two)));
+    } else {
+      const __m512 four = _mm512_add_ps(two, _mm512_permute_ps(two, 0x4E));
+      const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+      _mm_storeu_ps(s, _mm512_castps512_ps128(_mm512_permutexvar_ps(fourth, four)));
+    }
+  }
+#endif
+}
 
 /// Heights: one register of lanes needs more rows than two to keep as many sums.
 template <class T>
@@ -117,36 +140,39 @@ struct RowAddress {
   }
 };
 
-/// sum(r, v) += Σ_k rows(r, k)·lanes(k, v), k ascending. By constant indices only, as in kernel/register_tile.hpp.
-template <class D, Index Vectors, std::size_t... Sum, std::size_t... Vector>
-EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], Index depth, RowAddress rows,
+/// sum(r, v) += Σ_k rows(r, k)·lanes(k, v), k ascending in steps of Parts numbers. By constant indices only, as in
+/// kernel/register_tile.hpp.
+template <class D, Index Vectors, Index Parts, std::size_t... Sum, std::size_t... Vector>
+EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], Index steps, RowAddress rows,
                                        const typename D::Number* lanes, std::index_sequence<Sum...>,
                                        std::index_sequence<Vector...>) {
-  constexpr Index width = Index(sizeof(typename D::Vec) / sizeof(typename D::Number));
-  for (; depth > 0; --depth) {
-    const typename D::Vec lane[] = {D::load(lanes + Index(Vector) * width)...};
-    ((sum[Sum] = D::add(sum[Sum], D::broadcast(rows.template row<Index(Sum) / Vectors>()), lane[Sum % Vectors])), ...);
-    rows.move(sizeof(typename D::Number));
-    lanes += Vectors * width;
+  using Vec = decltype(D::load(lanes));
+  for (; steps > 0; --steps) {
+    const Vec lane[] = {D::load(lanes + Index(Vector) * D::width)...};
+    ((sum[Sum] = D::dot(sum[Sum], repeat<D, Parts>(rows.template row<Index(Sum) / Vectors>()), lane[Sum % Vectors])),
+     ...);
+    rows.move(sizeof(typename D::Number) * Parts);
+    lanes += Vectors * D::width;
   }
 }
 
-/// Scores of `Rows` rows for Vectors registers of lanes: s [Rows][Vectors·width].
-template <class D, Index Rows, Index Vectors, class T, std::size_t... I>
-EIGEN_ALWAYS_INLINE void score_tile(Index depth, const RowAddress& rows, const typename D::Number* lanes, T* s,
+/// Scores of `Rows` rows for Vectors registers of lanes, or one in parts: s [Rows][Vectors·width].
+template <class D, Index Rows, Index Vectors, Index Parts, class T, std::size_t... I>
+EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
                                     std::index_sequence<I...> all) {
   typename D::Sum sum[sizeof...(I)];
   ((sum[I] = Simd<T>::zero()), ...);
-  multiply_rows<D, Vectors>(sum, depth, rows, lanes, all, std::make_index_sequence<std::size_t(Vectors)>{});
-  (Simd<T>::store(s + Index(I) * Simd<T>::width, sum[I]), ...);
+  multiply_rows<D, Vectors, Parts>(sum, steps, rows, lanes, all, std::make_index_sequence<std::size_t(Vectors)>{});
+  (store_sums<Parts>(s + Index(I) * Simd<T>::width, sum[I]), ...);
 }
 
 /// `tiles` of them, one after another; rows lie `stride` bytes apart.
-template <class D, Index Rows, Index Vectors, class T>
-void score_tiles(Index tiles, Index depth, const void* rows, Index stride, const typename D::Number* lanes, T* s) {
+template <class D, Index Rows, Index Vectors, Index Parts, class T>
+void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s) {
+  static_assert(Parts == 1 || Vectors == 1);
   for (; tiles > 0; --tiles) {
-    score_tile<D, Rows, Vectors>(depth, RowAddress(rows, stride), lanes, s,
-                                 std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    score_tile<D, Rows, Vectors, Parts>(steps, RowAddress(rows, stride), lanes, s,
+                                        std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows = static_cast<const char*>(rows) + Rows * stride;
     s += Rows * Vectors * Simd<T>::width;
   }
@@ -155,7 +181,7 @@ void score_tiles(Index tiles, Index depth, const void* rows, Index stride, const
 #ifdef QKV_DETAIL_WORDS
 /// Rows whose latent part is int8 and whose rope part is pairs of bfloat16.
 struct QuadRows {
-  Index depth, rope_depth;  // words
+  Index steps, rope_steps;
   const std::int8_t* latent;
   const Word* rope;
   Index latent_stride, rope_stride;  // bytes
@@ -163,28 +189,31 @@ struct QuadRows {
   const std::int32_t* offset;        // per row: -128·Σ latent
 };
 /// Scores: the rope part continues the sum that the latent part, made float, has begun.
-template <Index Rows, Index Vectors, std::size_t... I>
+template <Index Rows, Index Vectors, Index Parts, std::size_t... I>
 EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes, const Word* rope_lanes,
                                          const float* unit, float* s, std::index_sequence<I...> all) {
+  using Quad = QuadValueDot;
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
-  InQuads::Sum sum[sizeof...(I)];
-  ((sum[I] = reinterpret_cast<__v16si>(_mm512_set1_epi32(rows.offset[Index(I) / Vectors]))), ...);
-  multiply_rows<InQuads, Vectors>(sum, rows.depth, RowAddress(rows.latent, rows.latent_stride), lanes, all, vectors);
+  constexpr __mmask16 first_part = Parts == 1 ? 0xFFFF : Parts == 2 ? 0x5555 : 0x1111;
+  Quad::Sum sum[sizeof...(I)];
+  ((sum[I] = (Quad::Sum)_mm512_maskz_set1_epi32(first_part, rows.offset[Index(I) / Vectors])), ...);
+  multiply_rows<Quad, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all,
+                                      vectors);
   __m512 score[sizeof...(I)];
-  ((score[I] = _mm512_mul_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sum[I])),
+  ((score[I] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]),
                              _mm512_mul_ps(_mm512_set1_ps(rows.scale[Index(I) / Vectors]),
                                            _mm512_loadu_ps(unit + Index(I) % Vectors * word_lanes)))),
    ...);
-  multiply_rows<InPairs, Vectors>(score, rows.rope_depth, RowAddress(rows.rope, rows.rope_stride), rope_lanes, all,
-                                  vectors);
-  (_mm512_storeu_ps(s + Index(I) * word_lanes, score[I]), ...);
+  multiply_rows<PairValueDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride),
+                                              rope_lanes, all, vectors);
+  (store_sums<Parts>(s + Index(I) * word_lanes, score[I]), ...);
 }
-template <Index Rows, Index Vectors>
+template <Index Rows, Index Vectors, Index Parts>
 void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word* rope_lanes, const float* unit,
                       float* s) {
   for (; tiles > 0; --tiles) {
-    quad_score_tile<Rows, Vectors>(rows, lanes, rope_lanes, unit, s,
-                                   std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    quad_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, unit, s,
+                                          std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows.latent += Rows * rows.latent_stride;
     rows.rope += Rows * rows.rope_stride / Index(sizeof(Word));
     rows.scale += Rows, rows.offset += Rows;
@@ -202,47 +231,60 @@ struct Stream {
 
 /// o(lane, x) += Σ_j p(j, lane)·c(j, x)
 template <class D, class T>
-struct ValueOperands {
-  Index depth;                  // keys or pairs of them
+struct FeatureOperands {
+  Index depth;                  // keys, or words of them
   const typename D::Number* p;  // [depth][p_step]
   Index p_step;
   const typename D::Number* c;  // rows c_step apart
   Index c_step;
   T* o;  // rows o_row apart
   Index o_row;
+  const T* take;  // weights in 8 bits: what a step is worth, per lane
 };
+template <class D, class T>
+EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]] const T* take) {
+#ifdef QKV_DETAIL_WORDS
+  if constexpr (std::is_same_v<D, QuadValueDot>)
+    return _mm512_storeu_ps(
+        o, _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(*take), _mm512_loadu_ps(o)));
+#endif
+  D::finish(o, sum, nullptr);
+}
 template <class D, Index Vectors, bool Ahead, class T, std::size_t... Sum, std::size_t... Vector>
-EIGEN_ALWAYS_INLINE void value_tile(const ValueOperands<D, T>& op, [[maybe_unused]] Stream& stream,
-                                    std::index_sequence<Sum...>, std::index_sequence<Vector...>) {
-  using V = Simd<T>;
-  typename V::Vec sum[] = {V::load(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * V::width)...};
+EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] Stream& stream,
+                                      std::index_sequence<Sum...>, std::index_sequence<Vector...>) {
+  typename D::Sum sum[] = {D::start(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width)...};
   const typename D::Number *p = op.p, *c = op.c;
+  using Vec = decltype(D::load(c));
   for (Index k = op.depth; k > 0; --k) {
-    const typename D::Vec row[] = {D::load(c + Index(Vector) * V::width)...};
+    const Vec row[] = {D::load(c + Index(Vector) * D::width)...};
     if constexpr (Ahead) {
       prefetch(reinterpret_cast<const void*>(stream.at));
       prefetch(reinterpret_cast<const void*>(stream.at + 64));
       stream.at += 128;
     }
-    ((sum[Sum] = D::add(sum[Sum], D::broadcast(p + Index(Sum) / Vectors), row[Sum % Vectors])), ...);
+    ((sum[Sum] = D::dot(sum[Sum], row[Sum % Vectors], D::broadcast(p[Index(Sum) / Vectors]))), ...);
     p += op.p_step;
     c += op.c_step;
   }
-  (V::store(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * V::width, sum[Sum]), ...);
+  (add_features<D>(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width, sum[Sum],
+                   op.take + Index(Sum) / Vectors),
+   ...);
 }
 /// One slice of features for `lanes` lanes, a multiple of the tile's.
 template <class D, Index Vectors, class T>
-void value_tiles(Index lanes, ValueOperands<D, T> op, Stream& stream) {
+void feature_tiles(Index lanes, FeatureOperands<D, T> op, Stream& stream) {
   constexpr Index rows = Shape<T>::value_lanes;
   constexpr auto sums = std::make_index_sequence<std::size_t(rows * Vectors)>{};
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
   for (; lanes > 0; lanes -= rows) {
     if (stream.pending())
-      value_tile<D, Vectors, true>(op, stream, sums, vectors);
+      feature_tile<D, Vectors, true>(op, stream, sums, vectors);
     else
-      value_tile<D, Vectors, false>(op, stream, sums, vectors);
+      feature_tile<D, Vectors, false>(op, stream, sums, vectors);
     op.p += rows;
     op.o += rows * op.o_row;
+    op.take += rows;
   }
 }
 

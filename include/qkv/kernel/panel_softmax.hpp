@@ -22,13 +22,13 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// The numbers that weights become in the arithmetic A: of T, or pairs of bfloat16.
-template <class A>
+/// The numbers that weights become in the arithmetic A: of T, or pairs of bfloat16. A column has `lanes` scores.
+template <class A, Index lanes = TileShape<typename A::Scalar>::columns>
 class PanelSoftmax {
   using T = typename A::Scalar;
   using V = Simd<T>;
   using Vec = typename V::Vec;
-  static constexpr Index lanes = TileShape<T>::columns;
+  static constexpr T log2_255 = static_cast<T>(7.994353436858858L);
 
  public:
   /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
@@ -110,6 +110,19 @@ class PanelSoftmax {
     if (end - c == 2) put_quad<2>(in, c, x);
     if (end - c == 1) put_quad<1>(in, c, x);
     return V::add(w, x);
+  }
+  /// Bytes: weights 2^((s - base)·to_log2) in steps of `step`, and their sum.
+  struct Steps {
+    Vec step, sum;
+  };
+  static Steps weigh_bytes(T* s, Index begin, Index end, Vec top, Vec base, Vec to_log2, const float* logs,
+                           const float* inverses) {
+    const Vec low = V::broadcast(detail::minus_infinity<T>), steps = V::broadcast(log2_255);
+    const Vec bottom = V::sub(V::select(V::less_equal(top, low), V::zero(), top), steps);
+    const Vec sum = weigh_products(s, begin, end, bottom, to_log2, logs, inverses);
+    // From steps to weights relative to base.
+    const Vec step = V::weight(V::sub(V::sub(top, steps), V::mul(base, to_log2)), V::broadcast(T(1)));
+    return {step, V::mul(sum, step)};
   }
 #endif
 

@@ -80,7 +80,6 @@ class Tiled {
   static constexpr Index rows = TileShape<T>::rows;
   static constexpr bool plain = std::is_same_v<F, Plain>;
   using Softmax = PanelSoftmax<A>;
-  static constexpr T log2_255 = static_cast<T>(7.994353436858858L);
 
  public:
   Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
@@ -263,13 +262,10 @@ class Tiled {
       Vec sum;
 #ifdef QKV_DETAIL_WORDS
       if constexpr (A::bytes) {
-        const Vec bottom = V::sub(V::select(V::less_equal(top, low), V::zero(), top), V::broadcast(log2_255));
-        sum = Softmax::weigh_products(s, columns.begin, columns.end, bottom, to_log2, logs,
-                                      panels_.value_inverses + b * tile_keys);
-        // From steps to weights relative to base.
-        const Vec step = V::weight(V::sub(V::sub(top, V::broadcast(log2_255)), V::mul(base, to_log2)), one);
-        sum = V::mul(sum, step);
-        V::store(take_ + v * V::width, step);
+        const auto w = Softmax::weigh_bytes(s, columns.begin, columns.end, top, base, to_log2, logs,
+                                            panels_.value_inverses + b * tile_keys);
+        sum = w.sum;
+        V::store(take_ + v * V::width, w.step);
       } else
 #endif
         sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
