@@ -119,7 +119,7 @@ TEST_CASE("a paged latent cache says what is wrong and stays as it was", "[paged
   CHECK(unchanged());
   CHECK(contains(message_of([&] { PagedLatentCache<float>(pool, 9); }), "= 8; given 9"));
   CHECK(contains(message_of([&] { LatentPagePool<float>({.latent_dim = 3, .rope_dim = 0, .pages = 1}); }),
-                 "given 3, 0, 64, 1"));
+                 "given 3 and 0"));
   // A fork needs a page of its own for the next row, and there is none.
   PagedLatentCache<float> fork = cache.fork();
   CHECK(fork.max_append() == 0);
@@ -127,6 +127,62 @@ TEST_CASE("a paged latent cache says what is wrong and stays as it was", "[paged
   CHECK(unchanged());
   cache.truncate(4);
   CHECK((fork.max_append() == 2 && same_bits(fork.latent(), c.topRows(5))));
+}
+
+TEMPLATE_TEST_CASE("rows dropped from pages leave the bits of one block, and forks as they were",
+                   "[paged_latent_cache]", float, qkv::half, std::int8_t) {
+  const qkv::Rope<float> rope({qkv::Pairing::interleaved}, 6);
+  const Matrix<float> c = numbers<float>(150, 19, 1), r = numbers<float>(150, 6, 2);
+  for (const auto& [first, n] :
+       {std::pair<Index, Index>{0, 5}, {3, 70}, {13, 1}, {0, 150}, {149, 1}, {7, 0}, {20, 130}})
+    for (const Index page_tokens : {1, 7, 64}) {
+      CAPTURE(first, n, page_tokens);
+      LatentPagePool<TestType> pool(pages_for_small_mla(page_tokens, 400));
+      PagedLatentCache<TestType> cache(pool);
+      qkv::LatentCache<TestType> whole({.latent_dim = 19, .rope_dim = 6, .capacity = 200});
+      cache.append(c, r), whole.append(c, r);
+      const auto fork = cache.fork();
+      const auto before = fork.latent();
+      cache.drop_rows(first, n, rope), whole.drop_rows(first, n, rope);
+      CHECK((cache.rows() == 150 - n && cache.position() == whole.position()));
+      CHECK((same_bits(cache.latent(), whole.latent()) && same_bits(cache.rope_keys(), whole.rope_keys())));
+      CHECK((fork.rows() == 150 && same_bits(fork.latent(), before)));
+      cache.append(c.topRows(9), r.topRows(9)), whole.append(c.topRows(9), r.topRows(9));
+      CHECK((same_bits(cache.latent(), whole.latent()) && same_bits(cache.rope_keys(), whole.rope_keys())));
+      const auto rows = cache.latent_rows();
+      Index position = 0;
+      for (const auto& run : rows.runs) {
+        CHECK(run.position == position);
+        position += run.rows;
+      }
+      CHECK(position == cache.rows());
+    }
+  LatentPagePool<TestType> small(pages_for_small_mla(4, 3));
+  PagedLatentCache<TestType> cache(small);
+  cache.append(c.topRows(12), r.topRows(12));
+  auto fork = cache.fork();
+  CHECK(contains(message_of<std::length_error>([&] { cache.drop_rows(0, 1, rope); }), "0 free pages of 3"));
+  CHECK((cache.rows() == 12 && same_bits(cache.latent(), fork.latent())));
+  small.on_exhausted([&](Index) { fork.clear(); });
+  cache.drop_rows(0, 1, rope);
+  CHECK((cache.rows() == 11 && fork.rows() == 0));
+}
+
+TEST_CASE("the owner of latent pages is asked before a sequence or a layer's call is refused", "[paged_latent_cache]") {
+  const auto layer = latent_layer<float>(small_mla);
+  LatentPagePool<float> pool(pages_for_small_mla(4, 4));
+  PagedLatentCache<float> idle(pool), cache(pool);
+  const Matrix<float> c = numbers<float>(12, 19, 1), r = numbers<float>(12, 6, 2), x = normals<float>(12, 29, 5);
+  Index asked = 0;
+  pool.on_exhausted([&](Index missing) { asked = missing, idle.clear(); });
+  idle.append(c, r);
+  CHECK(cache.try_append(c.topRows(8), r.topRows(8)));
+  CHECK((asked == 1 && idle.rows() == 0 && cache.rows() == 8));
+  cache.clear();
+  idle.append(c, r);
+  layer.forward(x, cache);
+  CHECK((cache.rows() == 12 && idle.rows() == 0));
+  CHECK(contains(message_of<std::length_error>([&] { layer.forward(x, cache); }), "at most 4 more rows"));
 }
 
 TEMPLATE_TEST_CASE("a pool of latent pages has the bytes that memory.hpp computes", "[paged_latent_cache]", float,

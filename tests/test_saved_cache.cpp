@@ -1,6 +1,7 @@
 #include "support/cache_rows.hpp"
 #include "support/catch.hpp"
 
+#include <qkv/paged_latent_cache.hpp>
 #include <qkv/saved_cache.hpp>
 
 #include <cstdint>
@@ -42,8 +43,8 @@ void append_numbers(Cache& cache, Index n, std::uint64_t seed) {
   cache.append(numbers<float>(n, cache.kv_heads() * cache.head_dim(), seed),
                numbers<float>(n, cache.kv_heads() * cache.v_head_dim(), seed + 1));
 }
-template <StorageType S>
-void append_numbers(LatentCache<S>& cache, Index n, std::uint64_t seed) {
+template <class Cache>
+requires(detail::CacheFile::latent<Cache>) void append_numbers(Cache& cache, Index n, std::uint64_t seed) {
   cache.append(numbers<float>(n, cache.latent_dim(), seed), numbers<float>(n, cache.rope_dim(), seed + 1));
 }
 
@@ -75,9 +76,16 @@ struct Latent {
   LatentCache<S> operator()() const { return LatentCache<S>({.latent_dim = 7, .rope_dim = 3, .capacity = 12}); }
 };
 
+template <class S>
+struct PagedLatent {
+  std::shared_ptr<LatentPagePool<S>> pool = std::make_shared<LatentPagePool<S>>(
+      LatentPagePoolConfig{.latent_dim = 7, .rope_dim = 3, .page_tokens = 5, .pages = 15});
+  PagedLatentCache<S> operator()() const { return PagedLatentCache<S>(*pool, 12); }
+};
+
 template <class S, class F>
 void for_each_kind(F&& f) {
-  f(Contiguous<S>{}), f(Growing<S>{}), f(Ring<S>{}), f(Paged<S>{}), f(Latent<S>{});
+  f(Contiguous<S>{}), f(Growing<S>{}), f(Ring<S>{}), f(Paged<S>{}), f(Latent<S>{}), f(PagedLatent<S>{});
 }
 
 /// What kernels see of two caches: the same positions and the same bits of every number and scale.
@@ -104,11 +112,11 @@ bool same_rows(const KeyRows<S>& a, const KeyRows<S>& b) {
   return a.rows == b.rows && flat(a) == flat(b);
 }
 template <class Cache>
-bool same_content(const Cache& a, const Cache& b) {
+requires(!detail::CacheFile::latent<Cache>) bool same_content(const Cache& a, const Cache& b) {
   return a.position() == b.position() && same_rows(a.key_rows(), b.key_rows());
 }
-template <StorageType S>
-bool same_content(const LatentCache<S>& a, const LatentCache<S>& b) {
+template <class A, class B>
+requires(detail::CacheFile::latent<A>) bool same_content(const A& a, const B& b) {
   return a.rows() == b.rows() && support::same_bits(a.latent(), b.latent()) &&
          support::same_bits(a.rope_keys(), b.rope_keys());
 }
@@ -207,6 +215,14 @@ TEST_CASE("contiguous and paged caches read each other's files, whatever their b
   REQUIRE(why_not(saved(paged), growing).empty());
   REQUIRE(same_rows(growing.key_rows(), contiguous.key_rows()));
   REQUIRE(saved(growing) == saved(paged));  // the file knows nothing of blocks
+
+  auto latent = Latent<half>{}();
+  const PagedLatent<half> pages;
+  auto paged_latent = pages();
+  append_numbers(latent, 11, 1);
+  REQUIRE(why_not(saved(latent), paged_latent).empty());
+  REQUIRE(same_content(latent, paged_latent));
+  REQUIRE(saved(paged_latent) == saved(latent));
 }
 
 TEST_CASE("another kind, storage, shape, ring or capacity is refused in words") {

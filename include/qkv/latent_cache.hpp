@@ -14,34 +14,10 @@
 #include <span>
 #include <utility>
 
-#include "detail/cache_blocks.hpp"
+#include "detail/latent_rows.hpp"
 #include "rope.hpp"
 
 namespace qkv::inline QKV_ABI {
-
-/// Contiguous positions in equally strided rows.
-template <StorageType S>
-struct LatentRun {
-  Index rows = 0;
-  Index position = 0;  // of the first row
-  const S* latent = nullptr;
-  const WideStorage<S>* rope = nullptr;
-  const float* scales = nullptr;  // int8 only: one per row
-};
-
-/// All that a kernel knows of a latent cache: runs one after another, in ascending position. Except in int8 the rope
-/// key follows its latent, so that one row of latent_dim + rope_dim numbers is the absorbed key.
-template <StorageType S>
-struct LatentRows {
-  std::span<const LatentRun<S>> runs;
-  Index rows = 0;  // sum over the runs
-  Index latent_dim = 0, rope_dim = 0;
-  Index latent_row_stride = 0, rope_row_stride = 0;  // elements of S and of WideStorage<S>
-
-  const S* latent(const LatentRun<S>& run, Index row) const { return run.latent + row * latent_row_stride; }
-  const WideStorage<S>* rope(const LatentRun<S>& run, Index row) const { return run.rope + row * rope_row_stride; }
-  float scale(const LatentRun<S>& run, Index row) const { return has_row_scale<S> ? run.scales[row] : 1.0F; }
-};
 
 struct LatentCacheConfig {
   Index latent_dim = 0, rope_dim = 0;
@@ -50,8 +26,6 @@ struct LatentCacheConfig {
 
 template <StorageType S = float>
 class LatentCache {
-  static constexpr bool one_row = !has_row_scale<S>;  // [latent | rope]
-
  public:
   using Storage = S;
 
@@ -60,22 +34,14 @@ class LatentCache {
     detail::require(config.latent_dim >= 1 && config.rope_dim >= 1 && config.capacity >= 1,
                     "a latent cache needs latent_dim, rope_dim and capacity >= 1; given ", config.latent_dim, ", ",
                     config.rope_dim, ", ", config.capacity);
-    latent_ = detail::Numbers<S>(detail::checked_product(config.capacity, latent_stride()));
-    if constexpr (!one_row) {
-      rope_ = detail::Numbers<float>(detail::checked_product(config.capacity, config.rope_dim));
-      scales_ = detail::Numbers<float>(config.capacity);
-    }
+    memory_ = detail::LatentMemory<S>(config.latent_dim, config.rope_dim, config.capacity);
   }
 
   /// A copy holds the same bytes in its own memory.
   LatentCache(const LatentCache& other) {
     if (other.config_.capacity == 0) return;
     *this = LatentCache(other.config_);
-    std::copy_n(other.latent_.data(), other.rows_ * latent_stride(), latent_.data());
-    if constexpr (!one_row) {
-      std::copy_n(other.rope_.data(), other.rows_ * config_.rope_dim, rope_.data());
-      std::copy_n(other.scales_.data(), other.rows_, scales_.data());
-    }
+    memory_.copy_rows(other.memory_, 0, 0, other.rows_);
     hold(other.rows_);
   }
   /// What was moved from has capacity 0.
@@ -100,7 +66,7 @@ class LatentCache {
   /// std::length_error unless n <= max_append(); errors leave the cache as it was.
   template <MatrixLike C, MatrixLike R>
   void append(const C& latent, const R& rope_key) {
-    check_rows(latent, rope_key);
+    detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
     detail::require<std::length_error>(latent.rows() <= max_append(), "the latent cache (capacity ", capacity(),
                                        ", rows held ", rows_, ") takes at most ", max_append(), " more rows; given ",
                                        latent.rows());
@@ -109,7 +75,7 @@ class LatentCache {
   /// False where the cache is full; nothing has changed then.
   template <MatrixLike C, MatrixLike R>
   [[nodiscard]] bool try_append(const C& latent, const R& rope_key) {
-    check_rows(latent, rope_key);
+    detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
     if (latent.rows() > max_append()) return false;
     write(latent, rope_key);
     return true;
@@ -135,109 +101,56 @@ class LatentCache {
   /// 0 <= first and first + n <= rows(). Allocates nothing once the workspace is warm.
   template <class T>
   void drop_rows(Index first, Index n, const Rope<T>& rope) {
-    detail::check_drop(first, n, rows_);
-    detail::require(rope.head_dim() == rope_dim(), "the rope of a latent cache must have head_dim = rope_dim ",
-                    rope_dim(), "; given ", rope.head_dim());
-    const auto scratch = workspace_.lease(static_cast<std::size_t>(detail::shift_rows * rope_dim()) * sizeof(T));
-    View<T> keys(reinterpret_cast<T*>(scratch.data()), 0, rope_dim(), Eigen::OuterStride<>(rope_dim()));
-    detail::for_each_shifted(first, n, rows_, [&](Index from, Index count) {
-      new (&keys) View<T>(keys.data(), count, rope_dim(), Eigen::OuterStride<>(rope_dim()));
-      for (Index i = 0; i < count; ++i)
-        load_row(rope_data() + (from + i) * rope_stride(), rope_dim(), 1.0F, keys.data() + i * rope_dim());
-      rope.shift_in_place(keys, 1, -n);
-      for (Index i = 0; i < count; ++i) {
-        const Index row = from + i, to = row - n;
-        std::copy_n(latent_.data() + row * latent_stride(), latent_dim(), latent_.data() + to * latent_stride());
-        if constexpr (!one_row) scales_.data()[to] = scales_.data()[row];
-        store_row(keys.data() + i * rope_dim(), rope_dim(), rope_data() + to * rope_stride(), nullptr);
-      }
-    });
+    detail::check_shift(first, n, rows_, rope, rope_dim());
+    memory_.shift(first, n, rows_, rope, workspace_, [](Index row) { return row; });
     hold(rows_ - n);
   }
 
   /// Bytes of latents, rope keys and scales at capacity.
-  Index bytes() const { return latent_.bytes() + rope_.bytes() + scales_.bytes(); }
+  Index bytes() const { return memory_.bytes(); }
   /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
   Index overhead_bytes() const { return static_cast<Index>(workspace_.bytes()); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>
   Matrix<T> latent() const {
-    Matrix<T> out(rows_, latent_dim());
-    const LatentRows<S> all = latent_rows();
-    for (Index i = 0; i < rows_; ++i)
-      load_row(all.latent(run_, i), latent_dim(), all.scale(run_, i), out.data() + i * latent_dim());
-    return out;
+    return detail::load_latents<T, false>(latent_rows());
   }
   template <class T = detail::ReadAs<S>>
   Matrix<T> rope_keys() const {
-    Matrix<T> out(rows_, rope_dim());
-    const LatentRows<S> all = latent_rows();
-    for (Index i = 0; i < rows_; ++i) load_row(all.rope(run_, i), rope_dim(), 1.0F, out.data() + i * rope_dim());
-    return out;
+    return detail::load_latents<T, true>(latent_rows());
   }
 
   /// For kernels; valid until the next change of the cache.
-  LatentRows<S> latent_rows() const {
-    return {.runs = {&run_, rows_ > 0 ? 1U : 0U},
-            .rows = rows_,
-            .latent_dim = latent_dim(),
-            .rope_dim = rope_dim(),
-            .latent_row_stride = latent_stride(),
-            .rope_row_stride = rope_stride()};
-  }
+  LatentRows<S> latent_rows() const { return memory_.rows({&run_, rows_ > 0 ? 1U : 0U}, rows_); }
 
  private:
   friend detail::CacheFile;
   bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity(); }
   void restore(Index, Index rows) { hold(rows); }
-  Index latent_stride() const { return one_row ? config_.latent_dim + config_.rope_dim : config_.latent_dim; }
-  Index rope_stride() const { return one_row ? latent_stride() : config_.rope_dim; }
-  WideStorage<S>* rope_data() const {
-    if constexpr (one_row)
-      return latent_.data() + config_.latent_dim;
-    else
-      return rope_.data();
-  }
-
-  template <class C, class R>
-  void check_rows(const C& latent, const R& rope_key) const {
-    detail::require(latent.rows() == rope_key.rows() && latent.cols() == latent_dim() && rope_key.cols() == rope_dim(),
-                    "a latent cache takes latent [n, latent_dim] and rope_key [n, rope_dim]; given latent ",
-                    detail::Shape{latent.rows(), latent.cols()}, ", rope_key ",
-                    detail::Shape{rope_key.rows(), rope_key.cols()}, " for latent_dim ", latent_dim(), ", rope_dim ",
-                    rope_dim());
-  }
   template <class C, class R>
   void write(const C& latent, const R& rope_key) {
     const auto& latents = viewable(latent);
     const auto& rope_keys = viewable(rope_key);
-    for (Index i = 0; i < latent.rows(); ++i) {
-      const Index row = rows_ + i;
-      store_row(view(latents).row(i).data(), latent_dim(), latent_.data() + row * latent_stride(), scale_at(row));
-      store_row(view(rope_keys).row(i).data(), rope_dim(), rope_data() + row * rope_stride(), nullptr);
-    }
+    for (Index i = 0; i < latent.rows(); ++i)
+      memory_.store(rows_ + i, view(latents).row(i).data(), view(rope_keys).row(i).data());
     hold(rows_ + latent.rows());
   }
-  float* scale_at(Index row) const { return one_row ? nullptr : scales_.data() + row; }
   void hold(Index rows) {
     rows_ = rows;
-    run_ = {.rows = rows, .position = 0, .latent = latent_.data(), .rope = rope_data(), .scales = scales_.data()};
+    run_ = memory_.run(0, rows, 0);
   }
   void swap(LatentCache& other) noexcept {
     std::swap(config_, other.config_);
     std::swap(rows_, other.rows_);
     std::swap(run_, other.run_);
-    std::swap(latent_, other.latent_);
-    std::swap(rope_, other.rope_);
-    std::swap(scales_, other.scales_);
+    std::swap(memory_, other.memory_);
   }
 
   LatentCacheConfig config_;
   Index rows_ = 0;
   LatentRun<S> run_;
-  detail::Numbers<S> latent_;             // with the rope keys in it, except in int8
-  detail::Numbers<float> rope_, scales_;  // int8 only
+  detail::LatentMemory<S> memory_;
   Workspace workspace_;
 };
 

@@ -29,38 +29,18 @@ struct PagePoolConfig {
 
 template <StorageType S>
 class PagedCache;
+namespace detail {
+template <class Pool>
+class PagedRows;
+}  // namespace detail
 
-/// A fixed number of pages, how many sequences use each, and which are free.
-template <StorageType S = float>
-class PagePool {
+/// How many sequences use each page of a pool, which are free, and whom to ask for more.
+class PageUse {
  public:
-  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
-  explicit PagePool(const PagePoolConfig& config) : config_(config) {
-    detail::check(shape());
-    detail::require(config.page_tokens >= 1 && config.pages >= 1,
-                    "a page pool needs page_tokens and pages >= 1; given ", config.page_tokens, " and ", config.pages);
-    pages_ = detail::CacheBlocks<S>(shape(), config.page_tokens, config.pages);
-    references_.assign(static_cast<std::size_t>(config.pages), 0);
-    free_.reserve(references_.size());
-    for (Index page = config.pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
-  }
-  PagePool(const PagePool&) = delete;  // sequences point here
-  PagePool& operator=(const PagePool&) = delete;
-  ~PagePool() = default;
-
-  Index kv_heads() const { return config_.kv_heads; }
-  Index head_dim() const { return config_.head_dim; }
-  Index v_head_dim() const { return config_.v_head_dim; }
-  Index page_tokens() const { return config_.page_tokens; }
-  Index pages() const { return config_.pages; }
+  Index page_tokens() const { return page_tokens_; }
+  Index pages() const { return static_cast<Index>(references_.size()); }
   Index free_pages() const { return static_cast<Index>(free_.size()); }
-
-  /// Bytes of keys, values and scales in all pages.
-  Index bytes() const { return pages_.bytes(); }
-  /// … and in those that are in use; a shared page counts once.
-  Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
-  Index page_bytes() const { return bytes() / pages(); }
-  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the pool has allocated.
+  /// Bytes of the tables. A pool's bytes() + overhead_bytes() is everything it has allocated.
   Index overhead_bytes() const {
     return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
   }
@@ -119,18 +99,59 @@ class PagePool {
     return true;
   }
 
+ protected:
+  PageUse(Index page_tokens, Index pages) : page_tokens_(page_tokens) {
+    detail::require(page_tokens >= 1 && pages >= 1, "a page pool needs page_tokens and pages >= 1; given ", page_tokens,
+                    " and ", pages);
+    references_.assign(static_cast<std::size_t>(pages), 0);
+    free_.reserve(references_.size());
+    for (Index page = pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
+  }
+  PageUse(const PageUse&) = delete;  // sequences point here
+  PageUse& operator=(const PageUse&) = delete;
+  ~PageUse() = default;
+
  private:
-  friend PagedCache<S>;
-  detail::CacheShape shape() const { return {config_.kv_heads, config_.head_dim, config_.v_head_dim}; }
   void require_used(Index page) const {
     detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");
   }
 
-  PagePoolConfig config_;
-  detail::CacheBlocks<S> pages_;
+  Index page_tokens_;
   std::vector<Index> references_, free_;
   std::function<void(Index)> evict_;
   bool evicting_ = false;
+};
+
+/// Pages of keys and values.
+template <StorageType S = float>
+class PagePool : public PageUse {
+ public:
+  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
+  explicit PagePool(const PagePoolConfig& config) : PageUse(config.page_tokens, config.pages), config_(config) {
+    detail::check(shape());
+    pages_ = detail::CacheBlocks<S>(shape(), config.page_tokens, config.pages);
+  }
+
+  Index kv_heads() const { return config_.kv_heads; }
+  Index head_dim() const { return config_.head_dim; }
+  Index v_head_dim() const { return config_.v_head_dim; }
+
+  /// Bytes of keys, values and scales in all pages.
+  Index bytes() const { return pages_.bytes(); }
+  /// … and in those that are in use; a shared page counts once.
+  Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
+  Index page_bytes() const { return bytes() / pages(); }
+
+ private:
+  friend PagedCache<S>;
+  friend detail::PagedRows<PagePool>;
+  using Run = KeyRun<S>;
+  detail::CacheShape shape() const { return {config_.kv_heads, config_.head_dim, config_.v_head_dim}; }
+  Run run(Index page, Index rows, Index position) const { return pages_.run(page, 0, rows, position); }
+  void copy_page(Index from, Index to, Index rows) { pages_.copy_rows(pages_, from, to, 0, rows); }
+
+  PagePoolConfig config_;
+  detail::CacheBlocks<S> pages_;
 };
 
 }  // namespace qkv::inline QKV_ABI

@@ -12,11 +12,9 @@
 // Before: latent_cache.hpp   Next: saved_cache.hpp
 #pragma once
 
-#include <algorithm>
-#include <span>
 #include <utility>
-#include <vector>
 
+#include "detail/paged_rows.hpp"
 #include "latent_cache.hpp"
 
 namespace qkv::inline QKV_ABI {
@@ -30,172 +28,93 @@ struct LatentPagePoolConfig {
 template <StorageType S>
 class PagedLatentCache;
 
-/// A fixed number of pages, how many sequences use each, and which are free.
+/// Pages of latents and rope keys. PageUse: who uses which, and whom to ask for more.
 template <StorageType S = float>
-class LatentPagePool {
+class LatentPagePool : public PageUse {
  public:
   /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
-  explicit LatentPagePool(const LatentPagePoolConfig& config) : config_(config) {
-    detail::require(config.latent_dim >= 1 && config.rope_dim >= 1 && config.page_tokens >= 1 && config.pages >= 1,
-                    "a pool of latent pages needs latent_dim, rope_dim, page_tokens and pages >= 1; given ",
-                    config.latent_dim, ", ", config.rope_dim, ", ", config.page_tokens, ", ", config.pages);
-    const Index rows = detail::checked_product(config.page_tokens, config.pages);
-    latent_ = detail::Numbers<S>(detail::checked_product(rows, latent_stride()));
-    if constexpr (has_row_scale<S>) {
-      rope_ = detail::Numbers<float>(detail::checked_product(rows, config.rope_dim));
-      scales_ = detail::Numbers<float>(rows);
-    }
-    references_.assign(static_cast<std::size_t>(config.pages), 0);
-    free_.reserve(references_.size());
-    for (Index page = config.pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
+  explicit LatentPagePool(const LatentPagePoolConfig& config) : PageUse(config.page_tokens, config.pages) {
+    detail::require(config.latent_dim >= 1 && config.rope_dim >= 1,
+                    "a pool of latent pages needs latent_dim and rope_dim >= 1; given ", config.latent_dim, " and ",
+                    config.rope_dim);
+    memory_ = detail::LatentMemory<S>(config.latent_dim, config.rope_dim,
+                                      detail::checked_product(config.page_tokens, config.pages));
   }
-  LatentPagePool(const LatentPagePool&) = delete;  // sequences point here
-  LatentPagePool& operator=(const LatentPagePool&) = delete;
-  ~LatentPagePool() = default;
 
-  Index latent_dim() const { return config_.latent_dim; }
-  Index rope_dim() const { return config_.rope_dim; }
-  Index page_tokens() const { return config_.page_tokens; }
-  Index pages() const { return config_.pages; }
-  Index free_pages() const { return static_cast<Index>(free_.size()); }
+  Index latent_dim() const { return memory_.latent_dim(); }
+  Index rope_dim() const { return memory_.rope_dim(); }
 
   /// Bytes of latents, rope keys and scales in all pages.
-  Index bytes() const { return latent_.bytes() + rope_.bytes() + scales_.bytes(); }
+  Index bytes() const { return memory_.bytes(); }
   /// … and in those that are in use; a shared page counts once.
   Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
   Index page_bytes() const { return bytes() / pages(); }
-  /// Bytes of the tables beside them. bytes() + overhead_bytes() is everything the pool has allocated.
-  Index overhead_bytes() const {
-    return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
-  }
-  /// Whether nothing is missing: unlike PagePool this one has no owner to ask.
-  template <class F>
-  bool make_room(const F& missing) const {
-    return missing() <= 0;
-  }
-  /// How many sequences use a page; 0 where it is free. std::out_of_range for a page that is not there.
-  Index references(Index page) const {
-    detail::require<std::out_of_range>(page >= 0 && page < pages(), "the pool has pages 0 ... ", pages() - 1,
-                                       "; given page ", page);
-    return references_[static_cast<std::size_t>(page)];
-  }
 
  private:
   friend PagedLatentCache<S>;
-
-  Index latent_stride() const { return config_.latent_dim + (has_row_scale<S> ? 0 : config_.rope_dim); }
-  Index rope_stride() const { return has_row_scale<S> ? config_.rope_dim : latent_stride(); }
-  S* latent(Index row) const { return latent_.data() + row * latent_stride(); }
-  WideStorage<S>* rope(Index row) const {
-    if constexpr (has_row_scale<S>)
-      return rope_.data() + row * rope_stride();
-    else
-      return latent(row) + config_.latent_dim;
-  }
-  float* scale(Index row) const { return has_row_scale<S> ? scales_.data() + row : nullptr; }
-
-  Index acquire() {
-    const Index page = free_.back();
-    free_.pop_back();
-    references_[static_cast<std::size_t>(page)] = 1;
-    return page;
-  }
-  void retain(Index page) { ++references_[static_cast<std::size_t>(page)]; }
-  void release(Index page) {
-    if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
-  }
-  void copy_rows(Index from, Index to, Index n) {
-    from *= page_tokens(), to *= page_tokens();
-    std::copy_n(latent(from), n * latent_stride(), latent(to));
-    if constexpr (has_row_scale<S>) {
-      std::copy_n(rope(from), n * rope_stride(), rope(to));
-      std::copy_n(scale(from), n, scale(to));
-    }
+  friend detail::PagedRows<LatentPagePool>;
+  using Run = LatentRun<S>;
+  Run run(Index page, Index rows, Index position) const { return memory_.run(page * page_tokens(), rows, position); }
+  void copy_page(Index from, Index to, Index rows) {
+    memory_.copy_rows(memory_, from * page_tokens(), to * page_tokens(), rows);
   }
 
-  LatentPagePoolConfig config_;
-  detail::Numbers<S> latent_;             // with the rope keys in it, except in int8
-  detail::Numbers<float> rope_, scales_;  // int8 only
-  std::vector<Index> references_, free_;
+  detail::LatentMemory<S> memory_;
 };
 
 /// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed.
 template <StorageType S = float>
-class PagedLatentCache {
+class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
+  using Pages = detail::PagedRows<LatentPagePool<S>>;
+
  public:
   using Storage = S;
+  using Pages::rows, Pages::max_append, Pages::page_tokens, Pages::make_room, Pages::can_truncate;
 
   /// A sequence of at most `capacity` rows (at most, and unless given, those of the whole pool).
   explicit PagedLatentCache(LatentPagePool<S>& pool) : PagedLatentCache(pool, pool.pages() * pool.page_tokens()) {}
-  PagedLatentCache(LatentPagePool<S>& pool, Index capacity) : pool_(&pool), capacity_(capacity) {
-    detail::require(capacity >= 1 && capacity <= pool.pages() * page_tokens(),
-                    "a paged sequence needs 1 <= capacity <= pages * page_tokens = ", pool.pages() * page_tokens(),
-                    "; given ", capacity);
-    reserve();
-  }
+  PagedLatentCache(LatentPagePool<S>& pool, Index capacity) : Pages(pool, capacity) {}
   PagedLatentCache(const PagedLatentCache&) = delete;  // fork() instead
   /// What was moved from has capacity 0.
-  PagedLatentCache(PagedLatentCache&& other) noexcept { swap(other); }
+  PagedLatentCache(PagedLatentCache&& other) noexcept { this->swap_pages(other); }
   PagedLatentCache& operator=(PagedLatentCache&& other) noexcept {
     PagedLatentCache moved(std::move(other));
-    swap(moved);
+    this->swap_pages(moved);
     return *this;
   }
-  ~PagedLatentCache() { release_from(0); }
+  ~PagedLatentCache() = default;
 
   /// A second sequence with the same rows (those before `position`), which shares the pages until one of the two writes.
-  PagedLatentCache fork() const { return fork(rows_); }
+  PagedLatentCache fork() const { return fork(rows()); }
   PagedLatentCache fork(Index position) const {
-    detail::require<std::out_of_range>(can_truncate(position), "fork(position) needs 0 <= position <= ", rows_,
-                                       "; given ", position);
+    this->check_fork(position);
     PagedLatentCache copy;
-    copy.pool_ = pool_;
-    copy.capacity_ = capacity_;
-    if (!pool_) return copy;
-    copy.reserve();
-    for (const Index page : pages().first(static_cast<std::size_t>(pages_for(position)))) {
-      pool_->retain(page);
-      copy.table_.push_back(page);
-    }
-    copy.hold(position);
+    copy.share(*this, position);
     return copy;
   }
 
-  Index position() const { return rows_; }  // of the next token
-  Index rows() const { return rows_; }
-  Index capacity() const { return capacity_; }
-  Index latent_dim() const { return pool_ ? pool_->latent_dim() : 0; }
-  Index rope_dim() const { return pool_ ? pool_->rope_dim() : 0; }
-  Index page_tokens() const { return pool_ ? pool_->page_tokens() : 1; }
-  /// The table: page i holds rows i·page_tokens …
-  std::span<const Index> pages() const { return table_; }
-
-  /// What capacity and the pool's free pages allow now; other sequences of the pool change it.
-  Index max_append() const {
-    if (!pool_) return 0;
-    const Index in_last_page = static_cast<Index>(table_.size()) * page_tokens() - rows_;
-    const Index free = pool_->free_pages() - (copies_last_page(0) ? 1 : 0);
-    return free < 0 ? 0 : std::min(capacity_ - rows_, in_last_page + free * page_tokens());
-  }
+  Index latent_dim() const { return this->pool_ ? this->pool_->latent_dim() : 0; }
+  Index rope_dim() const { return this->pool_ ? this->pool_->rope_dim() : 0; }
 
   /// Scratch memory for attention over this cache, kept between calls. A fork starts with none.
   Workspace& workspace() { return workspace_; }
 
   /// Appends latent [n, latent_dim] (normed) and rope_key [n, rope_dim] (rotated) of any floating-point scalar.
-  /// std::length_error unless n <= max_append(); errors leave cache and pool as they were.
+  /// std::length_error where capacity or pool have no room, and the pool's owner finds none: nothing has changed then.
   template <MatrixLike C, MatrixLike R>
   void append(const C& latent, const R& rope_key) {
-    check_rows(latent, rope_key);
-    detail::require<std::length_error>(latent.rows() <= max_append(), "the paged latent cache (capacity ", capacity(),
-                                       ", rows held ", rows_, ", free pages ", pool_ ? pool_->free_pages() : 0,
-                                       ") takes at most ", max_append(), " more rows; given ", latent.rows());
+    detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
+    detail::require<std::length_error>(make_room(latent.rows()), "the paged latent cache (capacity ", this->capacity(),
+                                       ", rows held ", rows(), ", free pages ",
+                                       this->pool_ ? this->pool_->free_pages() : 0, ") takes at most ", max_append(),
+                                       " more rows; given ", latent.rows());
     write(latent, rope_key);
   }
   /// False where there is no room; nothing has changed then.
   template <MatrixLike C, MatrixLike R>
   [[nodiscard]] bool try_append(const C& latent, const R& rope_key) {
-    check_rows(latent, rope_key);
-    if (latent.rows() > max_append()) return false;
+    detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
+    if (!make_room(latent.rows())) return false;
     write(latent, rope_key);
     return true;
   }
@@ -203,143 +122,68 @@ class PagedLatentCache {
   /// Goes back to `position`; pages that hold no row any more are given back. std::out_of_range unless
   /// can_truncate(position).
   void truncate(Index position) {
-    detail::require<std::out_of_range>(can_truncate(position), "truncate(position) needs 0 <= position <= ", rows_,
+    detail::require<std::out_of_range>(can_truncate(position), "truncate(position) needs 0 <= position <= ", rows(),
                                        "; given position ", position);
-    rewind(position);
+    this->rewind(position);
   }
   [[nodiscard]] bool try_truncate(Index position) {
     if (!can_truncate(position)) return false;
-    rewind(position);
+    this->rewind(position);
     return true;
   }
-  bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
-  void clear() { rewind(0); }
 
-  /// For layers and batches, which must fit as a whole: see PagedCache.
-  void make_room(Index) const {}
-  const LatentPagePool<S>* pool() const { return pool_; }
-  Index pages_to_append(Index n, Index copied = 0) const {
-    if (n == 0) return 0;
-    return pages_for(rows_ + n) - static_cast<Index>(table_.size()) + (copies_last_page(copied) ? 1 : 0);
-  }
-  bool shares_last_page(const PagedLatentCache& other) const {
-    return pool_ == other.pool_ && fills_last_page() && other.fills_last_page() && table_.back() == other.table_.back();
+  /// Context shift, as LatentCache::drop_rows: the same bits. Pages from row `first` on that other sequences read are
+  /// copied first; std::length_error where the pool has none for that: nothing has changed then.
+  template <class T>
+  void drop_rows(Index first, Index n, const Rope<T>& rope) {
+    detail::check_shift(first, n, rows(), rope, rope_dim());
+    const Index left = rows() - n, moved = left - first;
+    if (n == 0) return;
+    if (moved > 0) {
+      this->pool_->make_room([&] { return this->missing_pages(first, moved); });
+      this->require_pages(first, moved);
+      this->own(first, moved);
+      this->pool_->memory_.shift(first, n, rows(), rope, workspace_, [&](Index row) { return slot(row); });
+    }
+    this->rewind(left);
+    this->hold(left, first / page_tokens());
   }
 
-  /// Bytes of the pages in its table, shared or not. They are the pool's: add up LatentPagePool::bytes(), not these.
-  Index bytes() const { return pool_ ? static_cast<Index>(table_.size()) * pool_->page_bytes() : 0; }
   /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
-  Index overhead_bytes() const {
-    return static_cast<Index>(table_.capacity() * sizeof(table_[0]) + runs_.capacity() * sizeof(runs_[0]) +
-                              workspace_.bytes());
-  }
+  Index overhead_bytes() const { return this->table_bytes() + static_cast<Index>(workspace_.bytes()); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>
   Matrix<T> latent() const {
-    Matrix<T> out(rows_, latent_dim());
-    for (Index i = 0; i < rows_; ++i)
-      load_row(pool_->latent(slot(i)), latent_dim(), has_row_scale<S> ? *pool_->scale(slot(i)) : 1.0F,
-               out.data() + i * latent_dim());
-    return out;
+    return detail::load_latents<T, false>(latent_rows());
   }
   template <class T = detail::ReadAs<S>>
   Matrix<T> rope_keys() const {
-    Matrix<T> out(rows_, rope_dim());
-    for (Index i = 0; i < rows_; ++i) load_row(pool_->rope(slot(i)), rope_dim(), 1.0F, out.data() + i * rope_dim());
-    return out;
+    return detail::load_latents<T, true>(latent_rows());
   }
 
   /// For kernels, one run per page; valid until the next change of the cache.
   LatentRows<S> latent_rows() const {
-    return {.runs = runs_,
-            .rows = rows_,
-            .latent_dim = latent_dim(),
-            .rope_dim = rope_dim(),
-            .latent_row_stride = pool_ ? pool_->latent_stride() : 0,
-            .rope_row_stride = pool_ ? pool_->rope_stride() : 0};
+    return this->pool_ ? this->pool_->memory_.rows(this->runs_, rows()) : LatentRows<S>{};
   }
 
  private:
+  friend detail::CacheFile;
   PagedLatentCache() = default;
 
-  void reserve() {
-    table_.reserve(static_cast<std::size_t>(pages_for(capacity_)));
-    runs_.reserve(table_.capacity());
-  }
-  Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
-  bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the next row goes into a page that is there
-  bool copies_last_page(Index copied) const {
-    return fills_last_page() && pool_->references(table_.back()) - copied > 1;
-  }
-  Index slot(Index row) const {
-    return table_[static_cast<std::size_t>(row / page_tokens())] * page_tokens() + row % page_tokens();
-  }
-
-  template <class C, class R>
-  void check_rows(const C& latent, const R& rope_key) const {
-    detail::require(latent.rows() == rope_key.rows() && latent.cols() == latent_dim() && rope_key.cols() == rope_dim(),
-                    "a latent cache takes latent [n, latent_dim] and rope_key [n, rope_dim]; given latent ",
-                    detail::Shape{latent.rows(), latent.cols()}, ", rope_key ",
-                    detail::Shape{rope_key.rows(), rope_key.cols()}, " for latent_dim ", latent_dim(), ", rope_dim ",
-                    rope_dim());
-  }
+  Index slot(Index row) const { return this->page(row / page_tokens()) * page_tokens() + row % page_tokens(); }
   template <class C, class R>
   void write(const C& latent, const R& rope_key) {
-    if (latent.rows() == 0) return;
+    const Index first = rows(), n = latent.rows();
+    if (n == 0) return;
     const auto& latents = viewable(latent);
     const auto& rope_keys = viewable(rope_key);
-    if (copies_last_page(0)) {
-      const Index fresh = pool_->acquire();
-      pool_->copy_rows(table_.back(), fresh, rows_ % page_tokens());
-      pool_->release(table_.back());
-      table_.back() = fresh;
-    }
-    const Index end = rows_ + latent.rows();
-    while (static_cast<Index>(table_.size()) < pages_for(end)) table_.push_back(pool_->acquire());
-    for (Index i = 0; i < latent.rows(); ++i) {
-      const Index to = slot(rows_ + i);
-      store_row(view(latents).row(i).data(), latent_dim(), pool_->latent(to), pool_->scale(to));
-      store_row(view(rope_keys).row(i).data(), rope_dim(), pool_->rope(to), nullptr);
-    }
-    hold(end);
-  }
-  void release_from(Index first) {
-    while (static_cast<Index>(table_.size()) > first) {
-      pool_->release(table_.back());
-      table_.pop_back();
-    }
-  }
-  void rewind(Index position) {
-    release_from(pages_for(position));
-    hold(position);
-  }
-  /// Pages before the first row that changes keep their runs: amortised O(1) per appended row.
-  void hold(Index rows) {
-    const Index kept = std::min(rows_, rows) / page_tokens();
-    rows_ = rows;
-    runs_.resize(static_cast<std::size_t>(kept));
-    for (Index first = kept * page_tokens(); first < rows_; first += page_tokens()) {
-      const Index at = slot(first);
-      runs_.push_back({.rows = std::min(page_tokens(), rows_ - first),
-                       .position = first,
-                       .latent = pool_->latent(at),
-                       .rope = pool_->rope(at),
-                       .scales = pool_->scale(at)});
-    }
-  }
-  void swap(PagedLatentCache& other) noexcept {
-    std::swap(pool_, other.pool_);
-    std::swap(capacity_, other.capacity_);
-    std::swap(rows_, other.rows_);
-    std::swap(table_, other.table_);
-    std::swap(runs_, other.runs_);
+    this->own(first, n);
+    for (Index i = 0; i < n; ++i)
+      this->pool_->memory_.store(slot(first + i), view(latents).row(i).data(), view(rope_keys).row(i).data());
+    this->hold(first + n, first / page_tokens());
   }
 
-  LatentPagePool<S>* pool_ = nullptr;
-  Index capacity_ = 0, rows_ = 0;
-  std::vector<Index> table_;
-  std::vector<LatentRun<S>> runs_;
   Workspace workspace_;
 };
 

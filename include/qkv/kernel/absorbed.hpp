@@ -240,7 +240,7 @@ class Absorbed {
     bool moved = false;
     const Vec to_log2 = V::broadcast(score_unit() * static_cast<T>(std::numbers::log2e_v<long double>));
     for (Index v = 0; v < panel; v += W) {
-      T *const s = s_ + v, *const m = state_.m + p + v, *const l = state_.l + p + v;
+      T *const m = state_.m + p + v, *const l = state_.l + p + v;
       const auto [score, top] = largest(v, begin, end, to_log2);
       const Vec old = V::load(m), now = V::max(old, score);
       const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
