@@ -49,14 +49,14 @@ concept LatentKeySource = requires(C& cache, const C& constant, const View<float
 /// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
 /// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
 /// sizes, never at run time: benchmarks/README.md, `break_even`.
-inline constexpr double naive_attention_cost = 1.25, projection_cost = 1.5, narrow_absorbed_cost = 0.5;
+inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, narrow_absorbed_cost = 0.5;
 
 /// The form that takes less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
 /// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head, in multiply-adds
-///   absorbed  pairs·(2·latent_dim + rope_dim)·absorbed_cost         + s·latent_dim·(nope_dim + v_head_dim)·1.5
-///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.25  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.5
-/// At DeepSeek's sizes and in float naive wins from about √(c² + 571.5·c) - c new tokens on: 171 at c = 128, never more
-/// than 286. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
+///   absorbed  pairs·(2·latent_dim + rope_dim)·absorbed_cost         + s·latent_dim·(nope_dim + v_head_dim)·1.15
+///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.05  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.15
+/// At DeepSeek's sizes and in float naive wins from about √(c² + 400.9·c) - c new tokens on: 132 at c = 128, never more
+/// than 201. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
 constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries, Index n_keys,
                                         double absorbed_cost = 1) {
   if (asked != LatentForm::automatic) return asked;

@@ -3,7 +3,7 @@
 //     bytes     little-endian, whatever the machine
 //      0   8    "qkvcache"
 //      8   4    version of the format: 1
-//     12   4    kind       1 every row from position 0 on (KvCache, PagedCache)   2 RingCache   3 latents
+//     12   4    kind       1 every row from position 0 on (KvCache, PagedCache)   2 RingCache   3 latents (paged or not)
 //     16   4    storage    1 float   2 double   3 half   4 bfloat16   5 int8 with scales
 //     20  24    shape      kv_heads, head_dim, v_head_dim;   latent_dim, rope_dim, 0
 //     44  24    ring       window, pinned, slack;   else 0
@@ -14,8 +14,8 @@
 //      …   4    CRC-32C of bytes 0 … 83 and the rows
 //
 // Refused, with the target left exactly as it was: another kind, storage, shape or ring; rows that do not fit; a stream
-// that is too short; any altered byte. KvCache and PagedCache hold the same and read each other's files; capacities and
-// blocks may differ. Memory is taken as bytes arrive, never because a header promises them. Caches may follow one another
+// that is too short; any altered byte. KvCache and PagedCache hold the same and read each other's files, and so do
+// LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is taken as bytes arrive, never because a header promises them. Caches may follow one another
 // in a stream: one per layer. CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
 //
 // Before: paged_latent_cache.hpp   Next: multi_head_attention.hpp
