@@ -74,7 +74,7 @@ using Sgemm = void (*)(int order, int transpose_a, int transpose_b, std::int64_t
 const char* qkv_peers_build() { return qkv::build_name; }
 const char* qkv_peers_error() { return last_error.c_str(); }
 double qkv_peers_fma_peak() { return machine::fma_peak<float>(); }
-double qkv_peers_bandwidth(std::int64_t bytes) { return machine::read_bandwidth(bytes); }
+double qkv_peers_bandwidth(std::int64_t bytes, std::int64_t threads) { return machine::read_bandwidth(bytes, threads); }
 void qkv_peers_run(Call* call) { call->run(); }
 void qkv_peers_free(Call* call) { delete call; }
 
@@ -130,8 +130,8 @@ Call* qkv_peers_latent_decode(const char* storage, std::int64_t n, std::int64_t 
                               const float* r, float* out) {
   return prepared(storage, [&]<class S>(S) {
     auto call = std::make_unique<Call>(threads);
-    auto cache =
-        std::make_shared<qkv::LatentCache<S>>(qkv::LatentCacheConfig{.latent_dim = latent, .rope_dim = rope, .capacity = n});
+    auto cache = std::make_shared<qkv::LatentCache<S>>(
+        qkv::LatentCacheConfig{.latent_dim = latent, .rope_dim = rope, .capacity = n});
     cache->append(Rows(c, n, latent), Rows(r, n, rope));
     auto m = std::make_shared<Matrix<float>>(1, heads), l = std::make_shared<Matrix<float>>(1, heads);
     call->run = [=, &own = *call] {
@@ -156,8 +156,8 @@ Call* qkv_peers_latent_prefill(const char* storage, std::int64_t n, std::int64_t
                                const float* key_up, const float* value_up, float* out) {
   return prepared(storage, [&]<class S>(S) {
     auto call = std::make_unique<Call>(threads);
-    auto cache =
-        std::make_shared<qkv::LatentCache<S>>(qkv::LatentCacheConfig{.latent_dim = latent, .rope_dim = rope, .capacity = n});
+    auto cache = std::make_shared<qkv::LatentCache<S>>(
+        qkv::LatentCacheConfig{.latent_dim = latent, .rope_dim = rope, .capacity = n});
     cache->append(Rows(c, n, latent), Rows(r, n, rope));
     auto keys = std::make_shared<qkv::Projection<float>>(Matrix<float>(Rows(key_up, latent, heads * nope))),
          values = std::make_shared<qkv::Projection<float>>(Matrix<float>(Rows(value_up, latent, heads * v_dim)));
