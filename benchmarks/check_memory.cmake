@@ -1,0 +1,23 @@
+# cmake -D PROGRAM=… -P check_memory.cmake — what qkv-memory says, and with which exit code it refuses.
+function(expect code text)
+  execute_process(COMMAND ${EMULATOR} ${PROGRAM} ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE out ERROR_VARIABLE out)
+  if(NOT result EQUAL code OR NOT out MATCHES "${text}")
+    message(SEND_ERROR "qkv-memory ${ARGN}: exit code ${result} (not ${code}) or no \"${text}\" in:\n${out}")
+  endif()
+endfunction()
+
+expect(0 "deepseek-v3" --list)
+expect(0 "mla < +bf16 +576 +70.3 kB" --model deepseek-v3)
+expect(0 "\"bytes_per_sequence\": 1073741824" --model LLAMA-3-8b --context 8k --json) # 2·8·128 numbers, 2 bytes, 32 layers, 8192
+expect(0 "gqa-8,1,bf16,2048,131072,[0-9]+,[0-9]+,4,1,122070,14" --model llama-3-8b --context 8k --fits 16GB --csv)
+expect(0 "mla <" --heads 20 --latent-dim 256 --rope-dim 32 --nope-dim 64 --dtype all)
+expect(2 "did you mean deepseek-v3" --model deepseek-v33)
+expect(2 "--list names all" --model xyzzyplugh)
+expect(2 "more bytes than a 64-bit number" --model deepseek-v3 --context 9000000000000000000)
+expect(2 "more bytes than a 64-bit number" --heads 1000000000000 --head-dim 1000000000000)
+expect(2 "needs a number of tokens" --model gpt2 --context 99999999999999999999999)
+expect(2 "needs a number of tokens" --model gpt2 --context -5)
+expect(2 "needs a size" --model gpt2 --fits lots)
+expect(2 "multiple of kv_heads" --heads 7 --kv-heads 3)
+expect(2 "batch" --model gpt2 --batch 0)
+expect(2 "give --model")
