@@ -19,6 +19,7 @@
 namespace {
 
 using cache_costs::Form;
+using cache_costs::human;
 using cache_costs::Index;
 using cache_costs::Model;
 using qkv::detail::checked_product;
@@ -41,16 +42,6 @@ struct Row {
   Index per_token, per_sequence, total;  // bytes of all layers
   Index tokens_that_fit = 0, sequences_that_fit = 0;
 };
-
-std::string human(Index bytes) {
-  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB", "EB"};
-  auto value = static_cast<double>(bytes);
-  std::size_t unit = 0;
-  while (value >= 999.95 && unit + 1 < std::size(units)) value /= 1000, ++unit;
-  char text[32];
-  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : value < 10 ? "%.2f %s" : "%.1f %s", value, units[unit]);
-  return text;
-}
 
 Model model_of(const Settings& s) {
   if (!s.model.empty()) {

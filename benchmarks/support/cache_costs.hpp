@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <cstdio>
 #include <optional>
 #include <span>
 #include <string>
@@ -195,6 +196,17 @@ inline std::optional<Index> parse_size(std::string_view text, bool bytes) {
   const double result = value * factor;
   if (!digits || factor == 0 || !(result >= 1) || result >= 9.2e18) return std::nullopt;
   return static_cast<Index>(result + 0.5);
+}
+
+/// "2.30 GB", in powers of 1000.
+inline std::string human(Index bytes) {
+  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB", "EB"};
+  auto value = static_cast<double>(bytes);
+  std::size_t unit = 0;
+  while (value >= 999.95 && unit + 1 < std::size(units)) value /= 1000, ++unit;
+  char text[32];
+  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : value < 10 ? "%.2f %s" : "%.1f %s", value, units[unit]);
+  return text;
 }
 
 }  // namespace cache_costs

@@ -1,0 +1,27 @@
+# cmake -D PROGRAM=… -D COMPILE=… -D FOLDER=… -P check_which.cmake — qkv-which chooses what fits, and its programs compile.
+set(snippet ${FOLDER}/which_snippet.cpp)
+function(expect code text)
+  execute_process(COMMAND ${EMULATOR} ${PROGRAM} ${ARGN} --snippet ${snippet} RESULT_VARIABLE result OUTPUT_VARIABLE out
+                  ERROR_VARIABLE error INPUT_FILE /dev/null)
+  if(NOT result EQUAL code OR NOT "${out}${error}" MATCHES "${text}")
+    message(SEND_ERROR "qkv-which ${ARGN}: exit code ${result} (not ${code}) or no \"${text}\" in:\n${out}${error}")
+  endif()
+endfunction()
+function(compiles)
+  execute_process(COMMAND ${COMPILE} -std=c++20 -fsyntax-only ${snippet} RESULT_VARIABLE result ERROR_VARIABLE out)
+  if(NOT result EQUAL 0)
+    file(READ ${snippet} text)
+    message(SEND_ERROR "does not compile:\n${text}\n${out}")
+  endif()
+endfunction()
+
+set(small --heads 4 --head-dim 16 --layers 3 --context 200 --latent-dim 24 --rope-dim 8)
+expect(0 "Take mha in" ${small} --memory 1GB)
+expect(0 "Take mha in .* ring cache" ${small} --memory 1GB --window 50)
+expect(0 "Take mla in b?f16" ${small} --memory 40kB) # 200 tokens, 3 layers, 32 numbers of 2 bytes: 38.4 kB
+compiles()
+expect(0 "Take gqa-2 in .* paged cache" --heads 4 --head-dim 16 --layers 3 --context 200 --memory 85kB --paged)
+compiles()
+expect(1 "nothing fits" ${small} --memory 1kB)
+expect(2 "did you mean llama-3-8b" --model llama-3-8c)
+expect(2 "give --model")
