@@ -18,7 +18,7 @@ endfunction()
 set(small --heads 4 --head-dim 16 --layers 3 --context 200 --latent-dim 24 --rope-dim 8)
 expect(0 "Take mha in" ${small} --memory 1GB)
 expect(0 "Take mha in .* ring cache" ${small} --memory 1GB --window 50)
-expect(0 "Take mla in b?f16" ${small} --memory 40kB) # 200 tokens, 3 layers, 32 numbers of 2 bytes: 38.4 kB
+expect(0 "Take mla in" ${small} --memory 40kB) # 200 tokens, 3 layers, 32 numbers of 2 bytes: 38.4 kB
 compiles()
 expect(0 "Take gqa-2 in .* paged cache" --heads 4 --head-dim 16 --layers 3 --context 200 --memory 85kB --paged)
 compiles()

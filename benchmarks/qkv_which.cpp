@@ -35,7 +35,7 @@ using qkv::Matrix;
 struct Settings {
   std::string model, context, memory, snippet;
   Index sequences = 1, layers = 32, heads = 0, head_dim = 128, latent_dim = 512, rope_dim = 64, window = 0, threads = 1;
-  double max_error = 0.01;
+  double max_error = 0.03;  // on random rows int8 is off by 1 to 2e-2, bf16 by 2 to 4e-3, f16 by 3e-4
   bool json = false, paged = false;
 };
 
@@ -141,7 +141,8 @@ double decode(const Candidate& c, Index n, Index threads, Matrix<float>& out) {
 }
 
 /// MLA: one prompt of n tokens in each form, milliseconds of one layer (without the projections both have).
-std::pair<double, double> prompt_forms(const Candidate& c, Index n) {
+std::pair<double, double> prompt_forms(const Candidate& c, Index n, Index threads) {
+  const Threads executor(threads);
   qkv::LatentAttentionConfig config = qkv::deepseek_v3;
   config.model_dim = 64, config.q_latent_dim = 0, config.heads = c.heads, config.latent_dim = c.latent_dim;
   config.rope_dim = c.rope_dim, config.nope_dim = c.head_dim, config.v_head_dim = c.v_head_dim;
@@ -154,7 +155,7 @@ std::pair<double, double> prompt_forms(const Candidate& c, Index n) {
     for (int i = 0; i < 3; ++i) {
       cache.truncate(0);
       const double start = machine::seconds();
-      layer.forward_into(out, x, cache, qkv::causal, qkv::plain, {.form = form});
+      layer.forward_into(out, x, cache, qkv::causal, qkv::plain, {.form = form}, executor);
       times.push_back(machine::seconds() - start);
     }
     return 1e3 * machine::median(times);
@@ -333,9 +334,9 @@ int answer(Settings& s) {
   }
 
   if (!s.json) {
-    std::printf("%lld layers, %lld sequences of %lld tokens, %s for caches, %lld thread%s\n\n",
-                static_cast<long long>(layers), static_cast<long long>(s.sequences), static_cast<long long>(context),
-                human(memory).c_str(), static_cast<long long>(s.threads), s.threads == 1 ? "" : "s");
+    std::printf("%lld layers, %lld x %lld tokens, %s for caches, %lld thread%s\n\n", static_cast<long long>(layers),
+                static_cast<long long>(s.sequences), static_cast<long long>(context), human(memory).c_str(),
+                static_cast<long long>(s.threads), s.threads == 1 ? "" : "s");
     std::printf("  %-8s %-5s %-11s %12s %11s %13s %11s\n", "variant", "dtype", "cache", "B/token*", "all", "ms/token*",
                 "rms error");
     for (const auto& c : list) {
@@ -380,7 +381,7 @@ int answer(Settings& s) {
     std::printf("It is the first of mha, mla, gqa, mqa that fits: what a variant can express falls in that order.\n");
   if (chosen->latent_dim > 0) {
     const Index n = std::min<Index>(context, 512);
-    const auto [naive, absorbed] = prompt_forms(*chosen, n);
+    const auto [naive, absorbed] = prompt_forms(*chosen, n, s.threads);
     std::printf(
         "Form: one token absorbed; a prompt of %lld tokens takes %.1f ms naive and %.1f ms absorbed: %s. "
         "LatentForm::automatic chooses by size.\n",
