@@ -46,6 +46,18 @@ install_missing() {
   done
 }
 
+# python_with MODULE PACKAGE: prints a Python that has MODULE; installs the distribution's package where none has.
+python_with() {
+  local python
+  for python in "${QKV_PYTHON:-python3}" /usr/bin/python3; do
+    "$python" -c "import $1" 2>/dev/null && { echo "$python"; return; }
+  done
+  install_missing "$2"
+  /usr/bin/python3 -c "import $1" 2>/dev/null && { echo /usr/bin/python3; return; }
+  say "needed and not found: the Python module $1 (pip install $1; QKV_PYTHON names the Python that has it)"
+  exit 2
+}
+
 # configure_and_build PRESET [--target T]...
 configure_and_build() {
   local preset=$1
