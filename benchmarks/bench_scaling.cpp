@@ -7,8 +7,8 @@
 //
 // Attention has 8 heads of 64. The layer of `generate` is of model_dim 64, so narrow that projections (n with a cache, n²
 // without) do not hide how attention grows; recompute runs the layer over the whole text again for every token. A slope
-// is fitted by least squares to the fastest time of each size; `expected` is the exponent of large n. Every size is
-// compared with kernel::reference in double before it is timed.
+// is fitted by least squares to the fastest time of each of the three largest sizes; `expected` is the exponent of large n.
+// Every size is compared with kernel::reference before it is timed.
 #include <benchmark/benchmark.h>
 #include <qkv/qkv.hpp>
 

@@ -32,8 +32,10 @@ class Chart:
 
     def table(self):
         """Head and rows of the numbers that are drawn."""
-        head = ["", "number" if self.kind == "bars" and not self.x else self.x or "case", self.y]
-        return head, [[s.label, x, y] for s in self.series if not s.dashed for x, y in s.points]
+        drawn = [s for s in self.series if not s.dashed]
+        notes = any(s.notes for s in drawn)
+        return ["", self.x, self.y, *([""] if notes else [])], [
+            [s.label, x, y, *([s.notes[i]] if notes else [])] for s in drawn for i, (x, y) in enumerate(s.points)]
 
 
 def number(value, digits=3):
@@ -123,20 +125,41 @@ def decode_storage(results):
                  [Series("tokens per second", points, notes=notes)])
 
 
-def prefill_fractions(results):
+def _prefill_rows(results, storage):
+    return sorted((row.sizes["n"], row["peak_fraction"], row)
+                  for row in results.find("prefill", "causal", storage, heads=8, kv_heads=8, d=128, threads=1)
+                  if row["peak_fraction"])
+
+
+def prefill_sizes(results):
     series = []
-    for storage in (*STORAGES, "int8_throughout", "eigen_naive", "eigen_tiled"):
-        points = sorted((row.sizes["n"], row["peak_fraction"])
-                        for row in results.find("prefill", "causal", storage, heads=8, kv_heads=8, d=128, threads=1)
-                        if row["peak_fraction"])
-        if points:
+    for storage in (*STORAGES, "int8_throughout"):
+        points = [(n, fraction) for n, fraction, _ in _prefill_rows(results, storage)]
+        if len(points) > 1:
             series.append(Series(storage.replace("_", " "), points))
     if not series:
-        return "prefill/causal of bench_prefill"
-    return Chart("prefill", "A prompt, as a part of what the machine multiplies",
-                 "Causal attention over n tokens, 8 heads of 128, one thread. 1 is the peak of f32 multiply-adds in the same "
-                 "process; bf16 and int8 pass it where the processor multiplies them directly.", "lines", "tokens",
-                 "fraction of the f32 FMA peak", series, log_x=True)
+        return "prefill/causal of bench_prefill at several n"
+    return Chart("prefill", "A prompt, by its length",
+                 "Causal attention over n tokens, 8 heads of 128, one thread; useful flops only. 1 is the peak of f32 multiply-adds "
+                 "in the same process.", "lines", "tokens", "fraction of the f32 FMA peak", series, log_x=True)
+
+
+def prefill_storages(results):
+    points, notes = [], []
+    names = {"eigen_gemm": "Eigen, one matrix product", "eigen_tiled": "Eigen, in blocks", "eigen_naive": "Eigen, all scores"}
+    for storage in (*STORAGES, "int8_throughout", "bf16_exact", "int8_exact", *names):
+        for n, fraction, row in _prefill_rows(results, storage):
+            if n == 2048:
+                points.append((names.get(storage, storage.replace("_", " ")), fraction))
+                notes.append(f"{number(row.milliseconds)} ms"
+                             + (f", error {number(row['max_abs_error'], 2)}" if row["max_abs_error"] else ""))
+    if not points:
+        return "prefill/causal/…/n:2048 of bench_prefill"
+    return Chart("prefill-storage", "A prompt of 2,048 tokens, by storage",
+                 "Causal, 8 heads of 128, one thread; behind each bar the time and the largest error against the formula in double on "
+                 "the stored rows. bf16 and int8 pass the f32 peak where the processor multiplies them directly; int8 multiplies "
+                 "queries with keys in int8 and weights with values in bf16, int8 throughout both in int8, exact widens to f32.",
+                 "bars", "storage", "fraction of the f32 FMA peak", [Series("fraction", points, notes=notes)])
 
 
 def latent(results):
@@ -367,7 +390,7 @@ def memory(results):
                  [Series(label, sorted(points)) for label, points in lines.items()], log_x=True, log_y=True)
 
 
-ALL = (cache_bytes, with_and_without, variants, decode_storage, prefill_fractions, peers, latent, break_even, roofline,
+ALL = (cache_bytes, with_and_without, variants, decode_storage, prefill_storages, prefill_sizes, peers, latent, break_even, roofline,
        scaling, batch, memory)
 
 

@@ -38,7 +38,7 @@ def _axis(axis, log, values):
     axis.set_minor_formatter(ticker.NullFormatter())
     axis.set_minor_locator(ticker.NullLocator())
     low, high = min(values), max(values)
-    if high / low < 30:  # not enough for powers of ten
+    if high / low < 100:  # not enough for powers of ten
         axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
 
 
@@ -59,8 +59,8 @@ def _draw_lines(axes, chart, narrow):
         axes.set_yscale("log")
     xs = sorted({x for s in chart.series if not s.dashed for x, _ in s.points})
     _axis(axes.yaxis, chart.log_y, [y for s in chart.series for _, y in s.points])
-    if chart.kind == "lines" and len(xs) <= 8 and all(float(x).is_integer() for x in xs):
-        while narrow and len(xs) > 5:
+    if chart.kind == "lines" and len(xs) <= 12 and all(float(x).is_integer() for x in xs):
+        while len(xs) > (5 if narrow else 12):
             xs = xs[::2]
         axes.set_xticks(xs)
         axes.xaxis.set_minor_locator(ticker.NullLocator())
@@ -68,7 +68,7 @@ def _draw_lines(axes, chart, narrow):
     else:
         _axis(axes.xaxis, chart.log_x, xs)
     if not chart.log_y:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(y for s in chart.series for _, y in s.points))
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
     axes.grid(True, which="major", color=COLOURS["grid"][0], linewidth=0.8)
@@ -90,15 +90,16 @@ def _draw_bars(axes, chart, narrow):
             at = names.index(name) + (i - (len(chart.series) - 1) / 2) * height
             axes.barh(at, y, height * 0.86, left=0, color=SERIES[i % 8][0], gid=f"bar-{i}-{j}",
                       label=series.label if j == 0 else None, zorder=3)
-            note = f"  {human(float(f'{y:.3g}'))}"
+            note = f"{y:,.0f}" if y == int(y) and y < 1e6 else human(float(f"{y:.3g}"))
             if series.notes and not narrow:
-                note += "   " + series.notes[j]
-            axes.text(y, at, note, va="center", ha="left", fontsize=8.5 if len(chart.series) > 2 else None)
+                note += ", " + series.notes[j]
+            axes.annotate(note, (y, at), (4, 0), textcoords="offset points", va="center", ha="left",
+                          fontsize=8.5 if len(chart.series) > 2 else None)
     axes.set_yticks(range(len(names)), [_wrapped(name) if narrow else name for name in names])
     axes.invert_yaxis()
     axes.set_xlabel(chart.y)
     axes.tick_params(axis="y", length=0)
-    _axis(axes.xaxis, chart.log_y, [least, most * 40])
+    _axis(axes.xaxis, chart.log_y, [least, most])
     axes.grid(True, axis="x", which="major", color=COLOURS["grid"][0], linewidth=0.8)
 
 
@@ -125,14 +126,14 @@ def svg(chart, narrow=False):
         if narrow and longest <= 16:
             columns = 2
         rows = -(-entries // columns) if entries else 0
-        figure, axes = plt.subplots(figsize=(3.6 if narrow else 7.6, tall + 0.21 * rows), layout="constrained")
+        figure, axes = plt.subplots(figsize=(3.6 if narrow else 7.6, tall + 0.165 * rows), layout="constrained")
         (_draw_bars if chart.kind == "bars" else _draw_lines)(axes, chart, narrow)
         if entries:
             handles, labels = axes.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper left" if matplotlib.__version_info__ >= (3, 7) else "upper left",
                           ncol=columns, fontsize=9.5, handlelength=1.8, columnspacing=1.4, labelspacing=0.25, borderaxespad=0)
             if matplotlib.__version_info__ < (3, 7):  # no "outside" yet: leave room by hand
-                room = (0.21 * rows + 0.12) / (tall + 0.21 * rows)
+                room = (0.165 * rows + 0.1) / (tall + 0.165 * rows)
                 figure.set_constrained_layout_pads(w_pad=0.04, h_pad=0.04)
                 figure.get_layout_engine().set(rect=(0, 0, 1, 1 - room))
         out = io.StringIO()

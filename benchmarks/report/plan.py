@@ -31,14 +31,14 @@ PROGRAMS = (
             "|prefill/(full|chunk|alibi)/f32/", 6, 60),
     Program("bench_decode",
             "decode/(contiguous|eigen|bare_read)/(f32|f16|bf16|int8|int8_exact)/n:32768/heads:32/.*/threads:1/manual"
-            "|decode/(ring|paged)/(f32|int8)/n:8192/|decode/contiguous/(f32|int8)/n:32768/heads:32/.*/threads:2/"
-            "|decode/(cached|recompute)/", 8, 60),
+            "|decode/contiguous/(f32|int8)/n:32768/heads:32/.*/threads:2/", 6, 60),
     Program("bench_projection", "projection/(f32|bf16|int8|eigen)/rows:(1|4|16|64)/in:4096/out:4096/threads:1/", 4, 40),
-    Program("bench_batch", "batch/(each|contiguous|cascade)/f32/n:1024/batch:(1|4|16|64)/threads:1/", 7, 60),
+    Program("bench_batch", "batch/(contiguous|cascade)/f32/n:1024/batch:(1|4|16|64)/threads:1/"
+            "|batch/each/f32/n:1024/batch:(1|4|16)/threads:1/", 7, 60),
     Program("bench_latent",
             "decode/(absorbed|mha|gqa8|mqa)/(f32|bf16|int8)/n:1024/heads:16/threads:1/"
             "|decode/absorbed/(f32|bf16|int8)/n:4096/heads:(16|128)/threads:1/"
-            "|break_even/.*/n:1024/heads:16/|prefill/(naive|absorbed)/f32/n:1024/heads:16/", 8, 90),
+            "|break_even/.*/n:1024/heads:16/", 6, 90),
     Program("bench_variants", ".", 3, 15),
     Program("bench_scaling",
             "scaling/prefill/f32/n:(512|1024|2048|4096)/|scaling/decode/f32/n:(4096|8192|16384|32768)/"
