@@ -30,15 +30,14 @@ def human(value, _=None):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def _axis(axis, log, values):
-    if not log:
-        axis.set_major_formatter(ticker.FuncFormatter(human))
-        return
+def _axis(axis, log, values, few=False):
     axis.set_major_formatter(ticker.FuncFormatter(human))
+    if not log:
+        return
     axis.set_minor_formatter(ticker.NullFormatter())
     axis.set_minor_locator(ticker.NullLocator())
     low, high = min(values), max(values)
-    if high / low < 100:  # not enough for powers of ten
+    if high / low < (12 if few else 100):  # not enough for powers of ten
         axis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
 
 
@@ -66,7 +65,7 @@ def _draw_lines(axes, chart, narrow):
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v / 1024:g}k" if v >= 1024 and v % 1024 == 0 else f"{v:g}"))
     else:
-        _axis(axes.xaxis, chart.log_x, xs)
+        _axis(axes.xaxis, chart.log_x, xs, narrow)
     if not chart.log_y:
         axes.set_ylim(0, 1.08 * max(y for s in chart.series for _, y in s.points))
     axes.set_xlabel(chart.x)
@@ -99,7 +98,7 @@ def _draw_bars(axes, chart, narrow):
     axes.invert_yaxis()
     axes.set_xlabel(chart.y)
     axes.tick_params(axis="y", length=0)
-    _axis(axes.xaxis, chart.log_y, [least, most])
+    _axis(axes.xaxis, chart.log_y, [least, most], narrow)
     axes.grid(True, axis="x", which="major", color=COLOURS["grid"][0], linewidth=0.8)
 
 
@@ -134,8 +133,7 @@ def svg(chart, narrow=False):
                           ncol=columns, fontsize=9.5, handlelength=1.8, columnspacing=1.4, labelspacing=0.25, borderaxespad=0)
             if matplotlib.__version_info__ < (3, 7):  # no "outside" yet: leave room by hand
                 room = (0.165 * rows + 0.1) / (tall + 0.165 * rows)
-                figure.set_constrained_layout_pads(w_pad=0.04, h_pad=0.04)
-                figure.get_layout_engine().set(rect=(0, 0, 1, 1 - room))
+                figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, rect=(0, 0, 1, 1 - room))
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(figure)
