@@ -29,6 +29,7 @@ class Chart:
     series: list
     log_x: bool = False
     log_y: bool = False
+    mark: float = None  # bars: a line at this value
 
     def table(self):
         """Head and rows of the numbers that are drawn."""
@@ -354,23 +355,42 @@ def verdict(ratio):
 
 
 def peers(results):
+    """Times of peers over ours, one case of each kind: the one with most libraries."""
+    best = {}
+    for case, storage, sizes, own, others in peer_table(results):
+        if sizes.get("threads", 1) == 1:
+            kind = case.split("/")[0]
+            rank = (storage == "f32", sizes.get("kv_heads") == sizes.get("heads"), len(others), sizes.get("n", 0))
+            if kind not in best or rank > best[kind][0]:
+                best[kind] = (rank, storage, sizes, others)
+    if not best:
+        return "peers.json of benchmarks/peers/run"
+    series = [Series(f"{kind.replace('_', ' ')} {storage}, n {sizes.get('n', 0):,}", [(name.replace("_", " "), ratio) for name, _, ratio in others])
+              for kind, (_, storage, sizes, others) in best.items()]
+    return Chart("peers", "Other libraries: how many times as long they take",
+                 "Time of a library over that of qkv on the same inputs, one thread: below 1 the library is faster. All cases, also "
+                 "those of two threads, are in the table of peers.", "bars", "library", "times as long as qkv", series,
+                 log_y=True, mark=1.0)
+
+
+def peer_sizes(results):
     lines = {}
     for (case, storage, sizes), rows in peer_groups(results).items():
         sizes = dict(sizes)
-        if "prefill" in case and "n" in sizes:
+        if case.startswith("prefill") and "n" in sizes:
             rest = (case, storage, tuple(sorted((k, v) for k, v in sizes.items() if k != "n")))
             for library, row in rows.items():
                 lines.setdefault(rest, {}).setdefault(library, []).append((sizes["n"], row.milliseconds))
+    lines = {rest: by for rest, by in lines.items() if max(map(len, by.values())) > 1}
     if not lines:
-        return "prefill rows of benchmarks/peers/run"
+        return "prefill at several n in peers.json (benchmarks/peers/run without --quick)"
     (case, storage, sizes), by_library = max(
         lines.items(), key=lambda item: (item[0][1] == "f32", len({n for p in item[1].values() for n, _ in p}), len(item[1])))
     said = ", ".join(f"{key} {value}" for key, value in sizes)
     order = sorted(by_library, key=lambda library: (library != "qkv", library))
-    return Chart("peers", "A prompt, beside other libraries",
-                 f"{case.replace('_', ' ')}, {storage}, {said}; same inputs, threads and session. Times beside each other are in "
-                 "the table of peers.", "lines", "tokens", "ms",
-                 [Series(library, sorted(by_library[library])) for library in order], log_x=True, log_y=True)
+    return Chart("peers-n", "A prompt, beside other libraries",
+                 f"{case.replace('_', ' ')}, {storage}, {said}; same inputs, threads and session.", "lines", "tokens", "ms",
+                 [Series(library.replace("_", " "), sorted(by_library[library])) for library in order], log_x=True, log_y=True)
 
 
 def memory(results):
@@ -382,16 +402,21 @@ def memory(results):
     lines = {}
     for row in rows:
         if storage is None or row.path[2] == storage:
-            other = "".join(f", {key} {value}" for key, value in row.sizes.items() if key not in ("n", "threads"))
-            lines.setdefault(row.path[1].replace("_", " ") + other, []).append((row.sizes["n"], row["resident_bytes"] / 1e6))
+            lines.setdefault(row.path[1].replace("_", " "), []).append((row.sizes["n"], row["resident_bytes"] / 1e6))
     return Chart("memory", "Memory, measured",
-                 f"Growth of the resident set of the process while a {storage} cache of n tokens is made and filled. The table of "
-                 "rows has computed and allocated bytes beside it.", "lines", "tokens", "MB resident",
+                 f"Growth of the resident set while a {storage} cache of n tokens is made and filled: one layer with 8 key/value heads of "
+                 "128, or a latent of 512 and a rope key of 64. Computed, allocated and resident bytes are compared below.", "lines", "tokens", "MB resident",
                  [Series(label, sorted(points)) for label, points in lines.items()], log_x=True, log_y=True)
 
 
-ALL = (cache_bytes, with_and_without, variants, decode_storage, prefill_storages, prefill_sizes, peers, latent, break_even, roofline,
+ALL = (cache_bytes, with_and_without, variants, decode_storage, prefill_storages, prefill_sizes, peers, peer_sizes, latent, break_even, roofline,
        scaling, batch, memory)
+
+
+def memory_table(results):
+    """[(name, computed, allocated, resident)] in bytes."""
+    return [(row.name.removeprefix("memory/"), row["computed_bytes"], row["allocated_bytes"], row["resident_bytes"])
+            for row in results.find("memory")]
 
 
 def all_charts(results):

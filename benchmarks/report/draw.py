@@ -80,7 +80,7 @@ def _draw_bars(axes, chart, narrow):
     least = min(y for s in chart.series for _, y in s.points)
     if chart.log_y:
         axes.set_xscale("log")
-        axes.set_xlim(least / 2, most * (4 if narrow else 2))
+        axes.set_xlim(min(least, chart.mark or least) / (1.3 if chart.mark else 2), most * (4 if narrow else 2))
     else:
         notes = any(s.notes for s in chart.series)
         axes.set_xlim(0, most * ((1.2 if narrow else 2.1) if notes else 1.2 if narrow else 1.12))
@@ -94,6 +94,8 @@ def _draw_bars(axes, chart, narrow):
                 note += ", " + series.notes[j]
             axes.annotate(note, (y, at), (4, 0), textcoords="offset points", va="center", ha="left",
                           fontsize=8.5 if len(chart.series) > 2 else None)
+    if chart.mark is not None:
+        axes.axvline(chart.mark, color=COLOURS["ink"][0], linewidth=1.2, linestyle="--", zorder=4)
     axes.set_yticks(range(len(names)), [_wrapped(name) if narrow else name for name in names])
     axes.invert_yaxis()
     axes.set_xlabel(chart.y)

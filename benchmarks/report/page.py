@@ -64,6 +64,12 @@ def peer_section(results):
             "</thead><tbody>" + "".join(body) + "</tbody></table></div></section>")
 
 
+def memory_section(results):
+    rows = charts.memory_table(results)
+    return ('<section id="memory-table"><details><summary>Computed, allocated and resident bytes of every cache</summary>'
+            + table(["cache", "computed", "allocated", "resident"], rows) + "</details></section>") if rows else ""
+
+
 def row_sections(results):
     by_program = {}
     for row in results.rows.values():
@@ -89,7 +95,7 @@ def render(results, all_charts, missing):
             f"<style>{draw.css(':root')}{STYLE}</style></head><body><h1>qkv: what was measured</h1>"
             f"<ul>{found}</ul><dl>{facts}</dl><nav>{links}"
             + ('<a href="#peer-table">Peers</a>' if peers else "") + '<a href="#rows">All rows</a></nav>'
-            + "".join(map(figure, all_charts)) + peers
+            + "".join(map(figure, all_charts)) + memory_section(results) + peers
             + '<section id="rows"><h2>All rows, the error beside the speed</h2><p>Medians over repetitions. Errors are against a slow '
             "reference in double, taken before anything was timed; a row past its tolerance has no figure.</p>"
             + row_sections(results) + "</section>" + left_out

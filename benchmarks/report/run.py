@@ -1,6 +1,7 @@
 """Runs the programs of the plan, pass by pass, with progress, and writes their JSON into one folder."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def extra(command, out, progress, label, seconds, limit):
         return
     progress.show(label, step=True)
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit,
+                               env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
         if ended.returncode != 0 or not out.exists():
             said = (ended.stderr or ended.stdout).strip().splitlines()
             progress.say(f"{label}: left out, status {ended.returncode}: {said[-1] if said else 'nothing said'}")

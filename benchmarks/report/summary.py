@@ -81,6 +81,10 @@ def markdown(results, all_charts, missing):
     lines = peer_lines(results)
     if lines:
         out += ["", "## Beside other libraries", "", *(f"- {line}" for line in lines)]
+    rows = charts.memory_table(results)
+    if rows:
+        out += ["", "## Memory, in bytes", "", "| cache | computed | allocated | resident |", "|---|---|---|---|"]
+        out += ["| " + " | ".join(number(cell) for cell in row) + " |" for row in rows]
     for chart in all_charts:
         head, rows = chart.table()
         out += ["", f"## {chart.title}", "", chart.text, "", f"![{chart.title}](figures/{chart.id}.svg)", ""]

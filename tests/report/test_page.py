@@ -165,7 +165,7 @@ class Page(unittest.TestCase):
                                                     for n in (512, 1024, 2048, 4096)])
         self.assertEqual(points("cache-or-not", "without a cache"),
                          [(n, middle[f"scaling/generate/recompute/f32/n:{n}"]["real_time"] / n) for n in (256, 512, 1024)])
-        self.assertEqual(points("peers", "fastlib"), [(n, middle[f"peer/fastlib/prefill/f32/n:{n}/heads:8/kv_heads:8/d:128/threads:1"]["real_time"])
+        self.assertEqual(points("peers-n", "fastlib"), [(n, middle[f"peer/fastlib/prefill/f32/n:{n}/heads:8/kv_heads:8/d:128/threads:1"]["real_time"])
                                                       for n in (512, 1024, 2048)])
         self.assertEqual(points("break-even", "16 heads, 1,024 cached"), [(64, 2.0), (128, 1.25), (192, 0.75), (256, 0.5)])
         self.assertEqual(dict(points("decode-storage", "tokens per second"))["int8"], 500.0)
