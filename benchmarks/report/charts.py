@@ -121,7 +121,7 @@ def decode_storage(results):
         notes.append(f"{number(row['bandwidth_fraction'], 2)} of the bandwidth, error {number(row['max_abs_error'], 2)}")
     return Chart("decode-storage", "Decoding by storage of the cache",
                  "One token against 32,768 cached ones, 32 query heads of 128 on 8 key/value heads, one thread, attention only; "
-                 "caches in memory. Behind each bar: bytes read over the read bandwidth of the same moment, and the largest "
+                 "caches in memory. Behind each bar (on a phone: in the numbers): bytes read over the read bandwidth of the same moment, and the largest "
                  "error against the formula in double on the stored rows.", "bars", "storage", "tokens per second",
                  [Series("tokens per second", points, notes=notes)])
 
@@ -157,7 +157,7 @@ def prefill_storages(results):
     if not points:
         return "prefill/causal/…/n:2048 of bench_prefill"
     return Chart("prefill-storage", "A prompt of 2,048 tokens, by storage",
-                 "Causal, 8 heads of 128, one thread; behind each bar the time and the largest error against the formula in double on "
+                 "Causal, 8 heads of 128, one thread; behind each bar (on a phone: in the numbers) the time and the largest error against the formula in double on "
                  "the stored rows. bf16 and int8 pass the f32 peak where the processor multiplies them directly; int8 multiplies "
                  "queries with keys in int8 and weights with values in bf16, int8 throughout both in int8, exact widens to f32.",
                  "bars", "storage", "fraction of the f32 FMA peak", [Series("fraction", points, notes=notes)])

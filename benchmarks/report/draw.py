@@ -73,9 +73,21 @@ def _draw_lines(axes, chart, narrow):
     axes.grid(True, which="major", color=COLOURS["grid"][0], linewidth=0.8)
 
 
+def _bar_places(chart):
+    """({(series, category): place}, {category: middle of its bars}), in units of one bar; nothing is kept free for bars
+    that are not there."""
+    at, middles, place = {}, {}, 0.0
+    for name in dict.fromkeys(x for s in chart.series for x, _ in s.points):
+        here = [i for i, s in enumerate(chart.series) if name in dict(s.points)]
+        for offset, i in enumerate(here):
+            at[i, name] = place + offset
+        middles[name] = place + (len(here) - 1) / 2
+        place += len(here) + 0.5
+    return at, middles
+
+
 def _draw_bars(axes, chart, narrow):
-    names = list(dict.fromkeys(x for s in chart.series for x, _ in s.points))
-    height = 0.8 / len(chart.series)
+    at, middles = _bar_places(chart)
     most = max(y for s in chart.series for _, y in s.points)
     least = min(y for s in chart.series for _, y in s.points)
     if chart.log_y:
@@ -86,18 +98,17 @@ def _draw_bars(axes, chart, narrow):
         axes.set_xlim(0, most * ((1.2 if narrow else 2.1) if notes else 1.2 if narrow else 1.12))
     for i, series in enumerate(chart.series):
         for j, (name, y) in enumerate(series.points):
-            at = names.index(name) + (i - (len(chart.series) - 1) / 2) * height
-            axes.barh(at, y, height * 0.86, left=0, color=SERIES[i % 8][0], gid=f"bar-{i}-{j}",
+            axes.barh(at[i, name], y, 0.84, left=0, color=SERIES[i % 8][0], gid=f"bar-{i}-{j}",
                       label=series.label if j == 0 else None, zorder=3)
             note = f"{y:,.0f}" if y == int(y) and y < 1e6 else human(float(f"{y:.3g}"))
             if series.notes and not narrow:
                 note += ", " + series.notes[j]
-            axes.annotate(note, (y, at), (4, 0), textcoords="offset points", va="center", ha="left",
+            axes.annotate(note, (y, at[i, name]), (4, 0), textcoords="offset points", va="center", ha="left",
                           fontsize=8.5 if len(chart.series) > 2 else None)
     if chart.mark is not None:
         axes.axvline(chart.mark, color=COLOURS["ink"][0], linewidth=1.2, linestyle="--", zorder=4)
-    axes.set_yticks(range(len(names)), [_wrapped(name) if narrow else name for name in names])
-    axes.invert_yaxis()
+    axes.set_yticks(list(middles.values()), [_wrapped(name) if narrow else name for name in middles])
+    axes.set_ylim(max(at.values()) + 0.8, -0.8)
     axes.set_xlabel(chart.y)
     axes.tick_params(axis="y", length=0)
     _axis(axes.xaxis, chart.log_y, [least, most], narrow)
@@ -118,8 +129,8 @@ def svg(chart, narrow=False):
     with matplotlib.rc_context(style):
         entries = len(chart.series) if len(chart.series) > 1 else 0
         if chart.kind == "bars":
-            names = len({x for s in chart.series for x, _ in s.points})
-            tall = 1.0 + names * max(0.42, 0.2 * len(chart.series)) + (0.3 if entries else 0)
+            at, _ = _bar_places(chart)
+            tall = 0.8 + (max(at.values()) + 1.6) * (0.27 if len(chart.series) == 1 else 0.2)
         else:
             tall = 3.1 if narrow else 3.6
         columns = 1 if narrow else 3
