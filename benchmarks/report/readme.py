@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from . import charts, results
@@ -13,10 +14,10 @@ MARKED = re.compile(re.escape(BEGIN).replace(r"\{\}", r"(\S+)") + ".*?" + re.esc
 
 # (what, row, how the speed is said); rows that the file has not are left out.
 ROWS = (
-    ("prompt, causal, 2,048 tokens, f32", "prefill/causal/f32/n:2048/heads:8/kv_heads:8/d:128/threads:1", "peak"),
+    ("prompt of 2,048 tokens, 8 heads of 128, f32", "prefill/causal/f32/n:2048/heads:8/kv_heads:8/d:128/threads:1", "peak"),
     ("… bf16", "prefill/causal/bf16/n:2048/heads:8/kv_heads:8/d:128/threads:1", "peak"),
     ("… int8", "prefill/causal/int8/n:2048/heads:8/kv_heads:8/d:128/threads:1", "peak"),
-    ("one token on 32,768, GQA 32/8, f32", "decode/contiguous/f32/n:32768/heads:32/kv_heads:8/d:128/batch:1/threads:1", "bandwidth"),
+    ("one token on 32,768, 32/8 heads of 128, f32", "decode/contiguous/f32/n:32768/heads:32/kv_heads:8/d:128/batch:1/threads:1", "bandwidth"),
     ("… int8", "decode/contiguous/int8/n:32768/heads:32/kv_heads:8/d:128/batch:1/threads:1", "bandwidth"),
     ("MLA, one token on 4,096, 128 heads, f32", "decode/absorbed/f32/n:4096/heads:128/threads:1", "peak"),
     ("… bf16", "decode/absorbed/bf16/n:4096/heads:128/threads:1", "peak"),
@@ -42,8 +43,9 @@ def section(path, name):
     read = results.read(path)
     about = read.context
     lines = [BEGIN.format(name), "",
-             f"{about['machine']['cpu']}, {about['machine']['cores']} cores, one thread; {about['compiler']}; commit "
-             f"`{about['commit']}`, {about['date'][:10]}. `scripts/bench --{about['mode']}` measures it anew and draws the figures.", "",
+             textwrap.fill(f"{about['machine']['cpu']}, {about['machine']['cores']} cores, one thread; {about['compiler']}; "
+                           f"commit `{about['commit']}`, {about['date'][:10]}; medians. `scripts/bench --{about['mode']}` measures it "
+                           "anew and draws the figures.", 120, break_on_hyphens=False), "",
              "| | time | fraction of the machine | largest error |", "|---|---|---|---|"]
     for what, row_name, of in ROWS:
         row = read.rows.get(row_name)
@@ -53,7 +55,7 @@ def section(path, name):
         lines.append(f"| {what} | {charts.number(row.milliseconds)} ms | {charts.number(fraction, 2)} of "
                      f"{'f32 multiply-adds' if of == 'peak' else 'read bandwidth'} | {charts.number(row['max_abs_error'], 2)} |")
     peers = peer_sentence(read)
-    return "\n".join([*lines, *(["", peers] if peers else []), "", END])
+    return "\n".join([*lines, *(["", textwrap.fill(peers, 120, break_on_hyphens=False)] if peers else []), "", END])
 
 
 def update(readme, path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import context
 
-DROPPED = {"family_index", "per_family_instance_index"}
+DROPPED = {"family_index", "per_family_instance_index", "run_name"}  # run_name: the name again
 
 
 def _short(value):

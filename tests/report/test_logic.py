@@ -186,7 +186,7 @@ class Storing(Folder):
         self.assertIsNone(readme.check(page))
         text = page.read_text()
         self.assertTrue(text.startswith("before\n") and text.endswith("after\n"))
-        self.assertIn("| prompt, causal, 2,048 tokens, f32 | 41.9 ms | 0.7 of f32 multiply-adds | 2e-07 |", text)
+        self.assertIn("| prompt of 2,048 tokens, 8 heads of 128, f32 | 41.9 ms | 0.7 of f32 multiply-adds | 2e-07 |", text)
         self.assertIn("fastlib by 2x", text)
         page.write_text(text.replace("41.9 ms", "11.9 ms"))
         self.assertIn("differ", readme.check(page))
