@@ -45,9 +45,14 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
           (n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
       return state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
     }
-    case Kernel::decode:
-      return state + kernel::decode_scratch_bytes<kernel::WidenedDot<T, T>>(n_queries * heads.group_size(), head_dim,
-                                                                            v_head_dim);
+    case Kernel::decode: {
+      using Dot = kernel::WidenedDot<T, T>;
+      const Index n = n_queries * heads.group_size();
+      const Index at_once = kernel::decode_heads_at_once(
+          head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
+          kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
+      return state + kernel::Decode<Dot, T, T, Full, Plain>::bytes(at_once, n, head_dim, v_head_dim);
+    }
     default:
       return state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim);
   }

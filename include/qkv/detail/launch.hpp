@@ -51,46 +51,54 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
   }
 }
 
-/// The decode kernel: an item is one kv head, or one split of its keys where several threads may share them.
+/// The decode kernel: an item is some kv heads, or one split of their keys where several threads may share them.
 template <class D, class T, StorageType S, class M, class F, class E, class Done>
 void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
                    const E& executor, const Done& done, Start start) {
   using Decode = kernel::Decode<D, T, S, M, F>;
   using State = kernel::DecodeState<T>;
-  const Index n = task.n_queries(), group = task.heads.group_size(), dv = task.v_head_dim();
-  const std::size_t scratch_bytes = kernel::decode_scratch_bytes<D>(n * group, task.head_dim(), dv);
-  const auto begin = [&](Index kv_head) {
-    if (start == Start::empty) state.clear(0, n, kv_head * group, group, dv);
+  const Index n = task.n_queries(), kv_heads = task.heads.kv_heads, group = task.heads.group_size(),
+              dv = task.v_head_dim();
+  Index splits = 0, at_once = kernel::decode_heads_at_once<D>(task);
+  if constexpr (!std::is_same_v<E, Serial>) {  // heads share an item where there are sixteen all the same
+    kernel::for_each_split(task.keys, [&](const kernel::Chunk&) { ++splits; });
+    at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);
+  }
+  const auto heads_of = [&](Index item) { return std::min(at_once, kv_heads - item * at_once); };
+  const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, n * group, task.head_dim(), dv); };
+  const Index items = (kv_heads + at_once - 1) / at_once;
+  const auto begin = [&](Index kv_head, Index count) {
+    if (start == Start::empty) state.clear(0, n, kv_head * group, count * group, dv);
   };
-  const auto one_head = [&](Index kv_head) {
-    const auto scratch = workspace.lease(scratch_bytes);
-    begin(kv_head);
-    Decode(task, kv_head, scratch.data()).run(state);
-    done(Index(0), n, kv_head * group, group);
+  const auto all_keys = [&](Index item) {
+    const Index first = item * at_once, count = heads_of(item);
+    const auto scratch = workspace.lease(scratch_bytes(count));
+    begin(first, count);
+    Decode(task, first, count, scratch.data()).run(state);
+    done(Index(0), n, first * group, count * group);
   };
-  Index splits = 0;
-  if constexpr (!std::is_same_v<E, Serial>) kernel::for_each_split(task.keys, [&](const kernel::Split&) { ++splits; });
-  if (splits <= 1)
-    return kernel::decode_in_parallel(task) ? executor(task.heads.kv_heads, one_head)
-                                            : serial(task.heads.kv_heads, one_head);
+  if (splits <= 1) return kernel::decode_in_parallel(task) ? executor(items, all_keys) : serial(items, all_keys);
 
   const std::size_t state_bytes = State::bytes(n * group, dv);
-  const auto items = static_cast<std::size_t>(splits * task.heads.kv_heads);
-  const auto memory = workspace.lease(items * state_bytes + static_cast<std::size_t>(splits) * sizeof(kernel::Split));
-  auto* const split = reinterpret_cast<kernel::Split*>(memory.data() + items * state_bytes);
+  const auto states = static_cast<std::size_t>(splits * kv_heads);
+  const auto memory = workspace.lease(states * state_bytes + static_cast<std::size_t>(splits) * sizeof(kernel::Chunk));
+  auto* const split = reinterpret_cast<kernel::Chunk*>(memory.data() + states * state_bytes);
   Index count = 0;
-  kernel::for_each_split(task.keys, [&](const kernel::Split& s) { split[count++] = s; });
-  const auto state_of = [&](Index item) {
-    Carver carver(memory.data() + static_cast<std::size_t>(item) * state_bytes);
+  kernel::for_each_split(task.keys, [&](const kernel::Chunk& s) { split[count++] = s; });
+  const auto state_of = [&](Index kv_head, Index s) {
+    Carver carver(memory.data() + static_cast<std::size_t>(kv_head * splits + s) * state_bytes);
     return State(carver, n * group, dv);
   };
-  executor(splits * task.heads.kv_heads, [&](Index item) {
-    const auto scratch = workspace.lease(scratch_bytes);
-    Decode(task, item / splits, scratch.data()).run_split(split[item % splits], state_of(item));
+  executor(splits * items, [&](Index i) {
+    const Index item = i / splits, s = i % splits, heads = heads_of(item);
+    const auto scratch = workspace.lease(scratch_bytes(heads));
+    Decode(task, item * at_once, heads, scratch.data()).run_split(split[s], [&](Index kv_head) {
+      return state_of(kv_head, s);
+    });
   });
-  executor(task.heads.kv_heads, [&](Index kv_head) {
-    begin(kv_head);
-    for (Index s = 0; s < splits; ++s) Decode::merge(task, kv_head, state_of(kv_head * splits + s), state);
+  executor(kv_heads, [&](Index kv_head) {
+    begin(kv_head, 1);
+    for (Index s = 0; s < splits; ++s) kernel::merge_split(task, kv_head, state_of(kv_head, s), state);
     done(Index(0), n, kv_head * group, group);
   });
 }

@@ -1,0 +1,310 @@
+// kernel/decode_head.hpp — one kv head of a decode call, a chunk of keys at a time: first the scores of all its queries, then
+// the values.
+//
+//     s = score(scale · K q),  m' = max(m, max s),  o ← e^(m-m') o + Σ e^(s-m') v,  l ← e^(m-m') l + Σ e^(s-m')
+//
+// The two halves are separate so that whoever calls may let many heads have the first one before the second: rows are then
+// read in the order in which they lie (kernel/decode.hpp).
+//
+// Before: kernel/row_sums.hpp   Next: kernel/decode.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numbers>
+
+#include "../score.hpp"
+#include "../softmax.hpp"
+#include "../workspace.hpp"
+#include "row_dots.hpp"
+#include "row_sums.hpp"
+#include "task.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel {
+
+inline constexpr Index decode_chunk = 256;
+
+/// Keys at the positions of a grid from `first` on: where they begin, as for_each_chunk tells it.
+struct Chunk {
+  Index first;
+  std::size_t run;
+  Index base, row;
+};
+
+/// Rows row … row + count - 1 of a run, at columns column … of the chunk; the run's first row is logical row base.
+template <StorageType S>
+struct Piece {
+  const KeyRun<S>* run;
+  Index base, row, count, column;
+};
+
+/// The states of n queries over the keys of one split.
+template <class T>
+struct DecodeState {
+  T* m;  // [n]
+  T* l;  // [n]
+  T* o;  // [n, v_head_dim up to whole registers]
+
+  DecodeState(detail::Carver& carver, Index n, Index v_head_dim)
+      : m(carver.take<T>(n)), l(carver.take<T>(n)), o(carver.take<T>(n * whole_registers<T>(v_head_dim))) {}
+
+  static std::size_t bytes(Index n, Index v_head_dim) {
+    detail::Carver carver(nullptr);
+    DecodeState(carver, n, v_head_dim);
+    return carver.used();
+  }
+};
+
+/// Scratch of one kv head; D says how q·k is multiplied.
+template <class D>
+struct DecodeScratch {
+  using T = typename D::Scalar;
+  PackedQueries<D> q;
+  T* scores;   // [n, decode_chunk], then weights; -inf: the value is not read
+  T* seen;     // [decode_chunk] 1: every query of the group sees this column
+  T* scale_k;  // [decode_chunk]: int8, of the rows
+  T* scale_v;  // [decode_chunk]
+  DecodeState<T> state;
+
+  DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
+      : q(carver, n, head_dim),
+        scores(carver.take<T>(n * decode_chunk)),
+        seen(carver.take<T>(decode_chunk)),
+        scale_k(carver.take<T>(decode_chunk)),
+        scale_v(carver.take<T>(decode_chunk)),
+        state(carver, n, v_head_dim) {}
+};
+
+template <class D>
+std::size_t decode_scratch_bytes(Index n, Index head_dim, Index v_head_dim) {
+  detail::Carver carver(nullptr);
+  DecodeScratch<D>(carver, n, head_dim, v_head_dim);
+  return carver.used();
+}
+
+// What must round the same wherever it is compiled is done in registers.
+template <class T>
+EIGEN_ALWAYS_INLINE typename Simd<T>::Vec first_lane(T x) {
+  return Simd<T>::load_n(&x, 1);
+}
+
+/// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q.
+template <class D, class T, StorageType S, class M, class F>
+class DecodeHead {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  static constexpr Index W = V::width;
+
+ public:
+  DecodeHead(const Task<T, S, M, F>& task, Index kv_head, std::byte* scratch)
+      : task_(task),
+        kv_head_(kv_head),
+        n_(task.n_queries() * task.heads.group_size()),
+        carver_(scratch),
+        s_(carver_, n_, task.head_dim(), task.v_head_dim()),
+        state_(s_.state) {
+    for (Index i = 0; i < n_; ++i) s_.q.pack(i, task_.query(query(i), head(i)), task_.head_dim(), task_.scale);
+  }
+
+  Index kv_head() const { return kv_head_; }
+  const DecodeState<T>& own_state() const { return s_.state; }
+
+  /// What follows is added to the state of no keys, in `state`.
+  void begin(const DecodeState<T>& state) {
+    state_ = state;
+    std::fill_n(state.m, n_, detail::minus_infinity<T>);
+    std::fill_n(state.l, n_, T(0));
+    std::fill_n(state.o, n_ * whole_registers<T>(task_.v_head_dim()), T(0));
+  }
+
+  /// A chunk begins: its pieces are scored, then it is weighed, then the values of its pieces are added.
+  void begin_chunk() {
+    std::fill_n(s_.scores, n_ * decode_chunk, detail::minus_infinity<T>);
+    scored_ = 0;
+  }
+
+  /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
+  void score(const Piece<S>& piece, const Rows<S>& then) {
+    Cover least = Cover::all, most = Cover::none;
+    for (Index h = head(0); h < head(0) + task_.heads.group_size(); ++h) {
+      const Cover c = detail::cover(
+          *task_.mask, task_.block(h, 0, task_.n_queries(), *piece.run, piece.base, piece.row, piece.count));
+      least = std::min(least, c), most = std::max(most, c);
+    }
+    if (most == Cover::none) return;
+    scored_ += piece.count;
+    if constexpr (has_row_scale<S>) fetch_scales(piece);
+    const Rows<S> keys = rows<false>(*piece.run, piece.row, piece.count);
+    for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
+      dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), s_.q, fetch(keys, k + block, then),
+                  s_.scores + piece.column + k, decode_chunk);
+    if (has_row_scale<S> || !std::is_same_v<F, Plain> || least != Cover::all) finish_scores(piece, least != Cover::all);
+  }
+
+  /// From the scores of a chunk to weights.
+  void weigh() {
+    all_seen_ = scored_ == decode_chunk;
+    if (scored_ == 0) return;
+    for (Index i = 0; i < n_; ++i) all_seen_ = weigh(i, all_seen_) && all_seen_;
+    if (!all_seen_) find_seen();
+  }
+
+  /// The values of a piece. Rows `then` will be read next.
+  void add_values(const Piece<S>& piece, const Rows<S>& then) {
+    if (scored_ == 0) return;
+    const Rows<S> values = rows<true>(*piece.run, piece.row, piece.count);
+    const Index block = block_rows(values.width);
+    for (Index k = 0, some = 0; k < piece.count; k += std::max<Index>(some, 1)) {
+      const Index most = std::min(block, piece.count - k);
+      some = all_seen_ ? most : 0;
+      while (some < most && s_.seen[piece.column + k + some] != T(0)) ++some;
+      if (some > 0)
+        add_rows(values.from(k, some), s_.scores + piece.column + k, decode_chunk, n_, fetch(values, k + some, then),
+                 state_.o);
+      else
+        add_seen(values.from(k, 1), piece.column + k);
+    }
+  }
+
+  /// Keys or values of this head.
+  template <bool Values>
+  Rows<S> rows(const KeyRun<S>& run, Index row, Index count) const {
+    const auto& keys = task_.keys;
+    if constexpr (Values) return {keys.value(run, kv_head_, row), keys.value_row_stride, count, task_.v_head_dim()};
+    return {keys.key(run, kv_head_, row), keys.key_row_stride, count, task_.head_dim()};
+  }
+
+ private:
+  Index query(Index i) const { return i / task_.heads.group_size(); }
+  Index head(Index i) const { return kv_head_ * task_.heads.group_size() + i % task_.heads.group_size(); }
+
+  /// What is left to do to q·k: the scales of the rows, the score function, the mask.
+  void finish_scores(const Piece<S>& piece, bool mixed) {
+    T* const scale_k = s_.scale_k + piece.column;
+    if constexpr (has_row_scale<S>) {
+      const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
+      const float *const k = piece.run->key_scales + at, *const v = piece.run->value_scales + at;
+      if (stride == 1) {
+        std::copy_n(k, piece.count, scale_k);
+        std::copy_n(v, piece.count, s_.scale_v + piece.column);
+      } else {
+        for (Index j = 0; j < piece.count; ++j)
+          scale_k[j] = static_cast<T>(k[j * stride]), s_.scale_v[piece.column + j] = static_cast<T>(v[j * stride]);
+      }
+    }
+    for (Index i = 0; i < n_; ++i) {
+      T* const s = s_.scores + i * decode_chunk + piece.column;
+      if constexpr (has_row_scale<S>) {
+        Index j = 0;
+        for (; j + W <= piece.count; j += W) V::store(s + j, V::mul(V::load(s + j), V::load(scale_k + j)));
+        for (; j < piece.count; ++j) s[j] *= scale_k[j];
+      }
+      if constexpr (!std::is_same_v<F, Plain>)
+        for (Index j = 0; j < piece.count; ++j) s[j] = (*task_.score)(s[j], at(i, piece, j));
+      if (mixed)
+        for (Index j = 0; j < piece.count; ++j)
+          if (!task_.mask->sees(at(i, piece, j))) s[j] = detail::minus_infinity<T>;
+    }
+  }
+  At at(Index i, const Piece<S>& piece, Index j) const {
+    return task_.at(head(i), query(i), piece.base + piece.row + j, piece.run->position + piece.row + j);
+  }
+  /// Asked for before the rows are multiplied: in pages scales are too short for the processor to foresee them.
+  void fetch_scales(const Piece<S>& piece) const {
+    const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
+    for (Index j = 0; j < piece.count; j += 16) {
+      prefetch_near(piece.run->key_scales + at + j * stride);
+      prefetch_near(piece.run->value_scales + at + j * stride);
+    }
+  }
+
+  /// Rows worked on at a time; they stay in the first-level cache for all queries, with those that come next.
+  static Index block_rows(Index width) {
+    return std::clamp<Index>(8192 / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
+  }
+  /// What is read after the first `done` rows: the next block of them, or of `then`. Lines are asked for while other rows
+  /// are worked on; rows with gaps between them, as in plain matrices, here and now.
+  static NextLines fetch(Rows<S> rows, Index done, const Rows<S>& then) {
+    rows = done < rows.count ? rows.from(done, rows.count - done) : then;
+    rows.count = std::min(rows.count, block_rows(rows.width));
+    const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
+    if (rows.stride == rows.width) return {at, at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S)};
+    for (Index r = 0; r < rows.count; ++r)
+      for (Index x = 0; x < rows.width; x += 64 / static_cast<Index>(sizeof(S))) prefetch_near(rows.row(r) + x);
+    return {};
+  }
+
+  /// The weights of one query, its sum and maximum. False where it does not see all of the chunk.
+  bool weigh(Index i, bool complete) {
+    const Vec hidden = V::broadcast(detail::minus_infinity<T>);
+    T* const s = s_.scores + i * decode_chunk;
+    Vec high[2] = {V::broadcast(state_.m[i]), V::broadcast(state_.m[i])}, low = V::load(s);
+    for (Index j = 0; j < decode_chunk; j += 2 * W) {
+      const Vec a = V::load(s + j), b = V::load(s + j + W);
+      high[0] = V::max(high[0], a), high[1] = V::max(high[1], b);
+      low = V::min(low, V::min(a, b));
+    }
+    // A NaN may be lost here: its own weight is NaN all the same, and a query with one NaN is NaN.
+    T top = V::max_lanes(V::max(high[0], high[1]));
+    if (!(top > detail::minus_infinity<T>))
+      for (Index j = 0; j < decode_chunk; ++j) top = detail::nan_max(top, s[j]);
+    if (top == detail::minus_infinity<T>) return false;
+    const bool all = complete && !V::any(V::less_equal(low, hidden));
+    const T keep = detail::weight_of(state_.m[i], top);
+    const Vec to_log2 = V::broadcast(static_cast<T>(std::numbers::log2e_v<long double>)), base = V::broadcast(top);
+    Vec sum[2] = {V::zero(), V::zero()};
+    for (Index j = 0; j < decode_chunk; j += 2 * W)
+      for (Index u = 0; u < 2; ++u) {
+        const Vec score = V::load(s + j + u * W);
+        Vec p = V::weight(V::sub(score, base), to_log2);
+        sum[u] = V::add(sum[u], p);
+        if constexpr (has_row_scale<S>) p = V::mul(p, V::load(s_.scale_v + j + u * W));
+        V::store(s + j + u * W, all ? p : V::select(V::less_equal(score, hidden), hidden, p));
+      }
+    state_.m[i] = top;
+    const T added = V::sum_lanes(V::add(sum[0], sum[1]));
+    state_.l[i] = V::sum_lanes(V::fma(first_lane(keep), first_lane(state_.l[i]), first_lane(added)));
+    if (keep == T(1)) return all;
+    T* const o = state_.o + i * whole_registers<T>(task_.v_head_dim());
+    for (Index x = 0; x < task_.v_head_dim(); x += W) V::store(o + x, V::mul(V::broadcast(keep), V::load(o + x)));
+    return all;
+  }
+
+  /// 1 for the columns that all queries see, 0 for the others.
+  void find_seen() {
+    std::fill_n(s_.seen, decode_chunk, T(1));
+    for (Index i = 0; i < n_; ++i)
+      for (Index j = 0; j < decode_chunk; j += W) {
+        const auto mask =
+            V::less_equal(V::load(s_.scores + i * decode_chunk + j), V::broadcast(detail::minus_infinity<T>));
+        V::store(s_.seen + j, V::select(mask, V::zero(), V::load(s_.seen + j)));
+      }
+  }
+
+  /// One row that some of the queries see; nobody, and it is not read.
+  void add_seen(const Rows<S>& value, Index column) {
+    const Index width = whole_registers<T>(value.width);
+    for (Index i = 0; i < n_; ++i) {
+      const T* const p = s_.scores + i * decode_chunk + column;
+      if (*p != detail::minus_infinity<T>) add_rows(value, p, decode_chunk, 1, {}, state_.o + i * width);
+    }
+  }
+  const Task<T, S, M, F>& task_;
+  Index kv_head_, n_;
+  detail::Carver carver_;
+  DecodeScratch<D> s_;
+  DecodeState<T> state_;
+  Index scored_ = 0;       // keys of the chunk that some query sees
+  bool all_seen_ = false;  // every query sees all of the chunk
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
