@@ -84,7 +84,7 @@ def markdown(results, all_charts, missing):
     rows = charts.memory_table(results)
     if rows:
         out += ["", "## Memory, in bytes", "", "| cache | computed | allocated | resident |", "|---|---|---|---|"]
-        out += ["| " + " | ".join(number(cell) for cell in row) + " |" for row in rows]
+        out += ["| " + " | ".join(cell if isinstance(cell, str) else f"{cell:,.0f}" for cell in row) + " |" for row in rows]
     for chart in all_charts:
         head, rows = chart.table()
         out += ["", f"## {chart.title}", "", chart.text, "", f"![{chart.title}](figures/{chart.id}.svg)", ""]
