@@ -2,6 +2,7 @@
 // random numbers.
 #pragma once
 
+#include <qkv/detail/cache_blocks.hpp>
 #include <qkv/kernel/gemm.hpp>
 #include <qkv/workspace.hpp>
 
@@ -51,7 +52,7 @@ double fma_peak() {
 inline double read_bandwidth(Index bytes, Index threads = 1) {
   using V = qkv::kernel::Simd<float>;
   constexpr Index sums = 8, step = sums * V::width;
-  static std::vector<float, qkv::kernel::WeightAllocator<float>> memory;
+  static std::vector<float, qkv::detail::HugePageAllocator<float>> memory;
   const Index steps = bytes / static_cast<Index>(sizeof(float)) / step;
   if (static_cast<Index>(memory.size()) < steps * step) memory.assign(static_cast<std::size_t>(steps * step), 1.0F);
   const auto read = [&](Index first, Index last) {
@@ -79,8 +80,7 @@ inline double read_bandwidth(Index bytes, Index threads = 1) {
 class ReadProbe {
  public:
   explicit ReadProbe(Index bytes)
-      : floats_(std::max<Index>(bytes / static_cast<Index>(sizeof(float)) / step * step, step)),
-        memory_(qkv::detail::aligned_bytes(static_cast<std::size_t>(floats_) * sizeof(float))) {
+      : floats_(std::max<Index>(bytes / static_cast<Index>(sizeof(float)) / step * step, step)), memory_(floats_) {
     std::fill_n(data(), floats_, 1.0F);
   }
 
@@ -96,7 +96,7 @@ class ReadProbe {
   using V = qkv::kernel::Simd<float>;
   static constexpr Index sums = 8, step = sums * V::width;
 
-  float* data() const { return reinterpret_cast<float*>(memory_.get()); }
+  float* data() const { return memory_.data(); }
   void read(Index first, Index end) const {
     typename V::Vec top[std::size_t(sums)];
     for (auto& t : top) t = V::zero();
@@ -108,7 +108,7 @@ class ReadProbe {
   }
 
   Index floats_;
-  qkv::detail::AlignedBytes memory_;
+  qkv::detail::Numbers<float> memory_;
 };
 
 inline double median(std::vector<double> values) {

@@ -5,15 +5,17 @@
 //     head 1: row 0, …                           head 1: …
 //
 // The rows of one head lie one after another, so a kernel reads memory in order. Keys, values and (int8) their scales are
-// four arrays without padding, each 64-byte aligned.
+// four arrays without padding.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 
 #include "../key_rows.hpp"
 #include "../workspace.hpp"
+#include "huge_pages.hpp"
 
 namespace qkv::inline QKV_ABI::detail {
 
@@ -34,22 +36,27 @@ inline void check(const CacheShape& shape) {
 template <StorageType S>
 using ReadAs = std::conditional_t<std::is_floating_point_v<S>, S, float>;
 
-/// n numbers, 64-byte aligned, uninitialised: a row is written before it is read.
+/// n numbers, uninitialised: a row is written before it is read. In huge pages where they are many.
 template <class T>
 class Numbers {
+  using Allocator = HugePageAllocator<T>;
+  struct Delete {
+    std::size_t n = 0;
+    void operator()(T* p) const { Allocator().deallocate(p, n); }
+  };
+
  public:
   Numbers() = default;
   explicit Numbers(Index n) {
-    const Index bytes = checked_product(n, static_cast<Index>(sizeof(T)));
-    if (bytes > 0) memory_ = aligned_bytes(static_cast<std::size_t>(bytes));
-    bytes_ = bytes;
+    checked_product(n, static_cast<Index>(sizeof(T)));
+    const auto count = static_cast<std::size_t>(n);
+    if (n > 0) memory_ = std::unique_ptr<T, Delete>(Allocator().allocate(count), Delete{count});
   }
-  T* data() const { return reinterpret_cast<T*>(memory_.get()); }
-  Index bytes() const { return memory_ ? bytes_ : 0; }
+  T* data() const { return memory_.get(); }
+  Index bytes() const { return memory_ ? static_cast<Index>(memory_.get_deleter().n * sizeof(T)) : 0; }
 
  private:
-  AlignedBytes memory_;
-  Index bytes_ = 0;
+  std::unique_ptr<T, Delete> memory_;
 };
 
 /// Rows that a context shift turns at a time: few enough for the cache, enough to share their cosines.

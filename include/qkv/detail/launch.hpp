@@ -60,10 +60,9 @@ void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView
   const Index n = task.n_queries(), kv_heads = task.heads.kv_heads, group = task.heads.group_size(),
               dv = task.v_head_dim();
   Index splits = 0, at_once = kernel::decode_heads_at_once<D>(task);
-  if constexpr (!std::is_same_v<E, Serial>) {  // heads share an item where there are sixteen all the same
-    kernel::for_each_split(task.keys, [&](const kernel::Chunk&) { ++splits; });
-    at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);
-  }
+  if constexpr (!std::is_same_v<E, Serial>) kernel::for_each_split(task.keys, [&](const kernel::Chunk&) { ++splits; });
+  const bool parallel = splits > 1 || (splits == 1 && kernel::decode_in_parallel(task));
+  if (parallel) at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);  // heads share an item past sixteen
   const auto heads_of = [&](Index item) { return std::min(at_once, kv_heads - item * at_once); };
   const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, n * group, task.head_dim(), dv); };
   const Index items = (kv_heads + at_once - 1) / at_once;

@@ -39,11 +39,11 @@ void for_each_split(const KeyRows<S>& keys, F&& f) {
   });
 }
 
-/// Whether the rows are worth waking other threads for: about twenty microseconds of reading.
+/// Whether rows of one split are worth waking other threads for: more than 1024 rows of 8 kv heads of 128. Measured on two
+/// cores: 1024 such rows in float take as long on two threads as on one, in int8 0.9 to 1.3 of the time; 2048 0.9 and 0.8.
 template <class T, StorageType S, class M, class F>
 bool decode_in_parallel(const Task<T, S, M, F>& task) {
-  const Index numbers = task.heads.kv_heads * (task.head_dim() + task.v_head_dim());
-  return task.keys.rows * numbers * static_cast<Index>(sizeof(S)) >= Index{1} << 20;
+  return task.keys.rows * task.heads.kv_heads * (task.head_dim() + task.v_head_dim()) >= Index{3} << 20;
 }
 
 /// How many kv heads take turns: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the

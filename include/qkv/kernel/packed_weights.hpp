@@ -8,41 +8,15 @@
 // Before: kernel/register_tile.hpp   Next: kernel/gemm.hpp
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <vector>
 
+#include "../detail/huge_pages.hpp"
 #include "../storage.hpp"
 #include "../workspace.hpp"
 #include "register_tile.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
-
-/// std::allocator on cache lines; from 4 MB on in huge pages, where Linux has them to give: fewer address translations
-/// while weights stream (measured: 3 to 7 % at 16 to 64 rows of 4096 x 4096).
-template <class S>
-struct WeightAllocator {
-  using value_type = S;
-  WeightAllocator() = default;
-  template <class Other>
-  WeightAllocator(const WeightAllocator<Other>&) {}
-  static std::align_val_t alignment(std::size_t bytes) {
-    return std::align_val_t{bytes >= std::size_t{4} << 20 ? std::size_t{2} << 20 : detail::cache_line};
-  }
-  S* allocate(std::size_t n) {
-    const std::size_t bytes = n * sizeof(S);
-    void* const p = ::operator new(bytes, alignment(bytes));
-#if defined(MADV_HUGEPAGE)
-    if (alignment(bytes) != alignment(0)) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return static_cast<S*>(p);
-  }
-  void deallocate(S* p, std::size_t n) { ::operator delete(p, alignment(n * sizeof(S))); }
-  friend bool operator==(const WeightAllocator&, const WeightAllocator&) { return true; }
-};
 
 /// Columns of a panel: 128 bytes of T, in whole tiles.
 template <class T>
@@ -120,7 +94,7 @@ class PackedWeights {
 
  private:
   Index in_ = 0, out_ = 0;
-  std::vector<S, WeightAllocator<S>> numbers_;
+  std::vector<S, detail::HugePageAllocator<S>> numbers_;
   std::vector<T> scales_;
 };
 
