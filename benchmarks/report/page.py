@@ -26,7 +26,7 @@ table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-num
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap;overflow-wrap:normal}
 th{color:var(--muted);font-weight:600}td:first-child,th:first-child{text-align:left;padding-left:0}
 details{margin:.3rem 0}summary{cursor:pointer;padding:.35rem 0}
-.peer th{text-align:left}.peer td{text-align:left;white-space:normal;min-width:5rem}.faster{color:var(--s4);font-weight:600}
+.peer th{text-align:left}.peer td{text-align:left;white-space:normal;min-width:5rem}.peer td:last-child{white-space:nowrap}.faster{color:var(--s4);font-weight:600}
 """
 
 
