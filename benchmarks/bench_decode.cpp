@@ -19,9 +19,9 @@
 #include <numeric>
 #include <string>
 #include <type_traits>
-#include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include "support/machine.hpp"
+#include "support/threads.hpp"
 
 namespace {
 
@@ -36,24 +36,6 @@ struct Sizes {
     return part("/n", n) + part("/heads", heads) + part("/kv_heads", kv_heads) + part("/d", d) + part("/batch", batch) +
            part("/threads", threads) + (n_queries > 1 ? part("/queries", n_queries) : "");
   }
-};
-
-/// Threads that wait between calls, as a program that decodes keeps them.
-class Threads {
- public:
-  explicit Threads(Index count) {
-    if (count > 1) pool_ = std::make_unique<Eigen::ThreadPool>(static_cast<int>(count - 1));
-  }
-  template <class F>
-  void operator()(Index n, F&& f) const {
-    if (pool_)
-      qkv::PoolExecutor<Eigen::ThreadPool>{*pool_}(n, f);
-    else
-      qkv::serial(n, f);
-  }
-
- private:
-  std::unique_ptr<Eigen::ThreadPool> pool_;
 };
 
 // ---- caches of n random rows ----
@@ -132,7 +114,7 @@ void set_counters(benchmark::State& state, const Sizes& s, double bytes, double 
 /// Each call beside a sample of the bandwidth.
 template <class Call>
 void measure(benchmark::State& state, const Sizes& s, Index bytes, const machine::ReadProbe& probe,
-             const Threads& threads, double bytes_per_token, const Call& call) {
+             const support::SleepingThreads& threads, double bytes_per_token, const Call& call) {
   std::vector<double> fractions;
   for (auto _ : state) {
     const double bandwidth = probe.bandwidth(threads, s.threads), start = machine::seconds();
@@ -179,7 +161,7 @@ void decode(benchmark::State& state, const Sizes& s, qkv::Arithmetic arithmetic,
   options.kernel = kernel;
   options.arithmetic = arithmetic;
   options.workspace = &workspace;
-  const Threads threads(s.threads);
+  const support::SleepingThreads threads(s.threads);
   const auto call = [&] {
     for (std::size_t b = 0; b < q.size(); ++b)
       qkv::attention_into(out[b], q[b], holders[b]->cache, {s.heads, s.kv_heads}, qkv::causal, qkv::plain, options,
@@ -197,7 +179,7 @@ template <class S>
 void bare_read(benchmark::State& state, const Sizes& s) {
   const Index bytes = s.batch * s.n * row_bytes<S>(s);
   const machine::ReadProbe probe(bytes), memory(bytes);
-  const Threads threads(s.threads);
+  const support::SleepingThreads threads(s.threads);
   measure(state, s, bytes, probe, threads, static_cast<double>(row_bytes<S>(s)),
           [&] { memory.bandwidth(threads, s.threads); });
 }
@@ -224,7 +206,8 @@ void eigen(benchmark::State& state, const Sizes& s) {
   call();
   if (!verify(state, out.cast<double>(), expected_of(q, holder.cache, s), 5e-6)) return;
   const Index bytes = s.n * row_bytes<float>(s);
-  measure(state, s, bytes, machine::ReadProbe(bytes), Threads(1), static_cast<double>(row_bytes<float>(s)), call);
+  measure(state, s, bytes, machine::ReadProbe(bytes), support::SleepingThreads(1),
+          static_cast<double>(row_bytes<float>(s)), call);
 }
 
 /// One layer, token n: with a cache it projects and attends for one token; without, for all n again.

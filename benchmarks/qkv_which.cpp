@@ -21,10 +21,10 @@
 #include <nlohmann/json.hpp>
 #include <qkv/qkv.hpp>
 #include <string>
-#include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include "support/cache_costs.hpp"
 #include "support/machine.hpp"
+#include "support/threads.hpp"
 
 namespace {
 
@@ -51,23 +51,6 @@ struct Candidate {
   bool fits = false;
   double milliseconds = 0, error = 0;  // of one token in one layer of one sequence
   bool measured = false;
-};
-
-class Threads {
- public:
-  explicit Threads(Index count) {
-    if (count > 1) pool_ = std::make_unique<Eigen::ThreadPool>(static_cast<int>(count - 1));
-  }
-  template <class F>
-  void operator()(Index n, F&& f) const {
-    if (pool_)
-      qkv::PoolExecutor<Eigen::ThreadPool>{*pool_}(n, f);
-    else
-      qkv::serial(n, f);
-  }
-
- private:
-  std::unique_ptr<Eigen::ThreadPool> pool_;
 };
 
 /// Median of seven calls, each after a read of 64 MB.
@@ -97,7 +80,7 @@ void fill(Cache& cache, Index n, Index width, Index other_width) {
 /// Decodes one token on n rows and says how long it took; the output goes to `out`.
 template <class S>
 double decode(const Candidate& c, Index n, Index threads, Matrix<float>& out) {
-  const Threads executor(threads);
+  const support::SleepingThreads executor(threads);
   qkv::Workspace workspace;
   if (c.latent_dim > 0) {
     qkv::LatentCache<S> cache({.latent_dim = c.latent_dim, .rope_dim = c.rope_dim, .capacity = n});
@@ -142,7 +125,7 @@ double decode(const Candidate& c, Index n, Index threads, Matrix<float>& out) {
 
 /// MLA: one prompt of n tokens in each form, milliseconds of one layer (without the projections both have).
 std::pair<double, double> prompt_forms(const Candidate& c, Index n, Index threads) {
-  const Threads executor(threads);
+  const support::SleepingThreads executor(threads);
   qkv::LatentAttentionConfig config = qkv::deepseek_v3;
   config.model_dim = 64, config.q_latent_dim = 0, config.heads = c.heads, config.latent_dim = c.latent_dim;
   config.rope_dim = c.rope_dim, config.nope_dim = c.head_dim, config.v_head_dim = c.v_head_dim;

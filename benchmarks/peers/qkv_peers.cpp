@@ -8,9 +8,9 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include "support/machine.hpp"
+#include "support/threads.hpp"
 
 namespace {
 
@@ -19,29 +19,11 @@ using qkv::Matrix;
 using Rows = Eigen::Map<const Matrix<float>>;
 using Out = Eigen::Map<Matrix<float>>;
 
-/// Threads that sleep between calls: spinning ones would take time from the peers.
-class Threads {
- public:
-  explicit Threads(Index count) {
-    if (count > 1) pool_ = std::make_unique<Eigen::ThreadPool>(static_cast<int>(count - 1));
-  }
-  template <class F>
-  void operator()(Index n, F&& f) const {
-    if (pool_)
-      qkv::PoolExecutor<Eigen::ThreadPool>{*pool_}(n, f);
-    else
-      qkv::serial(n, f);
-  }
-
- private:
-  std::unique_ptr<Eigen::ThreadPool> pool_;
-};
-
 std::string last_error;
 
 struct Call {
   explicit Call(Index count) : threads(count) { options.workspace = &workspace; }
-  Threads threads;
+  support::SleepingThreads threads;
   qkv::Workspace workspace;
   qkv::Options<float> options;
   std::function<void()> run;

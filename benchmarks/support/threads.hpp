@@ -1,10 +1,14 @@
-// support/threads.hpp — an executor for benchmarks: threads that wait between calls, as a program's own pool would.
+// support/threads.hpp — executors for benchmarks: threads that wait between calls, as a program's own pool would; those of
+// `Threads` spin, those of `SleepingThreads` are Eigen's.
 #pragma once
 
 #include <qkv/parallel.hpp>
 
+#include <unsupported/Eigen/CXX11/ThreadPool>
+
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -57,6 +61,24 @@ class Threads {
   mutable std::function<void(qkv::Index)> call_;
   std::atomic<bool> stop_{false};
   std::vector<std::thread> others_;
+};
+
+/// `count` threads, the caller's among them. They sleep between calls and take no time from what else runs.
+class SleepingThreads {
+ public:
+  explicit SleepingThreads(qkv::Index count) {
+    if (count > 1) pool_ = std::make_unique<Eigen::ThreadPool>(static_cast<int>(count - 1));
+  }
+  template <class F>
+  void operator()(qkv::Index n, F&& f) const {
+    if (pool_)
+      qkv::PoolExecutor<Eigen::ThreadPool>{*pool_}(n, f);
+    else
+      qkv::serial(n, f);
+  }
+
+ private:
+  std::unique_ptr<Eigen::ThreadPool> pool_;
 };
 
 }  // namespace support
