@@ -125,10 +125,10 @@ void run(benchmark::State& state, const Sizes& s, bool each, bool cascade) {
   one_call(reference, {.kernel = qkv::Kernel::reference}, qkv::serial), rewind();
   const double error = (out - reference).cwiseAbs().maxCoeff(), size = reference.cwiseAbs().maxCoeff();
   state.counters["max_abs_error"] = error;
-  const double tolerance = cascade && std::is_same_v<S, std::int8_t> ? 2e-2
-                           : cascade && !std::is_same_v<S, float>    ? 5e-3
-                                                                     : 1e-5;
-  if (!(error <= tolerance * size) || !(cascade || out == alone)) return state.SkipWithError("wrong");
+  // int8 keys are multiplied in int8, narrow rows of a cascade in their own numbers.
+  const double tolerance = std::is_same_v<S, std::int8_t> ? 2e-2 : cascade && !std::is_same_v<S, float> ? 5e-3 : 1e-5;
+  if (!(error <= tolerance * size)) return state.SkipWithError("wrong");
+  if (!cascade && out != alone) return state.SkipWithError("not the bits of a sequence alone");
 
   const auto weight_bytes = static_cast<double>(mha.weights().query.bytes() + mha.weights().key.bytes() +
                                                 mha.weights().value.bytes() + mha.weights().output.bytes());

@@ -20,9 +20,9 @@ TEST_CASE("explain names the kernel that the rule picks, and why", "[explain]") 
   const auto e = explain(q, k, v, heads, causal);
   CHECK(e.kernel == choose_kernel<float>(Kernel::automatic, 1000));
   CHECK(e.kernel == Kernel::tiled);
-  CHECK(e.why == "1000 queries > 4");
+  CHECK(e.why == "1000 queries > 8");
   CHECK(explain(q.topRows(3), k, v, heads).kernel == Kernel::decode);
-  CHECK(explain(q.topRows(3), k, v, heads).why == "3 queries <= 4");
+  CHECK(explain(q.topRows(3), k, v, heads).why == "3 queries <= 8");
   const auto asked = explain(q, k, v, heads, causal, plain, {.kernel = Kernel::reference});
   CHECK(asked.kernel == Kernel::reference);
   CHECK(asked.why == "asked for by options.kernel");
@@ -86,7 +86,7 @@ TEST_CASE("explain counts the blocks that are skipped", "[explain]") {
 
 TEST_CASE("explain prints one line", "[explain]") {
   const std::string text = explain(q, k, v, heads, causal).text();
-  for (const char* part : {"tiled kernel (1000 queries > 4)", "1000 queries x 1300 keys", "8/2 heads of 24/40",
+  for (const char* part : {"tiled kernel (1000 queries > 8)", "1000 queries x 1300 keys", "8/2 heads of 24/40",
                            "f32 keys", "% skipped", "Gflop", "MB", "kB scratch", isa_name})
     CHECK(contains(text, part));
   CHECK(!contains(text, "\n"));

@@ -3,7 +3,7 @@
 //
 //     std::puts(explain(q, k, v, {8, 2}, causal).text().c_str());
 //
-//     tiled kernel (2048 queries > 4), avx512; 2048 queries x 2048 keys, 8/2 heads of 128/128, f32 keys; blocks of
+//     tiled kernel (2048 queries > 8), avx512; 2048 queries x 2048 keys, 8/2 heads of 128/128, f32 keys; blocks of
 //     192x192: 440 all, 88 some, 440 none (45% skipped); 9.38 Gflop, 21 MB, 4.72e+03 kB scratch
 //
 // The rule it reports is choose_kernel in options.hpp: the same function that the call itself uses.
