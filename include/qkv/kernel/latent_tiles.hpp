@@ -31,10 +31,9 @@ namespace qkv::inline QKV_ABI::kernel::absorbed {
 template <class A>
 using KeyDot =
 #ifdef QKV_DETAIL_WORDS
-    std::conditional_t<A::quads, QuadValueDot,
-                       std::conditional_t<A::words, PairValueDot, NumberDot<typename A::Scalar>>>;
+    std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
 #else
-    NumberDot<typename A::Scalar>;
+    ValueDot<A>;
 #endif
 
 /// Few heads leave lanes over: then each of them takes every `parts`-th number of a row, and parts are added at the end.

@@ -6,7 +6,7 @@
 // Loads and stores need no alignment. Storage types are converted in the register, exactly, the same on every machine.
 //
 //     fma(a, b, c) = a·b + c      rounded once where `fused`, else (SSE2 without FMA) twice
-//     max, min                    which operand comes out where one is NaN is left open; max_nan: NaN
+//     max, min                    which operand comes out where one is NaN is left open
 //     exp2(x) = 2ˣ                2ⁿ·2ʳ with n = round(x), r ∈ [-½, ½], 2ʳ by a polynomial of degree 6 (float) or 11
 //                                 (double); 0.9 ulp with FMA, 1.1 without. exp2(-inf) = +0, exp2(0) = 1 and
 //                                 exp2(NaN) = NaN exactly. Below the smallest normal number the result may be +0;
@@ -210,7 +210,6 @@ struct Simd {
   }
   static Vec max(Vec a, Vec b) { return a < b ? b : a; }
   static Vec min(Vec a, Vec b) { return b < a ? b : a; }
-  static Vec max_nan(Vec a, Vec b) { return a < b || b != b ? b : a; }
   static Vec exp2(Vec x) {
     using std::exp2;
     return exp2(x);
@@ -297,7 +296,6 @@ requires(detail::has_packets<T>) struct Simd<T> {
   static EIGEN_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return detail::packets::pmadd(a, b, c); }
   static EIGEN_ALWAYS_INLINE Vec max(Vec a, Vec b) { return detail::packets::pmax(a, b); }
   static EIGEN_ALWAYS_INLINE Vec min(Vec a, Vec b) { return detail::packets::pmin(a, b); }
-  static EIGEN_ALWAYS_INLINE Vec max_nan(Vec a, Vec b) { return detail::packets::pmax<Eigen::PropagateNaN>(a, b); }
 
   /// 2ˣ; see the head of this file.
   static EIGEN_ALWAYS_INLINE Vec exp2(Vec x) {
