@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include <qkv/compress.hpp>
 #include <qkv/qkv.hpp>
 
 #include "story_model.hpp"

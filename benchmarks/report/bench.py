@@ -36,7 +36,7 @@ def main(arguments=None):
             raise SystemExit("not stored: a program failed")
         path = store.store(folder, options.source / "benchmarks" / "results")
         print(path)
-        readme.update(options.source / "README.md", path)
+        readme.update(options.source / "README.md")
         print(options.source / "README.md")
     return 1 if failed else 0
 

@@ -2,8 +2,8 @@
 
 A row is slower (or faster) where its median moved by more than the threshold and the rank test of its repetitions gives
 chance less than alpha. Compared is the fraction of what the machine reached in the same moment (roofline_fraction,
-peak_fraction, bandwidth_fraction) where both have it, else the time, with twice the threshold. Status: 0 nothing slower, 1 something slower,
-2 nothing to compare."""
+peak_fraction, bandwidth_fraction) where both have it, else the time, with twice the threshold. Peers and memory are
+measured once a run and not compared. Status: 0 nothing slower, 1 something slower, 2 nothing to compare."""
 
 import argparse
 import statistics
@@ -13,6 +13,7 @@ from . import ranks, results
 
 FRACTIONS = ("roofline_fraction", "peak_fraction", "bandwidth_fraction")
 FEWEST = 3
+ONCE = ("scaling/slope/", "memory/", "peer/")  # rows without repetitions
 
 
 def costs(row, metric):
@@ -46,7 +47,7 @@ def compare_rows(old, new, threshold, alpha):
 def compare(old, new, threshold=0.05, alpha=0.05):
     """[(name, verdict, metric, ratio, p)] of the rows that both have."""
     return [(name, *compare_rows(row, new.rows[name], threshold, alpha))
-            for name, row in old.rows.items() if name in new.rows and not name.startswith("scaling/slope/")]
+            for name, row in old.rows.items() if name in new.rows and not name.startswith(ONCE)]
 
 
 def table(rows):

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,23 +42,30 @@ class Progress:
         print(("\r\x1b[K" if self.terminal else "") + "-- " + text, file=sys.stderr, flush=True)
 
 
-def run_program(binary, arguments, progress, label, seconds):
-    """(JSON, None), or (None, why not). A row that is printed is a row done."""
+def run_program(binary, arguments, progress, label, seconds, limit):
+    """(JSON, None), (None, why it failed), or (None, None): not done after `limit` seconds. A row that is printed is done."""
     listed = subprocess.run([binary, *arguments, "--benchmark_list_tests=true"], capture_output=True, text=True)
     total = max(1, len(listed.stdout.splitlines()))
     out = Path(f"{binary}.json")
     process = subprocess.Popen([binary, *arguments, f"--benchmark_out={out}", "--benchmark_out_format=json"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    done, errors = 0, []
+    done, start = 0, time.monotonic()
+    stop = threading.Timer(limit, process.kill)
+    stop.start()
     progress.show(f"{label}: {total} rows", step=True)
     for line in process.stdout:
         if re.match(r"^\w+/\S+:\S*|^\w+/\S+\s", line):
             done += 1
             progress.show(f"{label}: {done}/{total} {line.split()[0]}", seconds * done / total)
     errors = process.stderr.read().strip().splitlines()
-    if process.wait() != 0:
-        return None, f"ended with status {process.returncode}: {errors[-1] if errors else 'nothing said'}"
+    status = process.wait()
+    stop.cancel()
     try:
+        if status == -signal.SIGKILL and time.monotonic() - start >= limit:
+            progress.say(f"{label}: left out, the time was up after {done} of {total} rows")
+            return None, None
+        if status != 0:
+            return None, f"ended with status {status}: {errors[-1] if errors else 'nothing said'}"
         return json.loads(out.read_text()), None
     except (OSError, json.JSONDecodeError) as error:
         return None, f"wrote no results ({error.__class__.__name__}); is the filter empty?"
@@ -133,12 +142,14 @@ def run(build, source, folder, quick, about):
             filter_ = [f"--benchmark_filter={program.quick}"] if quick else []
             start = time.monotonic()
             data, why = run_program(str(binaries / program.name), [*filter_, f"--benchmark_min_time={mode.min_time}"],
-                                    progress, f"pass {index + 1}/{mode.passes} {program.name}", seconds[program.name])
+                                    progress, f"pass {index + 1}/{mode.passes} {program.name}", seconds[program.name],
+                                    max(1.0, mode.limit - progress.elapsed))
             took[program.name] = time.monotonic() - start
             progress.passed += seconds[program.name]
             if why:
                 progress.say(f"{program.name}: {why}")
                 failed.add(program.name)
+            if data is None:
                 continue
             merged[program.name] = add_pass(merged.get(program.name), data, index)
             write(folder / f"{program.name}.json", merged[program.name])

@@ -1,4 +1,5 @@
 // qkv.hpp — everything, in reading order: a header includes only what stands above it (detail/ aside); a test checks it.
+// One is named and not included: a program that wants it pays for Eigen's decompositions, two thirds of the time to compile.
 #pragma once
 
 // clang-format off
@@ -69,5 +70,7 @@
 #include "kernel/latent.hpp"            // latent attention, naive and absorbed
 #include "latent_attention.hpp"         // MLA
 #include "checkpoint.hpp"               // weights from PyTorch, GPT-2, Llama, DeepSeek
-#include "compress.hpp"                 // MHA, GQA and MQA turned into MLA
+
+// By its own name only: a tool, not a part of running a model
+// #include "compress.hpp"              // MHA, GQA and MQA turned into MLA
 // clang-format on

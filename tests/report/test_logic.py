@@ -177,17 +177,28 @@ class Storing(Folder):
     def test_paths_among_context_values_are_dropped(self):
         self.assertEqual(context.stripped({"a": "/tmp/x", "b": "x/y", "load_avg": [1]}), {"b": "x/y"})
 
-    def test_readme_is_written_from_the_stored_file_and_a_changed_number_is_found(self):
-        path = store.store(canned.write(self.root / "run"), self.root / "benchmarks" / "results")
+    def test_readme_is_written_from_all_stored_files_and_a_changed_number_is_found(self):
         page = self.root / "README.md"
-        page.write_text("before\n" + readme.BEGIN.format("x") + "\n" + readme.END + "\nafter\n")
-        self.assertIn("which is not there", readme.check(page))
-        readme.update(page, path)
+        page.write_text("before\n" + readme.BEGIN + "\n" + readme.END + "\nafter\n")
+        self.assertIn("holds no results", readme.check(page))
+        folder = canned.write(self.root / "run")
+        store.store(folder, self.root / readme.STORED)
+        about = json.loads((folder / "context.json").read_text())
+        other = {**about, "date": "2020-03-01 12:00 UTC", "qkv build": "abi_avx2_fma", "machine": {**about["machine"], "cores": 9}}
+        (folder / "context.json").write_text(json.dumps(other))
+        for gone in ("peers", "bench_decode"):
+            (folder / f"{gone}.json").unlink()
+        store.store(folder, self.root / readme.STORED)
+        readme.update(page)
         self.assertIsNone(readme.check(page))
         text = page.read_text()
         self.assertTrue(text.startswith("before\n") and text.endswith("after\n"))
-        self.assertIn("| prompt of 2,048 tokens, 8 heads of 128, f32 | 41.9 ms | 0.7 of f32 multiply-adds | 2e-07 |", text)
-        self.assertIn("fastlib by 2x", text)
+        self.assertIn("| | of | AVX2, Test CPU (family 1, model 2) | ", text)  # the newer one first
+        both = " | 41.9 ms · 0.7 · 2e-07" * 2
+        self.assertIn("| prompt of 2,048 tokens, 8 heads of 128, f32 | multiply-adds" + both + " |", text)
+        self.assertIn("| one token on 32,768, 32/8 heads of 128, f32 | bandwidth | – | 8 ms · 0.85 · 2e-07 |", text)
+        self.assertIn("9 cores, 200 GFLOP/s", text)
+        self.assertEqual(text.count("fastlib by 2x"), 1)
         page.write_text(text.replace("41.9 ms", "11.9 ms"))
         self.assertIn("differ", readme.check(page))
 
@@ -207,6 +218,23 @@ class Running(Folder):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             run.extra([str(self.root / "run")], self.root / "peers.json", progress, "peers", 1, 10)
         self.assertIn("peers: left out, run is not there", said.getvalue())
+
+    def test_a_program_is_read_row_by_row_and_ended_when_the_time_is_up(self):
+        program = self.root / "bench"
+        program.write_text("""#!/bin/sh
+case "$*" in *list_tests*) echo a/n:1; echo a/n:2; exit;; esac
+echo "a/n:1   1 ms"
+case "$*" in *slow*) exec sleep 60;; *broken*) echo no memory >&2; exit 3;; esac
+for a; do case $a in --benchmark_out=*) echo '{"context": {}, "benchmarks": []}' >"${a#*=}";; esac; done
+""")
+        program.chmod(0o755)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            progress = run.Progress(10)
+            self.assertEqual(run.run_program(str(program), [], progress, "bench", 1, 30), ({"context": {}, "benchmarks": []}, None))
+            self.assertEqual(run.run_program(str(program), ["broken"], progress, "bench", 1, 30),
+                             (None, "ended with status 3: no memory"))
+            self.assertEqual(run.run_program(str(program), ["slow"], progress, "bench", 1, 0.3), (None, None))
+        self.assertIn("bench: left out, the time was up after 1 of 2 rows", said.getvalue())
 
     def test_quick_and_full_fit_their_limits(self):
         self.assertLessEqual(plan.QUICK.limit, 180)
