@@ -246,15 +246,22 @@ void naive(benchmark::State& state, const Sizes& s) {
   report_bytes<S>(state, cache.bytes(), s.n, s.heads);
 }
 
+/// n rows: one block of random ones, over and over. A copy of all of it would not fit beside it.
+template <class Cache>
+void fill(Cache& cache, Index n, Index key_width, Index value_width) {
+  const Index block = std::min<Index>(509, n);
+  const Matrix<float> k = machine::normal(block, key_width, 1), v = machine::normal(block, value_width, 2);
+  for (Index first = 0; first < n; first += block) {
+    const Index rows = std::min(block, n - first);
+    cache.append(k.topRows(rows), v.topRows(rows));
+  }
+}
+
 /// Keys and values in a cache of their own: naive latent attention once restored (kv_heads = heads, d 192), MHA, GQA, MQA.
 template <class S>
 void with_keys(benchmark::State& state, const Sizes& s, Index kv_heads, Index d) {
   qkv::KvCache<S> cache({.kv_heads = kv_heads, .head_dim = d, .v_head_dim = v_head_dim, .capacity = s.n});
-  for (Index first = 0; first < s.n; first += 512)  // a copy of all of it would not fit beside it
-    cache.append(
-        machine::normal(std::min<Index>(512, s.n - first), kv_heads * d, static_cast<std::uint64_t>(first + 1)),
-        machine::normal(std::min<Index>(512, s.n - first), kv_heads * v_head_dim,
-                        static_cast<std::uint64_t>(first + 2)));
+  fill(cache, s.n, kv_heads * d, kv_heads * v_head_dim);
   const Matrix<float> q = machine::normal(s.n_new, s.heads * d, 3);
   Matrix<float> out(s.n_new, s.heads * v_head_dim);
   qkv::Workspace workspace;
@@ -337,11 +344,7 @@ void layer_mha(benchmark::State& state, Index n, Index model_dim) {
   const qkv::MultiHeadAttentionConfig config = qkv::multi_head_equivalent(mla);
   const qkv::MultiHeadAttention<float> layer(config, qkv::MultiHeadAttentionWeights<float>::random(config));
   auto cache = layer.template make_cache<S>(n);
-  for (Index first = 0; first < n - 1; first += 512) {
-    const Index rows = std::min<Index>(512, n - 1 - first);
-    cache.append(machine::normal(rows, config.kv_heads * config.head_dim, static_cast<std::uint64_t>(first + 1)),
-                 machine::normal(rows, config.kv_heads * config.v_head_dim, static_cast<std::uint64_t>(first + 2)));
-  }
+  fill(cache, n - 1, config.kv_heads * config.head_dim, config.kv_heads * config.v_head_dim);
   const Matrix<float> x = machine::normal(1, model_dim, 3);
   Matrix<float> out(1, model_dim);
   const auto call = [&] {
