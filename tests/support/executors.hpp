@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -51,6 +52,22 @@ struct Threaded {
     for (auto& thread : pool) thread.join();
     if (error) std::rethrow_exception(error);
   }
+};
+
+/// Any of them behind one type: a kernel is compiled once for all.
+class AnyExecutor {
+ public:
+  template <class E>
+  explicit AnyExecutor(E executor) : run_([executor](qkv::Index n, const Item& f) { executor(n, f); }) {}
+
+  template <class F>
+  void operator()(qkv::Index n, F&& f) const {
+    run_(n, [&f](qkv::Index i) { f(i); });
+  }
+
+ private:
+  using Item = std::function<void(qkv::Index)>;
+  std::function<void(qkv::Index, const Item&)> run_;
 };
 
 }  // namespace support
