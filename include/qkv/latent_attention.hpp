@@ -10,10 +10,10 @@
 // Nothing is approximated at run time: the model *is* of low rank.
 //
 // Two forms compute the same: naive (restore keys and values, for many queries) and absorbed (never restore them, for few);
-// see kernel/latent.hpp. `automatic` chooses by numbers of queries and keys only.
+// see kernel/latent.hpp. `automatic` chooses by numbers of queries and keys only: latent_form.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //
-// Before: kernel/latent.hpp   Next: checkpoint.hpp
+// Before: latent_form.hpp   Next: checkpoint.hpp
 #pragma once
 
 #include <algorithm>
@@ -25,6 +25,8 @@
 #include "detail/layer.hpp"
 #include "kernel/latent.hpp"
 #include "latent_cache.hpp"
+#include "latent_form.hpp"
+#include "latent_weights.hpp"
 #include "model_config.hpp"
 #include "norm.hpp"
 #include "rope.hpp"
@@ -46,78 +48,6 @@ concept LatentKeySource = requires(C& cache, const C& constant, const View<float
   { cache.workspace() } -> std::same_as<Workspace&>;
 };
 
-/// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
-/// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
-/// sizes, never at run time: benchmarks/README.md, `break_even`.
-inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, narrow_absorbed_cost = 0.5;
-
-/// The form that takes less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
-/// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head, in multiply-adds
-///   absorbed  pairs·(2·latent_dim + rope_dim)·absorbed_cost         + s·latent_dim·(nope_dim + v_head_dim)·1.15
-///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.05  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.15
-/// At DeepSeek's sizes and in float naive wins from about √(c² + 400.9·c) - c new tokens on: 132 at c = 128, never more
-/// than 201. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
-constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries, Index n_keys,
-                                        double absorbed_cost = 1) {
-  if (asked != LatentForm::automatic) return asked;
-  const double s = static_cast<double>(n_queries), old = static_cast<double>(std::max<Index>(n_keys - n_queries, 0));
-  const double pairs = s * old + s * (s + 1) / 2;
-  const double up =
-      projection_cost * static_cast<double>(c.latent_dim) * static_cast<double>(c.nope_dim + c.v_head_dim);
-  const double absorbed = absorbed_cost * pairs * static_cast<double>(2 * c.latent_dim + c.rope_dim) + s * up;
-  const double naive =
-      naive_attention_cost * pairs * static_cast<double>(c.nope_dim + c.rope_dim + c.v_head_dim) + (old + s) * up;
-  return naive < absorbed ? LatentForm::naive : LatentForm::absorbed;
-}
-
-template <class T>
-struct LatentAttentionWeights {
-  Projection<T> query = {};        // W_Q [model_dim, heads·(nope_dim + rope_dim)]; q_latent_dim == 0 only
-  Projection<T> query_down = {};   // W_DQ [model_dim, q_latent_dim]; the other three with q_latent_dim > 0 only
-  RowVector<T> query_norm = {};    // [q_latent_dim]
-  Projection<T> query_up = {};     // W_UQ [q_latent_dim, heads·(nope_dim + rope_dim)]
-  Projection<T> latent_down = {};  // W_DKV [model_dim, latent_dim + rope_dim]
-  RowVector<T> latent_norm = {};   // [latent_dim]; empty without config.latent_norm
-  Projection<T> key_up = {};       // W_UK [latent_dim, heads·nope_dim]
-  Projection<T> value_up = {};     // W_UV [latent_dim, heads·v_head_dim]
-  Projection<T> output = {};       // W_O [heads·v_head_dim, model_dim]
-  RowVector<double> rope_frequencies = {};  // [rope_dim / 2] radians per position, or empty: those of config.rope
-
-  /// Normal random weights of variance 1/in_dim, gains 1; the same on every machine.
-  static LatentAttentionWeights random(const LatentAttentionConfig& c, std::uint32_t seed = 1) {
-    check(c);
-    detail::RandomWeights<T> draw(seed);
-    LatentAttentionWeights w;
-    const Index q_dim = c.heads * (c.nope_dim + c.rope_dim);
-    if (c.q_latent_dim == 0) {
-      w.query = draw.projection(c.model_dim, q_dim, false);
-    } else {
-      w.query_down = draw.projection(c.model_dim, c.q_latent_dim, false);
-      w.query_norm = RowVector<T>::Ones(c.q_latent_dim);
-      w.query_up = draw.projection(c.q_latent_dim, q_dim, false);
-    }
-    w.latent_down = draw.projection(c.model_dim, c.latent_dim + c.rope_dim, false);
-    if (c.latent_norm) w.latent_norm = RowVector<T>::Ones(c.latent_dim);
-    w.key_up = draw.projection(c.latent_dim, c.heads * c.nope_dim, false);
-    w.value_up = draw.projection(c.latent_dim, c.heads * c.v_head_dim, false);
-    w.output = draw.projection(c.heads * c.v_head_dim, c.model_dim, false);
-    return w;
-  }
-
-  /// The same with all matrices rounded to S (half, bfloat16, int8): see Projection. Norms stay in T, and so does the
-  /// absorbed form's own copy of the rounded W_UK and W_UV.
-  template <StorageType S>
-  LatentAttentionWeights stored_as() const {
-    LatentAttentionWeights w = *this;
-    for (Projection<T> LatentAttentionWeights::*p :
-         {&LatentAttentionWeights::query, &LatentAttentionWeights::query_down, &LatentAttentionWeights::query_up,
-          &LatentAttentionWeights::latent_down, &LatentAttentionWeights::key_up, &LatentAttentionWeights::value_up,
-          &LatentAttentionWeights::output})
-      w.*p = (this->*p).template stored_as<S>();
-    return w;
-  }
-};
-
 template <class T = float>
 class LatentAttention {
  public:
@@ -130,25 +60,12 @@ class LatentAttention {
         rope_(weights_.rope_frequencies.size() == 0
                   ? Rope<T>(config.rope, config.rope_dim)
                   : Rope<T>(config.rope, config.rope_dim, weights_.rope_frequencies)) {
-    const auto& c = config_;
-    check(c);
-    const Index q_dim = c.heads * c.head_dim();
-    if (c.q_latent_dim == 0) {
-      detail::check_projection("query", weights_.query, c.model_dim, q_dim);
-    } else {
-      detail::check_projection("query_down", weights_.query_down, c.model_dim, c.q_latent_dim);
-      detail::check_gain("query_norm", weights_.query_norm, c.q_latent_dim);
-      detail::check_projection("query_up", weights_.query_up, c.q_latent_dim, q_dim);
-    }
-    detail::check_projection("latent_down", weights_.latent_down, c.model_dim, c.latent_dim + c.rope_dim);
-    detail::check_gain("latent_norm", weights_.latent_norm, c.latent_norm ? c.latent_dim : 0);
-    detail::check_projection("key_up", weights_.key_up, c.latent_dim, c.heads * c.nope_dim);
-    detail::check_projection("value_up", weights_.value_up, c.latent_dim, c.heads * c.v_head_dim);
-    detail::check_projection("output", weights_.output, c.heads * c.v_head_dim, c.model_dim);
+    check(config_, weights_);
+    const Index heads = config_.heads;
     const Matrix<T> key_up = weights_.key_up.weight(), value_up = weights_.value_up.weight();
-    for (Index h = 0; h < c.heads; ++h) {
-      absorb_key_.emplace_back(head_columns(key_up, h, c.heads).transpose());
-      absorb_value_.emplace_back(head_columns(value_up, h, c.heads));
+    for (Index h = 0; h < heads; ++h) {
+      absorb_key_.emplace_back(head_columns(key_up, h, heads).transpose());
+      absorb_value_.emplace_back(head_columns(value_up, h, heads));
     }
   }
 

@@ -14,10 +14,9 @@
 // quantised cache that includes the rows of this very call. A const layer may be used from several threads at once; the
 // workspace belongs to the cache. Vaswani et al. 2017, section 3.2.2; GQA arXiv:2305.13245; QK-norm arXiv:2010.04245.
 //
-// Before: saved_cache.hpp   Next: kernel/latent_tiles.hpp
+// Before: multi_head_weights.hpp   Next: kernel/latent_tiles.hpp
 #pragma once
 
-#include <random>
 #include <span>
 #include <utility>
 
@@ -27,46 +26,12 @@
 #include "detail/layer.hpp"
 #include "kv_cache.hpp"
 #include "model_config.hpp"
+#include "multi_head_weights.hpp"
 #include "norm.hpp"
 #include "projection.hpp"
 #include "rope.hpp"
 
 namespace qkv::inline QKV_ABI {
-
-template <class T>
-struct MultiHeadAttentionWeights {
-  Projection<T> query;           // [model_dim, heads·head_dim]
-  Projection<T> key;             // [key_dim, kv_heads·head_dim]
-  Projection<T> value;           // [value_dim, kv_heads·v_head_dim]
-  Projection<T> output;          // [heads·v_head_dim, model_dim]
-  RowVector<T> query_norm = {};  // [head_dim], with config.qk_norm
-  RowVector<T> key_norm = {};    // [head_dim], with config.qk_norm
-  RowVector<T> sinks = {};       // [heads], or empty: no learned sinks
-
-  /// Normal random weights of variance 1/in_dim, for benchmarks, examples and tests. The same on every machine.
-  static MultiHeadAttentionWeights random(const MultiHeadAttentionConfig& config, std::uint32_t seed = 1) {
-    check(config);
-    detail::RandomWeights<T> draw(seed);
-    MultiHeadAttentionWeights w{draw.projection(config.model_dim, config.heads * config.head_dim, config.qkv_bias),
-                                draw.projection(config.key_dim, config.kv_heads * config.head_dim, config.qkv_bias),
-                                draw.projection(config.value_dim, config.kv_heads * config.v_head_dim, config.qkv_bias),
-                                draw.projection(config.heads * config.v_head_dim, config.model_dim, config.out_bias)};
-    if (config.qk_norm) w.query_norm = w.key_norm = RowVector<T>::Ones(config.head_dim);
-    return w;
-  }
-
-  /// The same with all matrices rounded to S (half, bfloat16, int8): see Projection. Norms, biases and sinks stay in T.
-  template <StorageType S>
-  MultiHeadAttentionWeights stored_as() const {
-    return {query.template stored_as<S>(),
-            key.template stored_as<S>(),
-            value.template stored_as<S>(),
-            output.template stored_as<S>(),
-            query_norm,
-            key_norm,
-            sinks};
-  }
-};
 
 template <class T = float>
 class MultiHeadAttention {
@@ -76,14 +41,7 @@ class MultiHeadAttention {
   /// Throws std::invalid_argument naming the first weight whose shape does not fit the settings.
   MultiHeadAttention(const MultiHeadAttentionConfig& config, MultiHeadAttentionWeights<T> weights)
       : config_(config), weights_(std::move(weights)) {
-    check(config_);
-    detail::check_projection("query", weights_.query, config.model_dim, config.heads * config.head_dim);
-    detail::check_projection("key", weights_.key, config.key_dim, config.kv_heads * config.head_dim);
-    detail::check_projection("value", weights_.value, config.value_dim, config.kv_heads * config.v_head_dim);
-    detail::check_projection("output", weights_.output, config.heads * config.v_head_dim, config.model_dim);
-    detail::check_gain("query_norm", weights_.query_norm, config.qk_norm ? config.head_dim : 0);
-    detail::check_gain("key_norm", weights_.key_norm, config.qk_norm ? config.head_dim : 0);
-    detail::check_gain("sinks", weights_.sinks, weights_.sinks.size() == 0 ? 0 : config.heads);
+    check(config_, weights_);
     if (config.rope) rope_.emplace(*config.rope, config.head_dim);
   }
 

@@ -61,6 +61,7 @@
 #include "saved_cache.hpp"              // a cache in a file: checksum, version, the same bits
 
 // Layers
+#include "multi_head_weights.hpp"       // their matrices
 #include "multi_head_attention.hpp"     // MHA, GQA, MQA
 #include "kernel/latent_tiles.hpp"      // the two products of absorbed attention, in registers
 #include "kernel/latent_blocks.hpp"     // latent rows as they are multiplied
@@ -68,6 +69,8 @@
 #include "kernel/absorbed.hpp"          // absorbed latent attention: all heads share a row
 #include "kernel/latent_splits.hpp"     // its keys in splits, its heads in groups
 #include "kernel/latent.hpp"            // latent attention, naive and absorbed
+#include "latent_weights.hpp"           // the matrices of MLA
+#include "latent_form.hpp"              // restore keys and values, or never
 #include "latent_attention.hpp"         // MLA
 #include "checkpoint.hpp"               // weights from PyTorch, GPT-2, Llama, DeepSeek
 

@@ -18,7 +18,7 @@
 // LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is taken as bytes arrive, never because a header promises them. Caches may follow one another
 // in a stream: one per layer. CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
 //
-// Before: paged_latent_cache.hpp   Next: multi_head_attention.hpp
+// Before: paged_latent_cache.hpp   Next: multi_head_weights.hpp
 #pragma once
 
 #include <array>

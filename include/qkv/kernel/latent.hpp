@@ -10,7 +10,7 @@
 // same sum, in another order. The naive form restores a bounded number of rows at a time in scratch and merges the states:
 // the whole of K and V is never there. DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C.
 //
-// Before: kernel/latent_splits.hpp   Next: latent_attention.hpp
+// Before: kernel/latent_splits.hpp   Next: latent_weights.hpp
 #pragma once
 
 #include "../detail/layer.hpp"

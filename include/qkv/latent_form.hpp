@@ -1,0 +1,43 @@
+// latent_form.hpp — which of the two forms of latent attention takes less time.
+//
+//     absorbed    attends to the latents themselves: few queries
+//     naive       restores keys and values first: many queries
+//
+// By sizes of the call only, so that a call takes the same form on every machine, and its result the same bits; LayerOptions
+// name a form where that must not depend on the chunks of a prompt.
+//
+// Before: latent_weights.hpp   Next: latent_attention.hpp
+#pragma once
+
+#include <algorithm>
+
+#include "model_config.hpp"
+#include "options.hpp"
+
+namespace qkv::inline QKV_ABI {
+
+/// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
+/// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
+/// sizes, never at run time: benchmarks/README.md, `break_even`.
+inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, narrow_absorbed_cost = 0.5;
+
+/// The form that takes less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
+/// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head, in multiply-adds
+///   absorbed  pairs·(2·latent_dim + rope_dim)·absorbed_cost         + s·latent_dim·(nope_dim + v_head_dim)·1.15
+///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.05  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.15
+/// At DeepSeek's sizes and in float naive wins from about √(c² + 400.9·c) - c new tokens on: 132 at c = 128, never more
+/// than 201. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
+constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries, Index n_keys,
+                                        double absorbed_cost = 1) {
+  if (asked != LatentForm::automatic) return asked;
+  const double s = static_cast<double>(n_queries), old = static_cast<double>(std::max<Index>(n_keys - n_queries, 0));
+  const double pairs = s * old + s * (s + 1) / 2;
+  const double up =
+      projection_cost * static_cast<double>(c.latent_dim) * static_cast<double>(c.nope_dim + c.v_head_dim);
+  const double absorbed = absorbed_cost * pairs * static_cast<double>(2 * c.latent_dim + c.rope_dim) + s * up;
+  const double naive =
+      naive_attention_cost * pairs * static_cast<double>(c.nope_dim + c.rope_dim + c.v_head_dim) + (old + s) * up;
+  return naive < absorbed ? LatentForm::naive : LatentForm::absorbed;
+}
+
+}  // namespace qkv::inline QKV_ABI
