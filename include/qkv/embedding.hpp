@@ -6,7 +6,7 @@
 // The vector of a word is the same in every sentence; telling two meanings of it apart is what attention is for.
 // Tied heads: Press & Wolf 2017, arXiv:1608.05859.
 //
-// Before: kernel/words.hpp   Next: position.hpp
+// Before: kernel/arithmetic.hpp   Next: position.hpp
 #pragma once
 
 #include <cstdint>

@@ -15,6 +15,7 @@
 #include "kernel/packed_weights.hpp"    // weights laid out to stream, in any storage
 #include "kernel/gemm.hpp"              // matrix products with one order of summation
 #include "kernel/words.hpp"             // products of bfloat16 and int8, 32 bits at a time
+#include "kernel/arithmetic.hpp"        // in which numbers a kernel multiplies
 
 // Into attention
 #include "embedding.hpp"                // tokens -> vectors
@@ -34,7 +35,8 @@
 #include "key_rows.hpp"                 // what a kernel knows of a cache
 #include "kernel/task.hpp"              // what every kernel gets and gives
 #include "kernel/reference.hpp"         // loops straight from the formula: the oracle
-#include "kernel/panels.hpp"            // keys and values packed for the tiled kernel
+#include "kernel/panels.hpp"            // keys and values as the tiled kernel reads them
+#include "kernel/panel_packer.hpp"      // … and how they get there
 #include "kernel/query_panels.hpp"      // queries packed for the tiled kernel
 #include "kernel/lanes.hpp"             // masks and scores for a register of queries
 #include "kernel/panel_mask.hpp"        // what a panel of queries sees of a block of keys

@@ -8,7 +8,7 @@
 //
 // The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
 //
-// Before: kernel/panels.hpp   Next: kernel/lanes.hpp
+// Before: kernel/panel_packer.hpp   Next: kernel/lanes.hpp
 #pragma once
 
 #include <algorithm>

@@ -24,6 +24,7 @@
 #include "../softmax.hpp"
 #include "../workspace.hpp"
 #include "panel_mask.hpp"
+#include "panel_packer.hpp"
 #include "panel_softmax.hpp"
 #include "panel_sums.hpp"
 #include "query_panels.hpp"

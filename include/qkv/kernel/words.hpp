@@ -9,7 +9,7 @@
 // Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `words_available` is false and
 // kernels widen instead.
 //
-// Before: kernel/gemm.hpp   Next: embedding.hpp
+// Before: kernel/gemm.hpp   Next: kernel/arithmetic.hpp
 #pragma once
 
 #include <array>

@@ -1,0 +1,179 @@
+// kernel/panel_packer.hpp — packs a block of keys and values into the panels of kernel/panels.hpp.
+//
+//     keys      a tile of rows at a time, turned so that features follow one another: column c of tile t is number c - t·R
+//               of every step
+//     values    a slice of features at a time, rows one after another; narrow ones two or four rows to a word
+//
+// A block that one run holds is packed from where its rows lie; gaps and tiles whose rows lie in several runs go row by row.
+//
+// Before: kernel/panels.hpp   Next: kernel/query_panels.hpp
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "panels.hpp"
+
+namespace qkv::inline QKV_ABI::kernel {
+
+/// Packs one block of one kv head.
+template <class A, StorageType S>
+class BlockPacker {
+  using T = typename A::Scalar;
+  using V = Simd<T>;
+  static constexpr Index R = Panels<A>::rows;
+
+ public:
+  BlockPacker(const Panels<A>& panels, const KeyRows<S>& keys, Index kv_head, Index b)
+      : panels_(panels), keys_(keys), kv_head_(kv_head), b_(b), block_(panels.blocks[b]) {}
+
+  void run() {
+    block_.not_finite = 0;
+    if (block_.gaps) {
+      std::fill_n(panels_.block_keys(b_), panels_.key_stride(), 0);
+      if constexpr (A::quads) {
+        std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
+        std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
+      }
+    }
+    Source sources[std::size_t(tile_keys)];
+    for_each_piece(
+        keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
+        [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
+          for (Index i = 0; i < n;) i += pack_keys(run, row + i, n - i, column + i);
+          for (Index i = 0; i < n; ++i)
+            sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
+        });
+    drop_not_finite(sources);
+    if constexpr (A::bytes)
+      for (Index c = 0; c < block_.count; ++c) {
+        // Rows of zeros count for the sum of the weights alone: a scale so small that they never fill the 8 bits.
+        const float scale = sources[c].row && sources[c].scale > 0x1p-90F ? sources[c].scale : 0x1p-90F;
+        panels_.value_logs[b_ * tile_keys + c] = std::log2(scale);
+        panels_.value_inverses[b_ * tile_keys + c] = 1 / scale;
+      }
+    pack_values(sources);
+    block_.packed = true;
+  }
+
+ private:
+  /// Up to n keys from column c on, inside one tile; returns how many.
+  Index pack_keys(const KeyRun<S>& run, Index row, Index n, Index c) {
+    const Index tile = c / R, height = std::min(R, block_.count - tile * R), some = std::min(n, tile * R + height - c);
+    const Index d = panels_.head_dim, stride = keys_.key_row_stride;
+    const S* const from = keys_.key(run, kv_head_, row);
+    auto* const to = panels_.block_keys(b_) + tile * R * panels_.key_depth();
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) {
+      constexpr auto size = static_cast<Index>(sizeof(S));
+      if (some == height) {
+        pack_words(from, stride * size, height, d * size, to);
+      } else {  // a tile whose rows lie in several runs
+        for (Index j = 0; j < some; ++j)
+          for (Index w = 0; w < panels_.key_depth(); ++w) {
+            Word word = 0;
+            std::memcpy(&word, from + j * stride + w * A::features,
+                        static_cast<std::size_t>(std::min(A::features, d - w * A::features) * size));
+            to[w * height + c + j - tile * R] = word;
+          }
+      }
+      if constexpr (A::quads)
+        for (Index j = 0; j < some; ++j) {
+          std::int32_t sum = 0;
+          for (Index x = 0; x < d; ++x) sum += from[j * stride + x];
+          panels_.key_offsets[b_ * tile_keys + c + j] = -128 * sum;
+          panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j);
+        }
+      return some;
+    }
+#endif
+    if constexpr (!A::words) {
+      if (some == height && !has_row_scale<S>) {
+        pack_rows(from, stride, height, d, to);
+      } else {
+        for (Index j = 0; j < some; ++j) {
+          const T scale = static_cast<T>(keys_.key_scale(run, kv_head_, row + j));
+          for (Index x = 0; x < d; ++x)
+            to[x * height + c + j - tile * R] = static_cast<T>(from[j * stride + x]) * scale;
+        }
+      }
+    }
+    return some;
+  }
+
+  /// A value row; none: zeros.
+  struct Source {
+    const S* row = nullptr;
+    float scale = 1;
+  };
+
+  typename V::Vec value(const Source& from, Index x) const {
+    if (!from.row) return V::zero();
+    const Index left = panels_.v_head_dim - x;
+    const auto v = left >= V::width ? V::load(from.row + x) : V::load_n(from.row + x, left);
+    return has_row_scale<S> ? V::mul(v, V::broadcast(static_cast<T>(from.scale))) : v;
+  }
+
+#ifdef QKV_DETAIL_WORDS
+  __m128i bytes(const Source& from, Index x) const {
+    const Index left = panels_.v_head_dim - x;
+    if (!from.row || left <= 0) return _mm_setzero_si128();
+    if (left >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.row + x));
+    return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1U << left) - 1U), from.row + x);
+  }
+#endif
+
+  /// Rows with a number that is not finite are listed and become zeros: 0·x is 0 for finite x and NaN otherwise.
+  void drop_not_finite(Source (&sources)[std::size_t(tile_keys)]) {
+    const auto zeros = [&](const Source& from, typename V::Vec sum) {
+      if constexpr (has_row_scale<S>)
+        return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0)), sum);
+      for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
+      return sum;
+    };
+    auto w = V::zero(), x = w, y = w, z = w;  // four chains, since one multiply-add waits for the one before
+    Index row = 0;
+    for (; row + 4 <= block_.count; row += 4) {
+      w = zeros(sources[row], w);
+      x = zeros(sources[row + 1], x);
+      y = zeros(sources[row + 2], y);
+      z = zeros(sources[row + 3], z);
+    }
+    for (; row < block_.count; ++row) w = zeros(sources[row], w);
+    if (V::sum_lanes(V::add(V::add(w, x), V::add(y, z))) == 0) return;
+    for (Index c = 0; c < block_.count; ++c) {
+      if (V::sum_lanes(zeros(sources[c], V::zero())) == 0) continue;
+      panels_.not_finite[b_ * tile_keys + block_.not_finite++] = c;
+      sources[c] = {};
+    }
+  }
+
+  /// Slice by slice in ascending order: a store of a whole register may run into the next column's place, which follows.
+  void pack_values(const Source (&sources)[std::size_t(tile_keys)]) const {
+    const Index dv = panels_.v_head_dim, depth = (block_.count + A::keys - 1) / A::keys;
+    for (Index slice = 0; slice < dv; slice += R) {
+      const Index height = std::min(R, dv - slice);
+      auto* to = panels_.block_values(b_) + slice * depth;
+      for (Index k = 0; k < depth; ++k, to += height)
+        for (Index x = 0; x < height; x += V::width) {
+          if constexpr (!A::words) V::store(to + x, value(sources[k], slice + x));
+#ifdef QKV_DETAIL_WORDS
+          if constexpr (A::bytes)  // columns 4k … 4k + 3 side by side
+            store_words(to + x, to_quads(bytes(sources[4 * k], slice + x), bytes(sources[4 * k + 1], slice + x),
+                                         bytes(sources[4 * k + 2], slice + x), bytes(sources[4 * k + 3], slice + x)));
+          else if constexpr (A::words)  // columns 2k and 2k + 1
+            store_words(to + x, to_pairs(value(sources[2 * k], slice + x), value(sources[2 * k + 1], slice + x)));
+#endif
+        }
+    }
+  }
+
+  const Panels<A>& panels_;
+  const KeyRows<S>& keys_;
+  Index kv_head_, b_;
+  KeyBlock& block_;
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel
