@@ -33,9 +33,10 @@ namespace qkv::inline QKV_ABI::kernel::absorbed {
 
 /// The grid of positions: blocks, and splits of whole blocks whose states are merged in ascending order. What of a block
 /// one slice of values reads, and the weights of a panel, should fit the first-level cache (measured: 96 rows of float
-/// are 1 to 4 % faster than 192; words, half as many, are 2 % slower).
+/// are 1 to 4 % faster than 192; words, half as many, are 2 % slower). With 16 registers, of
+/// AVX2, this block, the next, queries and sums are to fit a second-level cache of 512 KB.
 template <bool Words>
-inline constexpr Index block_rows = Words ? 192 : 96;
+inline constexpr Index block_rows = (Words ? 2 : 1) * (Shape<float>::wide ? 96 : 48);
 inline constexpr Index split_rows = 768;
 
 constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
