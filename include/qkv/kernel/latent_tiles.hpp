@@ -104,11 +104,7 @@ struct Shape {
   }
   static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
   static constexpr Index value_vectors = wide || Simd<T>::fused ? 3 : 2;
-  /// Registers of the next slice of values: three, and of the last four two and two, since 4 sums do not hide the latency
-  /// of multiply-adds.
-  static constexpr Index slice(Index left) {
-    return !wide && left == 4 ? 2 : left < value_vectors ? left : value_vectors;
-  }
+  static constexpr bool even_end = !wide;  // of values: 2 + 2 vectors for 3 + 1, whose 4 sums would not hide the latency
 };
 
 /// In a register from here on: g++ otherwise reads memory again for every use of what was loaded. With AVX2 that is 16
