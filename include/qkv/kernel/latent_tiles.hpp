@@ -104,7 +104,7 @@ struct Shape {
   }
   static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
   static constexpr Index value_vectors = wide || Simd<T>::fused ? 3 : 2;
-  static constexpr bool even_end = !wide;  // of values: 2 + 2 vectors for 3 + 1, whose 4 sums would not hide the latency
+  static constexpr bool even_end = !wide;  // values end in 2 + 2 vectors, not 3 + 1: 4 sums do not hide the latency
 };
 
 /// In a register from here on: g++ otherwise reads memory again for every use of what was loaded. With AVX2 that is 16
