@@ -8,7 +8,7 @@
 // of multiply-adds in ascending k or j, whatever the height of the tile (few heads: see parts_of). A number stands for one
 // feature, or is a word of two (bfloat16) or four (int8) features or, of values, of as many keys.
 //
-// Before: multi_head_attention.hpp   Next: kernel/latent_blocks.hpp
+// Before: multi_head_attention.hpp   Next: kernel/latent_grid.hpp
 #pragma once
 
 #include <cstdint>
