@@ -66,6 +66,7 @@
 #include "multi_head_weights.hpp"       // their matrices
 #include "multi_head_attention.hpp"     // MHA, GQA, MQA
 #include "kernel/latent_tiles.hpp"      // the two products of absorbed attention, in registers
+#include "kernel/latent_grid.hpp"       // the blocks of positions they go through
 #include "kernel/latent_blocks.hpp"     // latent rows as they are multiplied
 #include "kernel/latent_queries.hpp"    // queries turned so that lanes are heads
 #include "kernel/absorbed.hpp"          // absorbed latent attention: all heads share a row

@@ -302,7 +302,8 @@ class Absorbed {
                                  .take = take_};
     for (Index x = 0; x < width;) {
       if (!stream_.pending()) std::swap(stream_, later_), later_ = {};
-      const Index some = std::min(vectors, (width - x) / W);
+      Index some = std::min(vectors, (width - x) / W);
+      if (Shape<T>::even_end && width - x == 4 * W) some = 2;
       if (some == vectors)
         feature_tiles<Value, vectors>(lanes, op, stream_);
       else if (some == 2)

@@ -1,7 +1,5 @@
 // kernel/latent_blocks.hpp — a block of latent rows as absorbed attention multiplies it: in place where it can be.
 //
-//     block b: the rows at positions [b·block_rows, (b + 1)·block_rows), column = position - b·block_rows
-//
 //     exact    rows   float rows of one run: where they lie in the cache; else a copy, widened and without gaps
 //              values the same rows
 //     pairs    rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
@@ -11,7 +9,7 @@
 //
 // Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
 //
-// Before: kernel/latent_tiles.hpp   Next: kernel/latent_queries.hpp
+// Before: kernel/latent_grid.hpp   Next: kernel/latent_queries.hpp
 #pragma once
 
 #include <algorithm>
@@ -20,9 +18,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../latent_cache.hpp"
 #include "../workspace.hpp"
-#include "latent_tiles.hpp"
+#include "latent_grid.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -30,68 +27,6 @@
 #endif
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {
-
-/// The grid of positions: blocks, and splits of whole blocks whose states are merged in ascending order. What of a block
-/// one slice of values reads, and the weights of a panel, should fit the first-level cache (measured: 96 rows of float
-/// are 1 to 4 % faster than 192; words, half as many, are 2 % slower).
-template <bool Words>
-inline constexpr Index block_rows = Words ? 192 : 96;
-inline constexpr Index split_rows = 768;
-
-constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
-
-/// Where a block's rows are.
-struct Place {
-  Index first = 0;      // position of column 0
-  Index begin = 0;      // first column held
-  Index count = 0;      // one past the last column held
-  std::size_t run = 0;  // where its rows begin: run, logical row of that run's first row, row in the run
-  Index base = 0, row = 0;
-  bool whole = false;  // all in one run
-};
-
-/// The pieces of a block: f(run, base, row, count, column).
-template <Index Rows, StorageType S, class F>
-void for_each_piece(const LatentRows<S>& rows, const Place& place, F&& f) {
-  Index base = place.base, row = place.row;
-  for (std::size_t r = place.run; r < rows.runs.size(); base += rows.runs[r].rows, row = 0, ++r) {
-    const auto& run = rows.runs[r];
-    if (run.rows == 0) continue;
-    const Index end = std::min(run.rows, place.first + Rows - run.position);
-    if (end <= row) return;
-    f(run, base, row, end - row, run.position + row - place.first);
-  }
-}
-
-/// f(place) for all blocks that hold a row, in ascending position.
-template <Index Rows, StorageType S, class F>
-void for_each_block(const LatentRows<S>& rows, F&& f) {
-  const auto& runs = rows.runs;
-  std::size_t r = 0;
-  Index base = 0, row = 0;  // logical row of the run's first row; next row inside the run
-  while (r < runs.size()) {
-    if (row == runs[r].rows) {
-      base += runs[r].rows, row = 0, ++r;
-      continue;
-    }
-    const Index first = (runs[r].position + row) / Rows * Rows;
-    Place place{.first = first, .begin = Rows, .run = r, .base = base, .row = row};
-    Index pieces = 0;
-    for_each_piece<Rows>(rows, place, [&](const LatentRun<S>&, Index, Index, Index count, Index column) {
-      place.begin = std::min(place.begin, column);
-      place.count = column + count;
-      ++pieces;
-    });
-    place.whole = pieces == 1;
-    f(place);
-    while (r < runs.size()) {
-      row = std::min(runs[r].rows, first + Rows - runs[r].position);
-      if (row < runs[r].rows) break;
-      base += runs[r].rows, row = 0, ++r;
-      if (r < runs.size() && runs[r].position >= first + Rows) break;
-    }
-  }
-}
 
 /// A row of any storage as T.
 template <class T, StorageType S>

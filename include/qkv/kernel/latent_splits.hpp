@@ -32,11 +32,12 @@ void merge_lanes(const Task<T, S, M>& task, const LaneState<T>& from, Index firs
   }
 }
 
-/// Lanes of one work item, in panels: they share a prepared block, which for words costs more than for rows in place.
-/// Few splits are shared out in smaller items. (A state has the same bits in any group.)
-template <bool Words>
+/// Lanes of one work item, in panels: they share a prepared block, which costs more where rows are packed or widened than
+/// in place. Few splits are shared out in smaller items. (A state has the same bits in any group.)
+template <class A, class T, class S>
 constexpr Index group_lanes(Index n_splits) {
-  return Words && n_splits >= 4 ? 128 : 64;
+  constexpr bool prepared = A::words || (!Shape<float>::wide && !std::is_same_v<T, S>);
+  return prepared && n_splits >= 4 ? 128 : 64;
 }
 /// One thread goes through the splits with up to so many groups beside each other.
 inline constexpr Index most_groups_at_once = 4;
@@ -67,7 +68,7 @@ void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& worksp
 
   const Index lanes = task.lanes();
   const Index group =
-      std::min(group_lanes<A::words>(std::is_same_v<E, Serial> ? n_blocks : n_splits), round_up(lanes, Worker::panel));
+      std::min(group_lanes<A, T, S>(std::is_same_v<E, Serial> ? n_blocks : n_splits), round_up(lanes, Worker::panel));
   const Index groups = (lanes + group - 1) / group, width = Worker::features(task.rows) + Simd<T>::width;
   const auto lanes_of = [&](Index g) { return std::min(group, lanes - g * group); };
   const auto state_bytes = [&](Index n) {

@@ -90,6 +90,7 @@ EIGEN_ALWAYS_INLINE void load_first(const T* p, Index n, P& v) {
 }
 template <class T, class P>
 EIGEN_ALWAYS_INLINE void store_first(T* p, const P& v, Index n) {
+  if (n >= Index(packets::unpacket_traits<P>::size)) return packets::pstoreu(p, v);
   T copy[packets::unpacket_traits<P>::size];
   packets::pstoreu(copy, v);
   for (Index i = 0; i < n; ++i) p[i] = copy[i];
