@@ -15,7 +15,7 @@
 #include <cstring>
 #include <utility>
 
-#include "panels.hpp"
+#include "arithmetic.hpp"
 #include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
