@@ -69,10 +69,11 @@ TEMPLATE_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8"
       // In the numbers of the storage type, where the CPU has them: root mean square error over that of the output.
       options.arithmetic = Arithmetic::automatic;
       const auto narrow = attention(in.q, cache, c.heads, causal, plain, options);
-      // Decode multiplies int8 keys in int8 for groups of heads only.
+      // Decode multiplies int8 keys in integers, with VNNI for groups of heads only.
       const bool narrow_keys = std::is_same_v<TestType, bfloat16> || std::is_same_v<TestType, std::int8_t>;
       const bool may_differ = (kernel == Kernel::tiled && narrow_keys) ||
-                              (kernel == Kernel::decode && has_row_scale<TestType> && c.heads.group_size() > 1);
+                              (kernel == Kernel::decode &&
+                               kernel::decode_is_narrow<float, TestType>(Arithmetic::automatic, c.heads.group_size()));
       CHECK(relative_rms(narrow, expected.out) <= (may_differ ? 1e-2 : 1e-6));
       CHECK(max_error(lse, expected.log_sum_exp) <= (may_differ ? 5e-2 : 5 * tolerance<float>));
       if (!may_differ) CHECK(same_bits(narrow, out));
@@ -111,6 +112,36 @@ TEMPLATE_TEST_CASE("narrow arithmetic keeps its error, on sinks and on outlier c
     CHECK(error(Arithmetic::exact) <= 1e-6);
     CHECK(error(Arithmetic::automatic) <= (wide ? 3e-3 : 1e-2));
     CHECK(error(Arithmetic::int8) <= (wide ? 3e-3 : 2e-2));
+  }
+}
+
+TEST_CASE("decode of int8 keys keeps the error of its integers at every width, and none overflows",
+          "[attention][storage]") {
+  // int16 queries (PairsDot) are rounded to 2^-16 of their largest number up to width 512; int8 queries to 2^-8.
+  constexpr bool in_int16 = std::is_same_v<kernel::NarrowDot<float, std::int8_t>::Query, std::int16_t>;
+  for (const Index d : {1, 7, 40, 129, 511, 513, 1100}) {
+    for (const bool largest : {false, true}) {
+      const Case c{.n_queries = 2, .n_keys = 83, .heads = {6, 2}, .head_dim = d, .v_head_dim = 19};
+      Inputs<float> in(c);
+      if (largest) {  // every product as large as it can be, of either sign: sums that do not fit would wrap around
+        in.q = in.q.array().sign() * 0.01F;
+        in.k.setConstant(1);
+        in.q.row(0).setConstant(0.01F);
+        for (Index r = 0; r < c.n_keys; r += 2) in.k.row(r).setConstant(-1);
+      }
+      const PagedKeys<std::int8_t> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+      const Expected expected = attention_by_formula(
+          in.q, stored<std::int8_t>(in.k, c.heads.kv_heads), stored<std::int8_t>(in.v, c.heads.kv_heads),
+          {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged);
+      const auto error = [&](Arithmetic arithmetic) {
+        return relative_rms(
+            attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::decode, .arithmetic = arithmetic}),
+            expected.out);
+      };
+      INFO("head_dim " << d << ", largest " << largest << ": " << error(Arithmetic::automatic));
+      CHECK(error(Arithmetic::exact) <= 1e-6);
+      CHECK(error(Arithmetic::automatic) <= (in_int16 ? 1e-4 : 1e-2));
+    }
   }
 }
 

@@ -39,6 +39,10 @@ TEST_CASE("explain says in which numbers a narrow cache is multiplied", "[explai
   CHECK(contains(explain(q, bf16, heads).text(), "bf16 keys multiplied in bf16;") == narrow);
   CHECK(contains(explain(q, bf16, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(), "bf16 keys;"));
   CHECK(contains(explain(q.topRows(1), bf16, heads).text(), "bf16 keys;"));
+  const std::string decoded = kernel::NarrowDot<float, std::int8_t>::name;
+  CHECK(contains(explain(q.topRows(1), int8, heads).text(), "int8 keys" + decoded + ";"));
+  CHECK(contains(explain(q.topRows(1), int8, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(),
+                 "int8 keys;"));
   CHECK(contains(explain(q, k, v, heads).text(), "f32 keys;"));
 }
 

@@ -72,7 +72,7 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
   e.heads = heads, e.n_queries = n_queries, e.n_keys = keys.rows;
   e.head_dim = keys.head_dim, e.v_head_dim = keys.v_head_dim, e.storage = storage_name<S>;
   using Narrow = kernel::NarrowArithmetic<T, S>;
-  if (e.kernel == Kernel::decode && options.arithmetic != Arithmetic::exact && heads.group_size() > 1)
+  if (e.kernel == Kernel::decode && kernel::decode_is_narrow<T, S>(options.arithmetic, heads.group_size()))
     e.arithmetic = kernel::NarrowDot<T, S>::name;
   if (e.kernel == Kernel::tiled && options.arithmetic != Arithmetic::exact)
     e.arithmetic = std::is_same_v<Narrow, kernel::Quads> && options.arithmetic == Arithmetic::int8 ? kernel::Bytes::name

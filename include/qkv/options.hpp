@@ -50,7 +50,8 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries) {
 /// always of the scalar of q, or wider.
 enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
-              // has the instructions and q is float; otherwise exact. Decode: q·k of int8 for groups of heads only
+              // has the instructions and q is float; otherwise exact. Decode: q·k of int8 alone, in int8 for groups of
+              // heads where the CPU can, with AVX2 and SSE2 in int16
   exact,      // everything widened to the scalar of q
   int8,       // as automatic, but an int8 cache in int8 throughout: softmax weights in 8 bits; faster and coarser
 };

@@ -44,8 +44,10 @@
 #include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too
 #include "kernel/panel_sums.hpp"        // the softmax state of a panel, and its way out
 #include "kernel/tiled.hpp"             // many queries: prefill
+#include "kernel/dots.hpp"              // in which numbers q·k is multiplied
 #include "kernel/row_dots.hpp"          // rows of a cache as they lie: q·k
 #include "kernel/row_sums.hpp"          // … and p·v
+#include "kernel/decode_scratch.hpp"    // chunks of keys, and what one kv head keeps
 #include "kernel/decode_head.hpp"       // one kv head, a chunk of keys at a time
 #include "kernel/decode.hpp"            // few queries: decode
 #include "attention.hpp"                // the front door

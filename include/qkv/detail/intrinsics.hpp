@@ -81,6 +81,39 @@ EIGEN_ALWAYS_INLINE P sum_each_16(P (&v)[16]) {
 }
 EIGEN_ALWAYS_INLINE __m512 sum_each(__m512 (&rows)[16]) { return sum_each_16(rows); }
 
+#elif defined(EIGEN_VECTORIZE_AVX2)
+
+#if defined(__GNUC__)
+EIGEN_ALWAYS_INLINE void hold(__m256& v) { asm("" : "+x"(v)); }
+EIGEN_ALWAYS_INLINE void hold(__m256i& v) { asm("" : "+x"(v)); }
+#endif
+
+EIGEN_ALWAYS_INLINE __m256 add_lanes(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+EIGEN_ALWAYS_INLINE __m256i add_lanes(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+template <int Low, int High, class P>
+EIGEN_ALWAYS_INLINE P add_pairs(P a, P b) {  // lanes inside each block of four, as above
+  return add_lanes((P)_mm256_shuffle_ps((__m256)a, (__m256)b, Low), (P)_mm256_shuffle_ps((__m256)a, (__m256)b, High));
+}
+
+// Lane i: the sum of the lanes of row i, for floats or 32-bit integers; in the order of the general form.
+template <class P>
+EIGEN_ALWAYS_INLINE P sum_each_8(P (&v)[8]) {
+  for (int i = 0; i < 4; ++i)  // blocks i, i+4 of (first a, second b) and (second a, first b)
+    v[i] = add_lanes((P)_mm256_blend_ps((__m256)v[i], (__m256)v[i + 4], 0xF0),
+                     (P)_mm256_permute2f128_ps((__m256)v[i], (__m256)v[i + 4], 0x21));
+  v[0] = add_pairs<0x44, 0xEE>(v[0], v[1]);
+  v[2] = add_pairs<0x44, 0xEE>(v[2], v[3]);
+  return add_pairs<0x88, 0xDD>(v[0], v[2]);
+}
+EIGEN_ALWAYS_INLINE __m256 sum_each(__m256 (&rows)[8]) { return sum_each_8(rows); }
+
+#elif defined(EIGEN_VECTORIZE_SSE2) && !defined(EIGEN_VECTORIZE_AVX)
+
+#if defined(__GNUC__)
+EIGEN_ALWAYS_INLINE void hold(__m128& v) { asm("" : "+x"(v)); }
+EIGEN_ALWAYS_INLINE void hold(__m128i& v) { asm("" : "+x"(v)); }
+#endif
+
 #endif
 
 // ---- the low bits of a double, moved up into its exponent ----
@@ -191,6 +224,12 @@ EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
 EIGEN_ALWAYS_INLINE void prefetch_to_write([[maybe_unused]] const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 1, 2);
+#endif
+}
+/// For reading, once: into the first-level cache, and from there not into the others.
+EIGEN_ALWAYS_INLINE void prefetch_once([[maybe_unused]] const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 0);
 #endif
 }
 /// For reading, into the first-level cache.

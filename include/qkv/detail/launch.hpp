@@ -121,7 +121,7 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
   } else if (kernel == Kernel::decode) {
     using Narrow = kernel::NarrowDot<T, S>;
     if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
-      if (task.arithmetic != Arithmetic::exact && task.heads.group_size() > 1)  // one query waits for memory anyway
+      if (kernel::decode_is_narrow<T, S>(task.arithmetic, task.heads.group_size()))
         return launch_decode<Narrow>(task, state, workspace, executor, done, start);
     launch_decode<kernel::WidenedDot<T, S>>(task, state, workspace, executor, done, start);
   } else {

@@ -6,7 +6,7 @@
 // The two halves are separate so that whoever calls may let many heads have the first one before the second: rows are then
 // read in the order in which they lie (kernel/decode.hpp).
 //
-// Before: kernel/row_sums.hpp   Next: kernel/decode.hpp
+// Before: kernel/decode_scratch.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,8 @@
 
 #include "../score.hpp"
 #include "../softmax.hpp"
-#include "../workspace.hpp"
-#include "row_dots.hpp"
+#include "decode_scratch.hpp"
 #include "row_sums.hpp"
-#include "task.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -26,66 +24,6 @@
 #endif
 
 namespace qkv::inline QKV_ABI::kernel {
-
-inline constexpr Index decode_chunk = 256;
-
-/// Keys at the positions of a grid from `first` on: where they begin, as for_each_chunk tells it.
-struct Chunk {
-  Index first;
-  std::size_t run;
-  Index base, row;
-};
-
-/// Rows row … row + count - 1 of a run, at columns column … of the chunk; the run's first row is logical row base.
-template <StorageType S>
-struct Piece {
-  const KeyRun<S>* run;
-  Index base, row, count, column;
-};
-
-/// The states of n queries over the keys of one split.
-template <class T>
-struct DecodeState {
-  T* m;  // [n]
-  T* l;  // [n]
-  T* o;  // [n, v_head_dim up to whole registers]
-
-  DecodeState(detail::Carver& carver, Index n, Index v_head_dim)
-      : m(carver.take<T>(n)), l(carver.take<T>(n)), o(carver.take<T>(n * whole_registers<T>(v_head_dim))) {}
-
-  static std::size_t bytes(Index n, Index v_head_dim) {
-    detail::Carver carver(nullptr);
-    DecodeState(carver, n, v_head_dim);
-    return carver.used();
-  }
-};
-
-/// Scratch of one kv head; D says how q·k is multiplied.
-template <class D>
-struct DecodeScratch {
-  using T = typename D::Scalar;
-  PackedQueries<D> q;
-  T* scores;   // [n, decode_chunk], then weights; -inf: the value is not read
-  T* seen;     // [decode_chunk] 1: every query of the group sees this column
-  T* scale_k;  // [decode_chunk]: int8, of the rows
-  T* scale_v;  // [decode_chunk]
-  DecodeState<T> state;
-
-  DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
-      : q(carver, n, head_dim),
-        scores(carver.take<T>(n * decode_chunk)),
-        seen(carver.take<T>(decode_chunk)),
-        scale_k(carver.take<T>(decode_chunk)),
-        scale_v(carver.take<T>(decode_chunk)),
-        state(carver, n, v_head_dim) {}
-};
-
-template <class D>
-std::size_t decode_scratch_bytes(Index n, Index head_dim, Index v_head_dim) {
-  detail::Carver carver(nullptr);
-  DecodeScratch<D>(carver, n, head_dim, v_head_dim);
-  return carver.used();
-}
 
 // What must round the same wherever it is compiled is done in registers.
 template <class T>
@@ -224,19 +162,33 @@ class DecodeHead {
   }
 
   /// Rows worked on at a time; they stay in the first-level cache for all queries, with those that come next.
-  static Index block_rows(Index width) {
-    return std::clamp<Index>(8192 / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
+  /// One query of 32 KB caches (Zen 3) is served better by 4 KB: bf16 .89 instead of .83 of the bandwidth, 4 queries worse.
+  Index block_rows(Index width) const {
+    const Index bytes = few_registers && n_ == 1 ? 4096 : 8192;
+    return std::clamp<Index>(bytes / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
+  }
+  /// Zen 3 has too few first-level misses under way to reach the bandwidth: where wide rows come from memory, the second
+  /// level is asked for them earlier (from .67 to .84 of the bandwidth), and does not keep them. In caches it costs 12 %.
+  std::uintptr_t further() const {
+    constexpr Index from_memory = Index{32} << 20;
+    const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim() + task_.v_head_dim());
+    return sizeof(S) >= 4 && numbers >= from_memory / static_cast<Index>(sizeof(S)) ? 12288 : 0;
   }
   /// What is read after the first `done` rows: the next block of them, or of `then`. Lines are asked for while other rows
   /// are worked on; rows with gaps between them, as in plain matrices, here and now.
-  static NextLines fetch(Rows<S> rows, Index done, const Rows<S>& then) {
+  NextLines fetch(Rows<S> rows, Index done, const Rows<S>& then) const {
     rows = done < rows.count ? rows.from(done, rows.count - done) : then;
     rows.count = std::min(rows.count, block_rows(rows.width));
     const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
-    if (rows.stride == rows.width) return {at, at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S)};
+    NextLines next;
+    if (rows.stride == rows.width) {
+      next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S);
+      if constexpr (few_registers) next.further = further();
+      return next;
+    }
     for (Index r = 0; r < rows.count; ++r)
       for (Index x = 0; x < rows.width; x += 64 / static_cast<Index>(sizeof(S))) prefetch_near(rows.row(r) + x);
-    return {};
+    return next;
   }
 
   /// The weights of one query, its sum and maximum. False where it does not see all of the chunk.

@@ -7,14 +7,13 @@
 //
 // A score is one chain over its features and the tree: the same bits in a tile of any shape.
 //
-// Before: kernel/tiled.hpp   Next: kernel/row_sums.hpp
+// Before: kernel/dots.hpp   Next: kernel/row_sums.hpp
 #pragma once
 
 #include <cstring>
 
 #include "../workspace.hpp"
-#include "register_tile.hpp"
-#include "words.hpp"
+#include "dots.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -25,19 +24,37 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
+inline constexpr bool few_registers = Simd<float>::registers < 32;  // AVX2, SSE2
+
+/// Bytes past the lines asked for that the second-level cache is asked for; 0: nothing.
+struct Further {
+  std::uintptr_t further = 0;
+};
+struct NoFurther {
+  static constexpr std::uintptr_t further = 0;
+};
+
 /// Memory that will be read next, asked for a few lines at a time, in order, while other rows are worked on. Measured from
 /// memory: whole rows in order reach the bandwidth of a bare read; halves of rows, first all left ones, three quarters of
 /// it, unless lines are asked for in order all the same.
-struct NextLines {
+struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
   std::uintptr_t at = 0, end = 0;
 
   template <Index Bytes>
   EIGEN_ALWAYS_INLINE void fetch() {
     for (Index line = 0; line < Bytes; line += 64) {
-      prefetch_near(reinterpret_cast<const void*>(at));
+      if (this->further > 0) {
+        prefetch_once(reinterpret_cast<const void*>(at));
+        prefetch(reinterpret_cast<const void*>(at + this->further));
+      } else {
+        prefetch_near(reinterpret_cast<const void*>(at));
+      }
       at = std::min(at + 64, end);
     }
   }
+
+  /// Steps that take in a line, where one takes in so many bytes: asking for it at every step is asking too often.
+  static constexpr Index steps(Index bytes) { return few_registers ? std::max<Index>(1, 64 / bytes) : 1; }
 };
 
 /// Rows of a cache at equal distances.
@@ -56,75 +73,6 @@ template <class T>
 constexpr Index whole_registers(Index width) {
   return (std::max<Index>(width, 1) + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
 }
-
-/// q·k in T: what a register of a row is, how it is multiplied, and how a query is packed.
-template <class T, class S>
-struct WidenedDot {
-  using V = Simd<T>;
-  using Vec = typename V::Vec;
-  using Scalar = T;
-  using Key = S;
-  using Query = T;
-  static constexpr const char* name = "";
-  static constexpr Index width = V::width;  // elements in a register of a row
-  static constexpr Index lanes = V::width;  // sums that one tree adds up
-
-  static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
-  static EIGEN_ALWAYS_INLINE Vec query(const T* q) { return V::load_once(q); }
-  static EIGEN_ALWAYS_INLINE Vec key(const S* k) { return V::load_once(k); }
-  static EIGEN_ALWAYS_INLINE Vec key_n(const S* k, Index n) { return V::load_n(k, n); }
-  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return V::fma(q, k, sum); }
-  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const T* factor, const std::int32_t*, T* to) {
-    V::store(to, V::mul(V::sum_each(sum), V::load(factor)));
-  }
-  static T round(const T* query, Index n, T* to, std::int32_t&) {
-    std::copy_n(query, n, to);
-    return T(1);
-  }
-};
-
-#ifdef QKV_DETAIL_WORDS
-/// q·k of int8 rows in integers (kernel/words.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
-/// a sum, 128·Σq, is taken off at the end.
-struct QuadsDot {
-  using V = Simd<float>;
-  using Vec = QuadDot::Sum;
-  using Scalar = float;
-  using Key = std::int8_t;
-  using Query = std::int8_t;
-  static constexpr const char* name = " multiplied in int8, values in float";
-  static constexpr Index width = 64, lanes = 16;
-
-  static EIGEN_ALWAYS_INLINE Vec zero() { return (Vec)_mm512_setzero_si512(); }
-  static EIGEN_ALWAYS_INLINE Vec query(const std::int8_t* q) {
-    __m512i v = _mm512_loadu_si512(q);
-    detail::hold(v);
-    return (Vec)v;
-  }
-  static EIGEN_ALWAYS_INLINE Vec plus_128(__m512i k) { return (Vec)_mm512_xor_si512(k, _mm512_set1_epi8(-128)); }
-  static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) { return plus_128(_mm512_loadu_si512(k)); }
-  static EIGEN_ALWAYS_INLINE Vec key_n(const std::int8_t* k, Index n) { return plus_128(row_words(k, n, 0)); }
-  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
-    return QuadDot::dot(sum, (__m512i)q, (__m512i)k);
-  }
-  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[16], const float* factor, const std::int32_t* shift, float* to) {
-    const __m512i products = _mm512_sub_epi32((__m512i)detail::sum_each_16(sum), _mm512_loadu_si512(shift));
-    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(products), _mm512_loadu_ps(factor)));
-  }
-  static float round(const float* query, Index n, std::int8_t* to, std::int32_t& shift) {
-    const float scale = quantize_row(query, n, to);
-    shift = 0;
-    for (Index i = 0; i < n; ++i) shift += 128 * to[i];
-    return scale;
-  }
-};
-template <class T, class S>
-using NarrowDot =
-    std::conditional_t<std::is_same_v<T, float> && std::is_same_v<S, std::int8_t>, QuadsDot, WidenedDot<T, S>>;
-#else
-template <class T, class S>
-using NarrowDot = WidenedDot<T, S>;
-#endif
 
 /// How many queries the next tile takes when n are left.
 template <class D>
@@ -166,17 +114,26 @@ struct PackedQueries {
 };
 
 // One register of each row times one of each query. By constant indices and without lambdas, as in register_tile.hpp.
-template <class D, Index Queries, std::size_t... Sum, std::size_t... Q, std::size_t... R>
-EIGEN_ALWAYS_INLINE void dot_step(const Rows<typename D::Key>& keys, Index x, Index left, const typename D::Query* q,
+template <class D, Index Queries, Index Part, std::size_t... Sum, std::size_t... Q, std::size_t... R>
+EIGEN_ALWAYS_INLINE void dot_part(const Rows<typename D::Key>& keys, Index x, Index left, const typename D::Query* q,
                                   typename D::Vec (&sum)[sizeof...(Sum)], std::index_sequence<Sum...>,
                                   std::index_sequence<Q...>, std::index_sequence<R...>) {
   typename D::Vec query[sizeof...(Q)], key[sizeof...(R)];
-  ((query[Q] = D::query(q + x * Queries + Index(Q) * D::width)), ...);
+  ((query[Q] = D::template query<Part>(q + x * Queries + Index(Q) * D::width)), ...);
   if (left >= D::width)
-    ((key[R] = D::key(keys.row(Index(R)) + x)), ...);
+    ((key[R] = D::template key<Part>(keys.row(Index(R)) + x)), ...);
   else
-    ((key[R] = D::key_n(keys.row(Index(R)) + x, left)), ...);
+    ((key[R] = D::template key_n<Part>(keys.row(Index(R)) + x, left)), ...);
   ((sum[Sum] = D::add_product(query[Sum / sizeof...(R)], key[Sum % sizeof...(R)], sum[Sum])), ...);
+}
+
+// The same, Step registers on.
+template <class D, Index Queries, std::size_t... Step, class Sums, class Indices, class Q, class R>
+EIGEN_ALWAYS_INLINE void dot_steps(const Rows<typename D::Key>& keys, Index x, Index left, const typename D::Query* q,
+                                   Sums& sum, std::index_sequence<Step...>, Indices sums, Q queries, R rows) {
+  (dot_part<D, Queries, Index(Step) % D::parts>(keys, x + Index(Step) / D::parts * D::width, left, q, sum, sums,
+                                                queries, rows),
+   ...);
 }
 
 // Queries x At rows; their sums go to query by query Step apart.
@@ -185,14 +142,20 @@ EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typen
                                   typename D::Vec* to, std::index_sequence<Sum...> sums,
                                   std::index_sequence<R...> rows) {
   constexpr auto queries = std::make_index_sequence<std::size_t(Queries)>{};
+  constexpr Index bytes = At * D::width * Index(sizeof(typename D::Key)), steps = NextLines::steps(bytes);
+  constexpr auto one = std::make_index_sequence<std::size_t(D::parts)>{};
+  constexpr auto several = std::make_index_sequence<std::size_t(steps * D::parts)>{};
   typename D::Vec sum[sizeof...(Sum)];
   ((sum[Sum] = D::zero()), ...);
   Index x = 0;
-  for (; x + D::width <= keys.width; x += D::width) {
-    next.template fetch<At * D::width * Index(sizeof(typename D::Key))>();
-    dot_step<D, Queries>(keys, x, D::width, q, sum, sums, queries, rows);
+  for (; x + steps * D::width <= keys.width; x += steps * D::width) {
+    next.template fetch<steps * bytes>();
+    dot_steps<D, Queries>(keys, x, D::width, q, sum, several, sums, queries, rows);
   }
-  if (x < keys.width) dot_step<D, Queries>(keys, x, keys.width - x, q, sum, sums, queries, rows);
+  if constexpr (steps > 1)
+    for (; x + D::width <= keys.width; x += D::width)
+      dot_steps<D, Queries>(keys, x, D::width, q, sum, one, sums, queries, rows);
+  if (x < keys.width) dot_steps<D, Queries>(keys, x, keys.width - x, q, sum, one, sums, queries, rows);
   ((to[Index(Sum) / At * Step + Index(Sum) % At] = sum[Sum]), ...);
 }
 

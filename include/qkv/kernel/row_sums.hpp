@@ -4,7 +4,7 @@
 //
 // An output is one chain over its rows in ascending order: the same bits in a tile of any shape.
 //
-// Before: kernel/row_dots.hpp   Next: kernel/decode_head.hpp
+// Before: kernel/row_dots.hpp   Next: kernel/decode_scratch.hpp
 #pragma once
 
 #include "row_dots.hpp"
@@ -18,39 +18,59 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-template <Index Queries, Index Vectors, class T, class S, std::size_t... Sum, std::size_t... Q, std::size_t... X>
+// One row.
+template <Index Queries, Index Vectors, class T, class S, class Sums, std::size_t... Sum, std::size_t... Q,
+          std::size_t... X>
+EIGEN_ALWAYS_INLINE void add_row(const S* row, const T* p, Index p_row, Sums& sum, std::index_sequence<Sum...>,
+                                 std::index_sequence<Q...>, std::index_sequence<X...>) {
+  using V = Simd<T>;
+  typename V::Vec value[sizeof...(X)];
+  ((value[X] = Queries > 1 ? V::load_once(row + Index(X) * V::width) : V::load(row + Index(X) * V::width)), ...);
+  if constexpr (Queries > 1) {
+    typename V::Vec weight[sizeof...(Q)];
+    ((weight[Q] = V::broadcast(p[Index(Q) * p_row])), ...);
+    ((sum[Sum] = V::fma(weight[Sum / sizeof...(X)], value[Sum % sizeof...(X)], sum[Sum])), ...);
+  } else {
+    const auto weight = V::broadcast(*p);
+    ((sum[Sum] = V::fma(weight, value[Sum % sizeof...(X)], sum[Sum])), ...);
+  }
+}
+
+// Row: rows in which a line is read.
+template <Index Queries, Index Vectors, class T, class S, std::size_t... Sum, std::size_t... Q, std::size_t... X,
+          std::size_t... Row>
 EIGEN_ALWAYS_INLINE void add_vectors(const Rows<S>& values, const T* p, Index p_row, NextLines& next, T* o, Index o_row,
-                                     std::index_sequence<Sum...>, std::index_sequence<Q...>,
-                                     std::index_sequence<X...>) {
+                                     std::index_sequence<Sum...> sums, std::index_sequence<Q...> queries,
+                                     std::index_sequence<X...> vectors, std::index_sequence<Row...>) {
   using V = Simd<T>;
   constexpr auto query = [](std::size_t s) { return Index(s) / Vectors; };
   constexpr auto lane = [](std::size_t s) { return Index(s) % Vectors * V::width; };
-  typename V::Vec sum[sizeof...(Sum)], value[sizeof...(X)];
+  constexpr Index steps = sizeof...(Row);
+  typename V::Vec sum[sizeof...(Sum)];
   ((sum[Sum] = V::load(o + query(Sum) * o_row + lane(Sum))), ...);
   const S* row = values.first;
-  for (Index r = 0; r < values.count; ++r, row += values.stride) {
-    next.template fetch<Vectors * V::width * Index(sizeof(S))>();
-    ((value[X] = Queries > 1 ? V::load_once(row + Index(X) * V::width) : V::load(row + Index(X) * V::width)), ...);
-    if constexpr (Queries > 1) {
-      typename V::Vec weight[sizeof...(Q)];
-      ((weight[Q] = V::broadcast(p[Index(Q) * p_row + r])), ...);
-      ((sum[Sum] = V::fma(weight[Sum / sizeof...(X)], value[Sum % sizeof...(X)], sum[Sum])), ...);
-    } else {
-      const auto weight = V::broadcast(p[r]);
-      ((sum[Sum] = V::fma(weight, value[Sum % sizeof...(X)], sum[Sum])), ...);
-    }
+  Index r = 0;
+  for (; r + steps <= values.count; r += steps, row += steps * values.stride) {
+    next.template fetch<steps * Vectors * V::width * Index(sizeof(S))>();
+    (add_row<Queries, Vectors>(row + Index(Row) * values.stride, p + r + Index(Row), p_row, sum, sums, queries,
+                               vectors),
+     ...);
   }
+  if constexpr (steps > 1)
+    for (; r < values.count; ++r, row += values.stride)
+      add_row<Queries, Vectors>(row, p + r, p_row, sum, sums, queries, vectors);
   (V::store(o + query(Sum) * o_row + lane(Sum), sum[Sum]), ...);
 }
 
 template <Index Queries, Index Vectors, class T, class S>
 EIGEN_ALWAYS_INLINE void add_stripes(const Rows<S>& values, Index& x, const T* p, Index p_row, NextLines& next, T* o,
                                      Index o_row) {
+  constexpr Index steps = NextLines::steps(Vectors * Simd<T>::width * Index(sizeof(S)));
   for (; x + Vectors * Simd<T>::width <= values.width; x += Vectors * Simd<T>::width)
-    add_vectors<Queries, Vectors>(Rows<S>{values.first + x, values.stride, values.count, 0}, p, p_row, next, o + x,
-                                  o_row, std::make_index_sequence<std::size_t(Queries * Vectors)>{},
-                                  std::make_index_sequence<std::size_t(Queries)>{},
-                                  std::make_index_sequence<std::size_t(Vectors)>{});
+    add_vectors<Queries, Vectors>(
+        Rows<S>{values.first + x, values.stride, values.count, 0}, p, p_row, next, o + x, o_row,
+        std::make_index_sequence<std::size_t(Queries * Vectors)>{}, std::make_index_sequence<std::size_t(Queries)>{},
+        std::make_index_sequence<std::size_t(Vectors)>{}, std::make_index_sequence<std::size_t(steps)>{});
 }
 
 template <Index Queries, class T, class S>

@@ -13,7 +13,7 @@
 // ascending order of features and keys, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at
 // once. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
 //
-// Before: kernel/panel_sums.hpp   Next: kernel/row_dots.hpp
+// Before: kernel/panel_sums.hpp   Next: kernel/dots.hpp
 #pragma once
 
 #include <algorithm>
