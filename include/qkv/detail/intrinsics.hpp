@@ -85,6 +85,7 @@ EIGEN_ALWAYS_INLINE __m512 sum_each(__m512 (&rows)[16]) { return sum_each_16(row
 
 #if defined(__GNUC__)
 EIGEN_ALWAYS_INLINE void hold(__m256& v) { asm("" : "+x"(v)); }
+EIGEN_ALWAYS_INLINE void hold(__m256d& v) { asm("" : "+x"(v)); }
 EIGEN_ALWAYS_INLINE void hold(__m256i& v) { asm("" : "+x"(v)); }
 #endif
 
@@ -111,6 +112,7 @@ EIGEN_ALWAYS_INLINE __m256 sum_each(__m256 (&rows)[8]) { return sum_each_8(rows)
 
 #if defined(__GNUC__)
 EIGEN_ALWAYS_INLINE void hold(__m128& v) { asm("" : "+x"(v)); }
+EIGEN_ALWAYS_INLINE void hold(__m128d& v) { asm("" : "+x"(v)); }
 EIGEN_ALWAYS_INLINE void hold(__m128i& v) { asm("" : "+x"(v)); }
 #endif
 

@@ -168,7 +168,7 @@ class DecodeHead {
     return std::clamp<Index>(bytes / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
   }
   /// Zen 3 has too few first-level misses under way to reach the bandwidth: where wide rows come from memory, the second
-  /// level is asked for them earlier (from .67 to .84 of the bandwidth), and does not keep them. In caches it costs 12 %.
+  /// level is asked for them earlier (up to .84 of the bandwidth for .67), and does not keep them. In caches that costs 12 %.
   std::uintptr_t further() const {
     constexpr Index from_memory = Index{32} << 20;
     const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim() + task_.v_head_dim());

@@ -107,15 +107,6 @@ struct Shape {
   static constexpr bool even_end = !wide;  // values end in 2 + 2 vectors, not 3 + 1: 4 sums do not hide the latency
 };
 
-/// In a register from here on: g++ otherwise reads memory again for every use of what was loaded. With AVX2 that is 16
-/// loads for the 12 multiply-adds of a tile of values, of which two loads a cycle allow 0.75 of the peak.
-template <class V>
-EIGEN_ALWAYS_INLINE void keep([[maybe_unused]] V& v) {
-#if defined(__GNUC__) && defined(EIGEN_VECTORIZE_AVX) && !defined(EIGEN_VECTORIZE_AVX512)
-  asm("" : "+x"(v));
-#endif
-}
-
 /// Hides a number from the optimiser, which would otherwise keep one address for each row, in memory.
 EIGEN_ALWAYS_INLINE void opaque([[maybe_unused]] std::uintptr_t& x) {
 #if defined(__GNUC__)
@@ -269,7 +260,7 @@ EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_u
   using Vec = decltype(D::load(c));
   for (Index k = op.depth; k > 0; --k) {
     Vec row[] = {D::load(c + Index(Vector) * D::width)...};
-    (keep(row[Vector]), ...);
+    if constexpr (!Shape<T>::wide) (detail::hold(row[Vector]), ...);  // or g++ loads them again for every lane
     if constexpr (Ahead) {
       prefetch(reinterpret_cast<const void*>(stream.at));
       if constexpr (Stream::step > 64) prefetch(reinterpret_cast<const void*>(stream.at + 64));
