@@ -185,7 +185,8 @@ class PrefixStates {
     options.first_position = 0;
     const auto task = make_task(ConstView<T>(q_.data(), n, q_.cols(), Eigen::OuterStride<>(q_.outerStride())), keys,
                                 {kv_heads, kv_heads}, stacked_mask, f, options, 0);
-    launch(choose_kernel<T>(options.kernel, n), task, state_, workspace, executor, [](Index, Index, Index, Index) {});
+    launch(choose_kernel<T>(options.kernel, n, decode_max_stacked_queries), task, state_, workspace, executor,
+           [](Index, Index, Index, Index) {});
   }
 
   /// Copies the states of query rows [row, row + to's rows) of the batch and some heads: what their own rows merge into.
