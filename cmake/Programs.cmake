@@ -16,7 +16,8 @@ target_link_libraries(qkv_program INTERFACE qkv::qkv qkv_warnings Threads::Threa
 find_program(QKV_CCACHE ccache DOC "Compiler cache, used where found")
 mark_as_advanced(QKV_CCACHE)
 if(PROJECT_IS_TOP_LEVEL AND QKV_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
-  set(CMAKE_CXX_COMPILER_LAUNCHER ${QKV_CCACHE})
+  # Another checkout of the same files finds the same objects.
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${PROJECT_SOURCE_DIR} CCACHE_NOHASHDIR=1 ${QKV_CCACHE})
 endif()
 set(CMAKE_CXX_EXTENSIONS OFF)
 

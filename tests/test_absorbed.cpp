@@ -206,8 +206,8 @@ TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, piece
     for (const Arithmetic in : {Arithmetic::automatic, Arithmetic::int8}) {
       const auto whole = absorbed(s, rows, q, T(0.5), first, qkv::causal, in);
       CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in), whole));
-      CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, in, AnyExecutor(Threaded{3})), whole));
-      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in, AnyExecutor(Shuffled{4})), whole));
+      CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, in, threaded(3)), whole));
+      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in, shuffled(4)), whole));
       for (Index i = 0; i < s.n_new; ++i) {
         const Sizes one{s.heads, 1, s.latent_dim, s.rope_dim};
         const Matrix<T> row = q.row(i);

@@ -118,7 +118,7 @@ TEMPLATE_TEST_CASE("in a batch each sequence of latent attention has the bits it
   if constexpr (std::is_same_v<TestType, F32>) {
     for (auto* caches : {&together, &alone})
       for (auto& cache : *caches) cache.clear();
-    CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, Threaded{2}));
+    CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, threaded(2)));
   }
 }
 

@@ -61,7 +61,7 @@ TEMPLATE_TEST_CASE("in a batch each sequence has the bits it has alone", "[layer
 TEST_CASE("batches in double, and on threads", "[layer]") {
   const auto layer = multi_head_layer<double>(small_gqa);
   auto together = contiguous<double>(), alone = contiguous<double>();
-  CHECK(batch_equals_alone<double>(layer, together, alone, qkv::causal, qkv::plain, qkv::LayerOptions{}, Threaded{3}));
+  CHECK(batch_equals_alone<double>(layer, together, alone, qkv::causal, qkv::plain, qkv::LayerOptions{}, threaded(3)));
 }
 
 TEST_CASE("sequences of a batch may share a pool", "[layer]") {

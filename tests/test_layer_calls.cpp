@@ -97,9 +97,9 @@ TEST_CASE("an executor changes no bit of a layer", "[layer]") {
     return feed(layer, cache, x, {130, 1, 2}, qkv::causal, qkv::plain, qkv::LayerOptions{}, executor);
   };
   const Matrix<float> expected = run(qkv::serial);
-  CHECK(same_bits(run(Threaded{3}), expected));
-  CHECK(same_bits(run(Shuffled{1}), expected));
-  CHECK(same_bits(layer.forward(x, qkv::causal, qkv::plain, {}, Threaded{2}), layer.forward(x)));
+  CHECK(same_bits(run(threaded(3)), expected));
+  CHECK(same_bits(run(shuffled(1)), expected));
+  CHECK(same_bits(layer.forward(x, qkv::causal, qkv::plain, {}, threaded(2)), layer.forward(x)));
 }
 
 TEST_CASE("a layer may keep its weights narrow", "[layer]") {
@@ -118,5 +118,5 @@ TEST_CASE("a layer may keep its weights narrow", "[layer]") {
   auto cache = layer.make_cache(60), other = layer.make_cache(60);
   const qkv::LayerOptions options{.kernel = qkv::Kernel::tiled};
   CHECK(same_bits(feed(layer, cache, x, {31, 1, 1, 5}, qkv::causal, qkv::plain, options),
-                  layer.forward(x, other, qkv::causal, qkv::plain, options, Threaded{3})));
+                  layer.forward(x, other, qkv::causal, qkv::plain, options, threaded(3))));
 }

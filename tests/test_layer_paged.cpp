@@ -199,7 +199,7 @@ TEMPLATE_TEST_CASE("a shared prefix gives the same numbers", "[layer]", float, s
   const double bound = std::is_same_v<TestType, float> ? 2e-6 : 2e-2;
   for (const Kernel kernel : {Kernel::automatic, Kernel::decode, Kernel::reference}) {
     CHECK(cascade_error<TestType>(qkv::causal, qkv::plain, kernel, qkv::serial) <= bound);
-    CHECK(cascade_error<TestType>(qkv::causal, qkv::plain, kernel, Threaded{3}) <= bound);
+    CHECK(cascade_error<TestType>(qkv::causal, qkv::plain, kernel, threaded(3)) <= bound);
   }
   // Masks and scores are told which sequence's query, head and position it is.
   const auto odd = [](const qkv::At& at) {
@@ -210,7 +210,7 @@ TEMPLATE_TEST_CASE("a shared prefix gives the same numbers", "[layer]", float, s
            static_cast<decltype(s)>(at.query) * 0.1F * static_cast<float>(at.key % 3);
   };
   CHECK(cascade_error<TestType>(qkv::window(11, 0), slanted, Kernel::automatic, qkv::serial) <= bound);
-  CHECK(cascade_error<TestType>(odd, qkv::soft_cap(2), Kernel::automatic, Shuffled{5}) <= bound);
+  CHECK(cascade_error<TestType>(odd, qkv::soft_cap(2), Kernel::automatic, shuffled(5)) <= bound);
 }
 
 TEST_CASE("shared prefixes have the same bits on any executor", "[layer]") {
@@ -221,5 +221,5 @@ TEST_CASE("shared prefixes have the same bits on any executor", "[layer]") {
   const Matrix<float> x = normals<float>(11, 23, 36);
   const LayerOptions options{.share_prefixes = true};
   CHECK(same_bits(run_batch(layer, x, offsets, pointers_to(first), qkv::causal, qkv::plain, options),
-                  run_batch(layer, x, offsets, pointers_to(second), qkv::causal, qkv::plain, options, Threaded{4})));
+                  run_batch(layer, x, offsets, pointers_to(second), qkv::causal, qkv::plain, options, threaded(4))));
 }

@@ -163,13 +163,13 @@ TEMPLATE_TEST_CASE("any executor gives the same bits, for one product or several
   const qkv::Projection<TestType> wide(w), narrow(w.leftCols(33)), none(w.leftCols(0));
   for (const Index n : {0, 1, 3, 40, 150}) {
     const qkv::Matrix<TestType> x = numbers<TestType>(n, 70, 25), expected = wide.forward(x);
-    REQUIRE(same_bits(wide.forward(x, Shuffled{1}), expected));
-    REQUIRE(same_bits(wide.forward(x, Threaded{3}), expected));
+    REQUIRE(same_bits(wide.forward(x, shuffled(1)), expected));
+    REQUIRE(same_bits(wide.forward(x, threaded(3)), expected));
     qkv::Matrix<TestType> a(n, 1100), b(n, 33), c(n, 0);
     qkv::detail::run_together<TestType, 3>({{{&none, qkv::writable_view(c), qkv::view(x)},
                                              {&wide, qkv::writable_view(a), qkv::view(x)},
                                              {&narrow, qkv::writable_view(b), qkv::view(x)}}},
-                                           Threaded{3});
+                                           threaded(3));
     REQUIRE(same_bits(a, expected));
     REQUIRE(same_bits(b, expected.leftCols(33)));
   }

@@ -173,8 +173,8 @@ TEST_CASE("every executor gives the bits of the serial one", "[attention][bits]"
           CHECK(same_bits(lse, expected_lse));
         }
       };
-      check(Shuffled{1});
-      check(Threaded{3});
+      check(shuffled(1));
+      check(threaded(3));
       check(pool);
       const auto state = attention_state(in.q, in.k, in.v, c.heads, causal, plain, {.kernel = kernel});
       const auto other = attention_state(in.q, in.k, in.v, c.heads, causal, plain, {.kernel = kernel}, pool);
@@ -201,7 +201,7 @@ TEST_CASE("an exception of a mask reaches the caller from every executor, and th
           [&] { attention(in.q, in.k, in.v, prompt.heads, fails, plain, options, executor); });
     };
     CHECK(said(serial) == "from the mask");
-    CHECK(said(Threaded{2}) == "from the mask");
+    CHECK(said(threaded(2)) == "from the mask");
     CHECK(said(pool) == "from the mask");
     CHECK(same_bits(run(options, in.q, in.k, in.v, prompt.heads, causal, plain),
                     run<float>({.kernel = kernel}, in.q, in.k, in.v, prompt.heads, causal, plain)));
@@ -227,8 +227,8 @@ TEST_CASE("keys that are split among threads give the bits of one thread, from w
   CHECK(split(serial, pages));
   CHECK(split(pool, pages));
   CHECK(split(pool, in.k, in.v));
-  CHECK(split(Shuffled{1}, in.k, in.v));
-  CHECK(split(Threaded{2}, in.k, in.v));
+  CHECK(split(shuffled(1), in.k, in.v));
+  CHECK(split(threaded(2), in.k, in.v));
   const Matrix<float> last = in.q.bottomRows(1);
   CHECK(same_bits(run<float>(options, last, in.k, in.v, c.heads, causal, plain), whole.bottomRows(1)));
 }

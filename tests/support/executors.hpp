@@ -69,5 +69,7 @@ class AnyExecutor {
   using Item = std::function<void(qkv::Index)>;
   std::function<void(qkv::Index, const Item&)> run_;
 };
+inline AnyExecutor threaded(int threads) { return AnyExecutor(Threaded{threads}); }
+inline AnyExecutor shuffled(std::uint64_t seed) { return AnyExecutor(Shuffled{seed}); }
 
 }  // namespace support
