@@ -128,7 +128,7 @@ def run(build, source, folder, quick, about):
         old.unlink()
     (folder / "context.json").write_text(json.dumps(about, indent=1) + "\n")
     seconds = {program.name: program.seconds if quick else program.full_seconds for program in plan.PROGRAMS}
-    extras = (8, 30) if quick else (15, 480)
+    extras = (8, 35) if quick else (15, 480)
     progress = Progress(sum(seconds.values()) * mode.passes + sum(extras))
     merged, took, failed = {}, {}, set()
     for index in range(mode.passes):
@@ -161,7 +161,7 @@ def run(build, source, folder, quick, about):
                   min(4 * extras[0], mode.limit - progress.elapsed))
             out = folder / "peers.json"
             extra([str(Path(source) / "benchmarks" / "peers" / "run"), "--out", str(out), *short], out, progress, "peers",
-                  extras[1], min((3 if quick else 1.5) * extras[1], mode.limit - progress.elapsed))
+                  extras[1], min((2 if quick else 1.5) * extras[1], mode.limit - progress.elapsed))
     for name in failed:
         progress.say(f"{name} failed; the report leaves it out")
     progress.say(f"measured in {progress.elapsed:.0f} s")
