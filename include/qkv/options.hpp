@@ -37,7 +37,7 @@ constexpr const char* name(Kernel kernel) {
 /// time of the tiled kernel, for one to 32 query heads per key head; with 12 it is slower where 32 share one.
 inline constexpr Index decode_max_queries = 8;
 /// The same for the queries of several sequences on a prefix that they share: every query head is a query of its own there,
-/// one to a key head. Measured: 16 take 0.75 of the tiled kernel's time, 32 as long.
+/// one to a key head. Measured with AVX2: 16 take 0.75 of the tiled kernel's time, 32 as long.
 inline constexpr Index decode_max_stacked_queries = 24;
 
 /// The one place where `automatic` is decided: by the scalar and the number of queries of the sequence and nothing else,
