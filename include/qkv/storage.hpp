@@ -47,23 +47,25 @@ constexpr Index row_bytes(Index n) {
                              has_row_scale<S> ? static_cast<Index>(sizeof(float)) : 0);
 }
 
-/// Quantises x[0..n) to out[0..n) and returns the row's scale.
-template <class T>
-float quantize_row(const T* x, Index n, std::int8_t* out) {
+/// Quantises x[0..n) to out[0..n), integers of at most `most`, and returns the row's scale: 0 for zeros, NaN where a number
+/// is not finite.
+template <class T, class Q>
+float quantize_row(const T* x, Index n, Q* out, float most = 127.0F) {
+  constexpr float finite_max = std::numeric_limits<float>::max();
   float amax = 0;
   bool finite = true;
   for (Index i = 0; i < n; ++i) {
     const float a = std::abs(static_cast<float>(x[i]));
-    finite = finite && a <= std::numeric_limits<float>::max();  // false for NaN too
+    finite = finite && a <= finite_max;  // false for NaN too
     amax = a > amax ? a : amax;
   }
-  constexpr float largest = 0x1.020406p121F;  // 127 times the next float is infinite
-  const float scale = finite ? std::min(amax / 127.0F, largest) : std::numeric_limits<float>::quiet_NaN();
-  const bool usable = finite && scale > 0;
+  float scale = finite ? amax / most : std::numeric_limits<float>::quiet_NaN();
+  if (scale * most > finite_max) scale = std::nextafter(scale, 0.0F);  // or what is restored would be infinite
+  const bool usable = scale > 0;
   for (Index i = 0; i < n; ++i) {
-    // nearbyint rounds to nearest even in the default rounding mode; a subnormal scale may overshoot 127.
+    // nearbyint rounds to nearest even in the default rounding mode; a subnormal scale may overshoot.
     const float q = usable ? std::nearbyint(static_cast<float>(x[i]) / scale) : 0.0F;
-    out[i] = static_cast<std::int8_t>(q > 127.0F ? 127.0F : q < -127.0F ? -127.0F : q);
+    out[i] = static_cast<Q>(q > most ? most : q < -most ? -most : q);
   }
   return scale;
 }

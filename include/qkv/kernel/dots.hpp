@@ -10,11 +10,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
+#include <cstdint>
 
 #include "../options.hpp"
+#include "../storage.hpp"
 #include "register_tile.hpp"
 #include "words.hpp"
 
@@ -229,24 +228,8 @@ struct PairsDot {
     return key<Part>(copy);
   }
 
-  /// As quantize_row does it: a query of zeros has scale 0, one with a number that is not finite scale NaN.
   static float round(const float* query, Index n, std::int16_t* to, std::int32_t&) {
-    float high = 0;
-    bool finite = true;
-    for (Index i = 0; i < n; ++i) {
-      const float a = std::abs(query[i]);
-      finite = finite && a <= std::numeric_limits<float>::max();  // false for NaN too
-      high = a > high ? a : high;
-    }
-    const auto most = static_cast<float>(largest(n));
-    const float scale = finite ? high / most : std::numeric_limits<float>::quiet_NaN();
-    const bool usable = scale > 0;
-    for (Index i = 0; i < n; ++i) {
-      // Adding and taking off 1.5·2²³ rounds to an integer; a subnormal scale may overshoot.
-      const float q = usable ? std::clamp(query[i] / scale, -most, most) + 0x1.8p23F : 0x1.8p23F;
-      to[i] = static_cast<std::int16_t>(q - 0x1.8p23F);
-    }
-    return scale;
+    return quantize_row(query, n, to, static_cast<float>(largest(n)));
   }
 };
 #endif
