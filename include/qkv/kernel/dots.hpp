@@ -5,6 +5,7 @@
 //     PairsDot     int8, AVX2 and SSE2          sum += Σ₂ q·k      queries as int16
 //
 // Sums of integers are exact; what differs is how a query is rounded, with one scale each, before it is multiplied.
+// With QuadsDot and PairsDot go values in pairs of int16 (kernel/pair_sums.hpp), with WidenedDot widened ones.
 //
 // Before: kernel/tiled.hpp   Next: kernel/row_dots.hpp
 #pragma once
