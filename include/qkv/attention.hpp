@@ -34,7 +34,8 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 
 /// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
 /// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
-/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys.
+/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
+/// and values in T: the decode kernel may hold more for an int8 cache.
 template <class T>
 std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
                            Index v_head_dim) {
@@ -46,15 +47,12 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
       return state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
     }
     case Kernel::decode: {
+      using Dot = kernel::WidenedDot<T, T>;
       const Index n = n_queries * heads.group_size();
-      const auto with = [&]<class Dot>(std::type_identity<Dot>) {
-        const Index at_once = kernel::decode_heads_at_once(
-            head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
-            kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
-        return kernel::Decode<Dot, T, typename Dot::Key, Full, Plain>::bytes(at_once, n, head_dim, v_head_dim);
-      };
-      return state + std::max(with(std::type_identity<kernel::WidenedDot<T, T>>{}),
-                              with(std::type_identity<kernel::NarrowDot<T, std::int8_t>>{}));
+      const Index at_once = kernel::decode_heads_at_once(
+          head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
+          kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
+      return state + kernel::Decode<Dot, T, T, Full, Plain>::bytes(at_once, n, head_dim, v_head_dim);
     }
     default:
       return state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim);
