@@ -8,10 +8,18 @@
 // --check recomputes the whole text without a cache and compares: the cache changes the cost, not the numbers.
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <numeric>
+#include <optional>
 #include <random>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "story_model.hpp"
 

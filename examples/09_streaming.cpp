@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <sstream>
+#include <string>
 
 #include <qkv/multi_head_attention.hpp>
 #include <qkv/ring_cache.hpp>

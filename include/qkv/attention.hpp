@@ -17,8 +17,6 @@
 // Before: kernel/decode.hpp   Next: explain.hpp
 #pragma once
 
-#include <algorithm>
-
 #include "data_masks.hpp"
 #include "detail/launch.hpp"
 

@@ -11,6 +11,7 @@
 // Before: attention.hpp   Next: model_config.hpp
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 

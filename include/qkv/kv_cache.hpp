@@ -15,6 +15,8 @@
 // Before: memory.hpp   Next: ring_cache.hpp
 #pragma once
 
+#include <algorithm>
+#include <new>
 #include <utility>
 #include <vector>
 

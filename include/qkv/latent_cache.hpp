@@ -10,8 +10,6 @@
 // Before: paged_cache.hpp   Next: paged_latent_cache.hpp
 #pragma once
 
-#include <algorithm>
-#include <span>
 #include <utility>
 
 #include "detail/latent_rows.hpp"

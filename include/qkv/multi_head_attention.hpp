@@ -17,6 +17,8 @@
 // Before: multi_head_weights.hpp   Next: kernel/latent_tiles.hpp
 #pragma once
 
+#include <algorithm>
+#include <optional>
 #include <span>
 #include <utility>
 

@@ -14,7 +14,6 @@
 #include <concepts>
 #include <condition_variable>
 #include <exception>
-#include <functional>
 #include <mutex>
 
 #include "matrix.hpp"

@@ -9,8 +9,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
+#include <span>
 #include <type_traits>
 
 #include "../key_rows.hpp"

@@ -1,6 +1,7 @@
 // detail/call.hpp — everything about a call that must be checked before the first write.
 #pragma once
 
+#include <cmath>
 #include <limits>
 #include <span>
 

@@ -4,8 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <new>
 #include <random>
 #include <span>
+#include <string>
+#include <utility>
 
 #include "../attention.hpp"
 #include "../projection.hpp"
