@@ -43,7 +43,15 @@ inline void append(std::string& text, std::string_view part) { text += part; }
 
 template <class Number>
 requires std::is_arithmetic_v<Number>
-void append(std::string& text, Number number) { text += std::to_string(number); }
+void append(std::string& text, Number number) {
+  if constexpr (std::is_floating_point_v<Number>) {
+    char digits[32];  // "-1e-09": std::to_string would say "-0.000000"
+    std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(number));
+    text += digits;
+  } else {
+    text += std::to_string(number);
+  }
+}
 
 /// Raises Error with the concatenated parts unless `ok`.
 template <class Error = std::invalid_argument, class... Parts>
