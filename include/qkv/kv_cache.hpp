@@ -230,7 +230,8 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
 
   /// Allocates now what `rows` rows will need, so that appending them does not.
   void reserve(Index rows) {
-    const auto blocks = static_cast<std::size_t>((std::clamp<Index>(rows, 0, capacity_) + block_ - 1) / block_);
+    rows = std::clamp<Index>(rows, 0, capacity_);
+    const auto blocks = static_cast<std::size_t>(rows / block_ + (rows % block_ > 0 ? 1 : 0));
     if (blocks > blocks_.capacity()) blocks_.reserve(std::max(blocks, 2 * blocks_.capacity()));
     runs_.reserve(blocks_.capacity());
     while (blocks_.size() < blocks) blocks_.emplace_back(this->shape_, block_, 1);
