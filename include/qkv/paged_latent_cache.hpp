@@ -143,6 +143,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
       this->pool_->make_room([&] { return this->missing_pages(first, moved); });
       this->require_pages(first, moved);
       this->own(first, moved);
+      this->hold(rows(), first / page_tokens());  // runs of the copies, should scratch memory fail now
       this->pool_->memory_.shift(first, n, rows(), rope, workspace_, [&](Index row) { return slot(row); });
     }
     this->rewind(left);
