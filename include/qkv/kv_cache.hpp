@@ -54,7 +54,7 @@ class CacheInterface {
   Index head_dim() const { return shape_.head_dim; }
   Index v_head_dim() const { return shape_.v_head_dim; }
 
-  /// Scratch memory for attention over this cache, kept between calls. A copy of the cache starts with none.
+  /// Scratch memory for attention over this cache, kept between calls. A cache that was copied or moved starts with none.
   Workspace& workspace() { return workspace_; }
 
   /// Appends k [n, kv_heads·head_dim] and v [n, kv_heads·v_head_dim] of any floating-point scalar at position().

@@ -96,7 +96,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   Index latent_dim() const { return this->pool_ ? this->pool_->latent_dim() : 0; }
   Index rope_dim() const { return this->pool_ ? this->pool_->rope_dim() : 0; }
 
-  /// Scratch memory for attention over this cache, kept between calls. A fork starts with none.
+  /// Scratch memory for attention over this cache, kept between calls. A cache that was forked or moved starts with none.
   Workspace& workspace() { return workspace_; }
 
   /// Appends latent [n, latent_dim] (normed) and rope_key [n, rope_dim] (rotated) of any floating-point scalar.
