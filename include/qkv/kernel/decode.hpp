@@ -8,9 +8,10 @@
 //     splits     |--------------- one state (m, l, o) -----------|---------- another, merged in ascending order
 //
 // The work is bound by reading memory: 2 · n_keys · kv_heads · head_dim numbers. Queries of a group (and several new
-// tokens) share each row while it is in registers (kernel/row_dots.hpp); narrow storage is widened there. Splits lie on a
-// grid of absolute positions and merge in order, so paged, ring and contiguous caches, any number of threads and a prompt
-// in pieces give the same bits. Dao et al. 2023, "Flash-Decoding for long-context inference".
+// tokens) share each row while it is in registers (kernel/row_dots.hpp); narrow storage is widened there, int8 mostly
+// multiplied as it is. Splits lie on a grid of absolute positions and merge in order, so paged, ring and contiguous
+// caches, any number of threads and a prompt in pieces give the same bits. Dao et al. 2023, "Flash-Decoding for
+// long-context inference".
 //
 // Memory is fast only where it is read in long stretches. A head's rows in a contiguous cache are one; in pages they are
 // many short ones, but those of the next head lie behind them. So heads of short runs take turns in every chunk:
