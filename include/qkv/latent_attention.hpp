@@ -226,7 +226,7 @@ class LatentAttention {
     using S = typename C::Storage;
     const auto& c = config_;
     const LatentRows<S> rows = cache.latent_rows();
-    constexpr bool narrow = kernel::NarrowArithmetic<T, S>::words;
+    constexpr bool narrow = kernel::LatentArithmetic<T, S>::words;
     const LatentForm form =
         choose_latent_form(options.form, c, q.rows(), rows.rows,
                            narrow && options.arithmetic != Arithmetic::exact ? narrow_absorbed_cost : 1.0);

@@ -195,16 +195,14 @@ class Absorbed {
     const Index live = round_up(std::min(panel, n_ - p), step);
     for (Index lane = p; lane < p + live; lane += step) {
       T* const to = s_ + c * panel + lane - p;
-      if constexpr (!A::quads)
+      if constexpr (A::scaled) {
+        const ScaledRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
+                              block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
+        scaled_score_tiles<KeyDot<A>, Rows, Vectors, Parts>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+      } else {
         score_tiles<KeyDot<A>, Rows, Vectors, Parts>(tiles, q_.steps(), block_.row(c), block_.stride(), q_.at(lane),
                                                      to);
-#ifdef QKV_DETAIL_WORDS
-      if constexpr (A::quads) {
-        const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
-                            block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
-        quad_score_tiles<Rows, Vectors, Parts>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
       }
-#endif
     }
     if (live < panel)  // what follows takes whole registers
       for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(s_ + r * panel + live, panel - live, T(0));
@@ -283,12 +281,19 @@ class Absorbed {
       return w.sum;
     } else
 #endif
+#ifdef QKV_DETAIL_SHORTS
+        if constexpr (A::shorts) {
+      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, block_.value_scales());
+      V::store(take_ + v, w.step);
+      return w.sum;
+    } else
+#endif
       return Softmax::weigh(s_ + v, begin, end, base, to_log2);
   }
 
   void multiply_values(Index p, Index begin, Index end) {
     using N = typename Value::Number;
-    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
+    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors(A::shorts);
     if (begin >= end) return;
     begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
     const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
@@ -303,7 +308,7 @@ class Absorbed {
     for (Index x = 0; x < width;) {
       if (!stream_.pending()) std::swap(stream_, later_), later_ = {};
       Index some = std::min(vectors, (width - x) / W);
-      if (Shape<T>::even_end && width - x == 4 * W) some = 2;
+      if (Shape<T>::even_end && vectors > 2 && width - x == 4 * W) some = 2;
       if (some == vectors)
         feature_tiles<Value, vectors>(lanes, op, stream_);
       else if (some == 2)
@@ -343,10 +348,12 @@ class Absorbed {
     }
   }
   T weight_of(Index c, Index lane) const {
-    if constexpr (A::bytes) {
-      Word quad;
-      std::memcpy(&quad, s_ + c / 4 * panel + lane, sizeof quad);
-      return static_cast<T>(quad >> (8 * (c % 4)) & 255U);  // what it multiplies is not finite
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, s_ + c / A::keys * panel + lane, sizeof several);
+      // In steps: what it multiplies is not finite.
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
     } else if constexpr (words) {
       Word pair;
       std::memcpy(&pair, s_ + c / 2 * panel + lane, sizeof pair);
@@ -379,7 +386,7 @@ class Absorbed {
   Index first_, n_;
   LaneState<T> state_{};
   T *s_ = nullptr, *row_ = nullptr;
-  alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // bytes: what a step of a weight is worth
+  alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // in steps: what one is worth
   bool* hidden_ = nullptr;                                       // [n_rows, panel]; written where a score is not finite
   Stream stream_, later_;
 };

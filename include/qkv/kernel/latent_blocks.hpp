@@ -44,7 +44,8 @@ void widen_row(const S* from, Index n, float scale, T* to) {
 template <class A, class T, StorageType S>
 class BlockRows {
   using Number = typename A::Number;
-  using Element = std::conditional_t<A::words, S, T>;  // of rows
+  using Element = std::conditional_t<A::shorts, std::int16_t, std::conditional_t<A::words, S, T>>;  // of rows
+  using RopeNumber = RopeDot::Number;
   static constexpr bool words = A::words, quads = A::quads;
   static constexpr Index n_rows = block_rows<words>;
   static constexpr Index unit = quads ? 64 : words ? 32 : Simd<T>::width;  // rows are read up to a multiple of it
@@ -53,27 +54,24 @@ class BlockRows {
   BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
     copy_ = carver.take<Element>(n_rows * copy_step());
     if constexpr (words) packed_ = carver.take<Number>(n_rows / A::keys * packed_step());
-    if constexpr (quads) {
-      rope_ = carver.take<Number>(n_rows * rope_step());
-      scales_ = carver.take<float>(n_rows);
-      offsets_ = carver.take<std::int32_t>(n_rows);
-      if constexpr (A::bytes) logs_ = carver.take<float>(n_rows), inverses_ = carver.take<float>(n_rows);
-    }
+    if constexpr (A::scaled)
+      rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
+    if constexpr (quads) offsets_ = carver.take<std::int32_t>(n_rows);
+    if constexpr (A::bytes) logs_ = carver.take<float>(n_rows), inverses_ = carver.take<float>(n_rows);
+    if constexpr (A::shorts) value_scales_ = carver.take<float>(n_rows);
   }
 
   void prepare(const Place& place) {
     place_ = place;
     inspected_ = false;
     n_dropped_ = 0;
-    const LatentRun<S>& run = rows_.runs[place.run];
-    if (in_place(place)) {
-      if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place));
-      step_ = rows_.latent_row_stride;
+    if constexpr (A::shorts) {
+      this->widen_to_shorts();
     } else {
-      copy();
+      find_rows();
+      if constexpr (quads) this->weigh_rows(), this->round_rope();
+      if constexpr (words) this->pack_values();
     }
-    if constexpr (quads) this->weigh_rows(), this->round_rope();
-    if constexpr (words) this->pack_values();
   }
 
   const Place& place() const { return place_; }
@@ -88,13 +86,15 @@ class BlockRows {
       return row(column);
   }
   Index value_step() const { return words ? packed_step() : step_; }
-  const Number* rope(Index column) const { return rope_ + column * rope_step(); }
-  Index rope_stride() const { return rope_step() * Index(sizeof(Number)); }
+  const RopeNumber* rope(Index column) const { return rope_ + column * rope_step(); }
+  Index rope_stride() const { return rope_step() * Index(sizeof(RopeNumber)); }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
   /// Bytes: log2 and inverse of the scale of each column.
   const float* logs() const { return logs_; }
   const float* inverses() const { return inverses_; }
+  /// Shorts: scales of the columns, zero where a row is not finite.
+  const float* value_scales() const { return value_scales_; }
 
   /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
   /// Asked for where a score is not finite, as every score of such a row is.
@@ -113,9 +113,9 @@ class BlockRows {
   }
 
  private:
-  Index copied_dim() const { return quads ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
+  Index copied_dim() const { return A::scaled ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
   Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
-  Index rope_step() const { return round_up(rows_.rope_dim, 32) / 2; }
+  Index rope_step() const { return round_up(rows_.rope_dim, 32) / rope_features; }
   Index packed_step() const {
     return round_up(rows_.latent_dim, 32) + 16;
   }  // not a multiple of 4 KB: all in one L1 set
@@ -130,6 +130,12 @@ class BlockRows {
              rows_.rope(rows_.runs[place.run], 0) == rows_.latent(rows_.runs[place.run], 0) + rows_.latent_dim;
   }
 
+  void find_rows() {
+    const LatentRun<S>& run = rows_.runs[place_.run];
+    if (!in_place(place_)) return copy();
+    if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place_));
+    step_ = rows_.latent_row_stride;
+  }
   void copy() {
     const Index step = copy_step(), latent = rows_.latent_dim;
     [[maybe_unused]] const Index rope = rows_.rope_dim;
@@ -161,7 +167,7 @@ class BlockRows {
     });
   }
 
-  static constexpr Word key_bits = A::bytes ? 0xFFU : 0xFFFFU;  // of one key in a word of values
+  static constexpr Word key_bits = 0xFFFFFFFFU >> (32 - 32 / A::keys);  // of one key in a word of values
   void inspect() {
     inspected_ = true;
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
@@ -179,6 +185,48 @@ class BlockRows {
       }
     });
   }
+
+#ifdef QKV_DETAIL_SHORTS
+  /// Latents as int16, by row and in pairs of rows; scales and rope keys beside them.
+  void widen_to_shorts() {
+    const Index latent = rows_.latent_dim, rope = rows_.rope_dim, begin = place_.begin / 2 * 2;
+    step_ = copy_step(), first_ = copy_ + place_.begin * step_;
+    std::fill_n(scales_, n_rows, 0.0F);
+    std::fill_n(value_scales_, n_rows, 0.0F);
+    std::array<const S*, std::size_t(n_rows)> held{};
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      for (Index i = 0; i < count; ++i) {
+        held[static_cast<std::size_t>(column + i)] = rows_.latent(run, row + i);
+        const float scale = rows_.scale(run, row + i);
+        scales_[column + i] = scale, value_scales_[column + i] = std::isfinite(scale) ? scale : 0.0F;
+        std::copy_n(rows_.rope(run, row + i), rope, rope_ + (column + i) * rope_step());
+      }
+    });
+    for (Index c = begin; c < place_.count; c += 2) {
+      const S *const a = held[static_cast<std::size_t>(c)], *const b = held[static_cast<std::size_t>(c + 1)];
+      if (a == nullptr) std::fill_n(rope_ + c * rope_step(), rope, 0.0F);
+      if (b == nullptr) std::fill_n(rope_ + (c + 1) * rope_step(), rope, 0.0F);
+      Index x = 0;
+      if (a != nullptr && b != nullptr)
+        for (; x + short_lanes <= latent; x += short_lanes) put_shorts(c, x, load_bytes(a + x), load_bytes(b + x));
+      for (; x < latent; x += short_lanes) {  // what is not there is zeros
+        S first[std::size_t(short_lanes)] = {}, second[std::size_t(short_lanes)] = {};
+        const Index n = std::min(short_lanes, latent - x);
+        if (a != nullptr) std::copy_n(a + x, n, first);
+        if (b != nullptr) std::copy_n(b + x, n, second);
+        put_shorts(c, x, load_bytes(first), load_bytes(second));
+      }
+    }
+  }
+  EIGEN_ALWAYS_INLINE void put_shorts(Index c, Index x, Eighths a, Eighths b) {
+    Element* const row = copy_ + c * step_ + x;
+    Word* const pair = packed_ + c / 2 * packed_step() + x;
+    store_words(row, widen_bytes(a));
+    store_words(row + step_, widen_bytes(b));
+    store_words(pair, low_pairs(a, b));
+    store_words(pair + word_lanes, high_pairs(a, b));
+  }
+#endif
 
 #ifdef QKV_DETAIL_WORDS
   /// Scales and offsets of the rows, in quads; 16 rows at a time.
@@ -294,8 +342,8 @@ class BlockRows {
   Index step_ = 0;
   Element* copy_ = nullptr;
   Number* packed_ = nullptr;
-  Number* rope_ = nullptr;
-  float* scales_ = nullptr;
+  RopeNumber* rope_ = nullptr;
+  float *scales_ = nullptr, *value_scales_ = nullptr;
   std::int32_t* offsets_ = nullptr;
   float *logs_ = nullptr, *inverses_ = nullptr;
   bool inspected_ = false;

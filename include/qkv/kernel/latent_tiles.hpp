@@ -27,14 +27,18 @@
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
-/// How the latent part of the rows is multiplied with queries (int8: the rope part is pairs of bfloat16).
-template <class A>
-using KeyDot =
+/// How the latent part of the rows is multiplied with queries, and how a rope part kept apart is: in pairs of bfloat16
+/// where there are such products.
 #ifdef QKV_DETAIL_WORDS
-    std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
+template <class A>
+using KeyDot = std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
+using RopeDot = PairValueDot;
 #else
-    ValueDot<A>;
+template <class A>
+using KeyDot = ValueDot<A>;
+using RopeDot = NumberDot<float>;
 #endif
+inline constexpr Index rope_features = words_available ? 2 : 1;  // in one number
 
 /// Few heads leave lanes over: then each of them takes every `parts`-th number of a row, and parts are added at the end.
 ///
@@ -103,7 +107,9 @@ struct Shape {
     return vectors == 1 ? (wide ? 24 : 12) : wide ? 12 : Simd<T>::fused ? 6 : 4;
   }
   static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
-  static constexpr Index value_vectors = wide || Simd<T>::fused ? 3 : 2;
+  static constexpr Index value_vectors(bool products) {  // a product that is not added at once needs a register
+    return wide || (Simd<T>::fused && !products) ? 3 : 2;
+  }
   static constexpr bool even_end = !wide;  // values end in 2 + 2 vectors, not 3 + 1: 4 sums do not hide the latency
 };
 
@@ -178,49 +184,54 @@ void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const
   }
 }
 
-#ifdef QKV_DETAIL_WORDS
-/// Rows whose latent part is int8 and whose rope part is pairs of bfloat16.
-struct QuadRows {
+/// Rows whose latent part is integers, whose rope part is not.
+struct ScaledRows {
   Index steps, rope_steps;
-  const std::int8_t* latent;
-  const Word* rope;
+  const void* latent;
+  const RopeDot::Number* rope;
   Index latent_stride, rope_stride;  // bytes
   const float* scale;                // per row
-  const std::int32_t* offset;        // per row: -128·Σ latent
+  const std::int32_t* offset;        // per row, in quads: -128·Σ latent
 };
-/// Scores: the rope part continues the sum that the latent part, made float, has begun.
-template <Index Rows, Index Vectors, Index Parts, std::size_t... I>
-EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes, const Word* rope_lanes,
-                                         const float* unit, float* s, std::index_sequence<I...> all) {
-  using Quad = QuadValueDot;
-  constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
+/// A sum of integers before its first product.
+template <class D, Index Parts>
+EIGEN_ALWAYS_INLINE typename D::Sum start_sum([[maybe_unused]] const std::int32_t* offset) {
+#ifdef QKV_DETAIL_WORDS
   constexpr __mmask16 first_part = Parts == 1 ? 0xFFFF : Parts == 2 ? 0x5555 : 0x1111;
-  Quad::Sum sum[sizeof...(I)];
-  ((sum[I] = (Quad::Sum)_mm512_maskz_set1_epi32(first_part, rows.offset[Index(I) / Vectors])), ...);
-  multiply_rows<Quad, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all,
-                                      vectors);
-  __m512 score[sizeof...(I)];
-  ((score[I] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]),
-                             _mm512_mul_ps(_mm512_set1_ps(rows.scale[Index(I) / Vectors]),
-                                           _mm512_loadu_ps(unit + Index(I) % Vectors * word_lanes)))),
-   ...);
-  multiply_rows<PairValueDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride),
-                                              rope_lanes, all, vectors);
-  (store_sums<Parts>(s + Index(I) * word_lanes, score[I]), ...);
+  return (typename D::Sum)_mm512_maskz_set1_epi32(first_part, *offset);
+#else
+  return D::start(nullptr);
+#endif
 }
-template <Index Rows, Index Vectors, Index Parts>
-void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word* rope_lanes, const float* unit,
-                      float* s) {
+/// Scores: the rope part continues the sum that the latent part, made float, has begun.
+template <class D, Index Vectors, Index Parts, std::size_t... I>
+EIGEN_ALWAYS_INLINE void scaled_score_tile(const ScaledRows& rows, const Word* lanes, const RopeDot::Number* rope_lanes,
+                                           const float* unit, float* s, std::index_sequence<I...> all) {
+  using V = Simd<float>;
+  constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
+  typename D::Sum sum[sizeof...(I)];
+  ((sum[I] = start_sum<D, Parts>(rows.offset + Index(I) / Vectors)), ...);
+  multiply_rows<D, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all, vectors);
+  typename V::Vec score[sizeof...(I)];
+  ((score[I] = V::mul(D::to_float(sum[I]), V::mul(V::broadcast(rows.scale[Index(I) / Vectors]),
+                                                  V::load(unit + Index(I) % Vectors * Simd<float>::width)))),
+   ...);
+  multiply_rows<RopeDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride), rope_lanes,
+                                         all, vectors);
+  (store_sums<Parts>(s + Index(I) * Simd<float>::width, score[I]), ...);
+}
+template <class D, Index Rows, Index Vectors, Index Parts>
+void scaled_score_tiles(Index tiles, ScaledRows rows, const Word* lanes, const RopeDot::Number* rope_lanes,
+                        const float* unit, float* s) {
   for (; tiles > 0; --tiles) {
-    quad_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, unit, s,
-                                          std::make_index_sequence<std::size_t(Rows * Vectors)>{});
-    rows.latent += Rows * rows.latent_stride;
-    rows.rope += Rows * rows.rope_stride / Index(sizeof(Word));
+    scaled_score_tile<D, Vectors, Parts>(rows, lanes, rope_lanes, unit, s,
+                                         std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    rows.latent = static_cast<const char*>(rows.latent) + Rows * rows.latent_stride;
+    rows.rope += Rows * rows.rope_stride / Index(sizeof(*rows.rope));
     rows.scale += Rows, rows.offset += Rows;
-    s += Rows * Vectors * word_lanes;
+    s += Rows * Vectors * Simd<float>::width;
   }
 }
-#endif
 
 /// Memory that will be read next, asked for while values are multiplied: their tiles leave load slots free, and rows
 /// read in order stream well. `step` bytes with every step of a tile. Fewer with AVX2, where a step does a quarter of the
@@ -241,16 +252,15 @@ struct FeatureOperands {
   Index c_step;
   T* o;  // rows o_row apart
   Index o_row;
-  const T* take;  // weights in 8 bits: what a step is worth, per lane
+  const T* take;  // weights in steps: what one is worth, per lane
 };
 template <class D, class T>
 EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]] const T* take) {
-#ifdef QKV_DETAIL_WORDS
-  if constexpr (std::is_same_v<D, QuadValueDot>)
-    return _mm512_storeu_ps(
-        o, _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(*take), _mm512_loadu_ps(o)));
-#endif
-  D::finish(o, sum, nullptr);
+  using V = Simd<T>;
+  if constexpr (requires { D::to_float(sum); })
+    V::store(o, V::fma(D::to_float(sum), V::broadcast(*take), V::load(o)));
+  else
+    D::finish(o, sum, nullptr);
 }
 template <class D, Index Vectors, bool Ahead, class T, std::size_t... Sum, std::size_t... Vector>
 EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] Stream& stream,

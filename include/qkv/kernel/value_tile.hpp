@@ -13,8 +13,8 @@
 
 #include <array>
 
+#include "arithmetic.hpp"
 #include "register_tile.hpp"
-#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -53,13 +53,15 @@ struct NumberDot {
   static EIGEN_ALWAYS_INLINE Sum start(const T* o) { return V::load(o); }
   static EIGEN_ALWAYS_INLINE void finish(T* o, Sum s, const float*) { V::store(o, s); }
 };
-#ifdef QKV_DETAIL_WORDS
+#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
 struct WordDot {
   using Number = Word;
   static constexpr Index width = word_lanes;
-  static EIGEN_ALWAYS_INLINE __m512i load(const Word* p) { return load_words(p); }
-  static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static EIGEN_ALWAYS_INLINE auto load(const Word* p) { return load_words(p); }
+  static EIGEN_ALWAYS_INLINE auto broadcast(Word x) { return broadcast_word(x); }
 };
+#endif
+#ifdef QKV_DETAIL_WORDS
 /// Pairs of bfloat16.
 struct PairValueDot : WordDot, PairDot {
   static EIGEN_ALWAYS_INLINE Sum start(const float* o) { return _mm512_loadu_ps(o); }
@@ -72,6 +74,15 @@ struct QuadValueDot : WordDot, QuadDot {
     const __m512 steps = _mm512_cvtepi32_ps((__m512i)s);
     _mm512_storeu_ps(o, _mm512_fmadd_ps(steps, _mm512_loadu_ps(take), _mm512_loadu_ps(o)));
   }
+  static EIGEN_ALWAYS_INLINE __m512 to_float(Sum s) { return _mm512_cvtepi32_ps((__m512i)s); }
+};
+#elif defined(QKV_DETAIL_SHORTS)
+/// Pairs of int16, weights in whole steps, summed exactly.
+struct ShortDot : WordDot {
+  using Sum = Words;
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
+  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
+  static EIGEN_ALWAYS_INLINE auto to_float(Sum s) { return words_to_float(s); }
 };
 #endif
 
@@ -80,6 +91,8 @@ using ValueDot =
 #ifdef QKV_DETAIL_WORDS
     std::conditional_t<A::bytes, QuadValueDot,
                        std::conditional_t<A::words, PairValueDot, NumberDot<typename A::Scalar>>>;
+#elif defined(QKV_DETAIL_SHORTS)
+    std::conditional_t<A::shorts, ShortDot, NumberDot<typename A::Scalar>>;
 #else
     NumberDot<typename A::Scalar>;
 #endif

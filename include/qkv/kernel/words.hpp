@@ -6,10 +6,10 @@
 // The tile is that of kernel/register_tile.hpp with a word in place of a number: a word of `a` is broadcast, words of `b`
 // are a vector, one per query. Signs: a query's int8 is stored as q + 128, so a sum starts at -128·Σ(key row).
 //
-// Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `words_available` is false and
-// kernels widen instead.
+// Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `words_available` is false, and
+// kernels widen: to int16 (kernel/shorts.hpp) or to float.
 //
-// Before: kernel/gemm.hpp   Next: kernel/arithmetic.hpp
+// Before: kernel/gemm.hpp   Next: kernel/shorts.hpp
 #pragma once
 
 #include <array>
@@ -40,6 +40,7 @@ inline constexpr Index word_lanes = 16;
 
 EIGEN_ALWAYS_INLINE __m512i load_words(const Word* p) { return _mm512_loadu_si512(p); }
 EIGEN_ALWAYS_INLINE void store_words(Word* p, __m512i v) { _mm512_storeu_si512(p, v); }
+EIGEN_ALWAYS_INLINE __m512i broadcast_word(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 
 /// Sums in float of products of bfloat16 pairs.
 struct PairDot {
