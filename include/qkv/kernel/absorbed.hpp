@@ -195,14 +195,25 @@ class Absorbed {
     const Index live = round_up(std::min(panel, n_ - p), step);
     for (Index lane = p; lane < p + live; lane += step) {
       T* const to = s_ + c * panel + lane - p;
-      if constexpr (A::scaled) {
-        const ScaledRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
-                              block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
-        scaled_score_tiles<KeyDot<A>, Rows, Vectors, Parts>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
-      } else {
+      if constexpr (!A::scaled)
         score_tiles<KeyDot<A>, Rows, Vectors, Parts>(tiles, q_.steps(), block_.row(c), block_.stride(), q_.at(lane),
                                                      to);
+#ifdef QKV_DETAIL_WORDS
+      if constexpr (A::quads) {
+        const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
+                            block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
+        quad_score_tiles<Rows, Vectors, Parts>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
       }
+#endif
+#ifdef QKV_DETAIL_SHORTS
+      if constexpr (A::shorts) {
+        const ShortRows rows{q_.steps() / word_lanes, block_.row(c), block_.stride(), block_.scales(c)};
+        for (Index v = 0; v < panel; v += W)
+          short_scores(rows, tiles * Rows, q_.at(lane + v), q_.unit(lane + v), to + v, panel);
+        score_tiles<RopeDot, Rows, Vectors, 1, true>(tiles, q_.rope_steps(), block_.rope(c), block_.rope_stride(),
+                                                     q_.rope(lane), to);
+      }
+#endif
     }
     if (live < panel)  // what follows takes whole registers
       for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(s_ + r * panel + live, panel - live, T(0));

@@ -44,7 +44,8 @@ void widen_row(const S* from, Index n, float scale, T* to) {
 template <class A, class T, StorageType S>
 class BlockRows {
   using Number = typename A::Number;
-  using Element = std::conditional_t<A::shorts, std::int16_t, std::conditional_t<A::words, S, T>>;  // of rows
+  using Element = std::conditional_t<A::words, S, T>;  // of rows
+  using Value = typename ValueDot<A>::Row;
   using RopeNumber = RopeDot::Number;
   static constexpr bool words = A::words, quads = A::quads;
   static constexpr Index n_rows = block_rows<words>;
@@ -53,7 +54,7 @@ class BlockRows {
  public:
   BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
     copy_ = carver.take<Element>(n_rows * copy_step());
-    if constexpr (words) packed_ = carver.take<Number>(n_rows / A::keys * packed_step());
+    if constexpr (words) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
     if constexpr (A::scaled)
       rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
     if constexpr (quads) offsets_ = carver.take<std::int32_t>(n_rows);
@@ -65,13 +66,15 @@ class BlockRows {
     place_ = place;
     inspected_ = false;
     n_dropped_ = 0;
-    if constexpr (A::shorts) {
-      this->widen_to_shorts();
+    const LatentRun<S>& run = rows_.runs[place.run];
+    if (in_place(place)) {
+      if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place));
+      step_ = rows_.latent_row_stride;
     } else {
-      find_rows();
-      if constexpr (quads) this->weigh_rows(), this->round_rope();
-      if constexpr (words) this->pack_values();
+      copy();
     }
+    if constexpr (A::scaled) this->weigh_rows(), this->take_rope();
+    if constexpr (words) this->pack_values();
   }
 
   const Place& place() const { return place_; }
@@ -79,15 +82,23 @@ class BlockRows {
   const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
   Index stride() const { return step_ * Index(sizeof(Element)); }
   /// Values from column c on (words: the first of one), and the numbers from one (one word) to the next.
-  const Number* values(Index column) const {
+  const Value* values(Index column) const {
     if constexpr (words)
       return packed_ + column / A::keys * packed_step();
     else
       return row(column);
   }
   Index value_step() const { return words ? packed_step() : step_; }
-  const RopeNumber* rope(Index column) const { return rope_ + column * rope_step(); }
-  Index rope_stride() const { return rope_step() * Index(sizeof(RopeNumber)); }
+  const RopeNumber* rope(Index column) const {
+    if constexpr (A::shorts)
+      if (place_.whole)
+        return rows_.rope(rows_.runs[place_.run], place_.row) + (column - place_.begin) * rows_.rope_row_stride;
+    return rope_ + column * rope_step();
+  }
+  Index rope_stride() const {
+    const Index step = A::shorts && place_.whole ? rows_.rope_row_stride : rope_step();
+    return step * Index(sizeof(RopeNumber));
+  }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
   /// Bytes: log2 and inverse of the scale of each column.
@@ -123,19 +134,13 @@ class BlockRows {
 
   bool in_place(const Place& place) const {
     if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
-    if constexpr (quads || has_row_scale<S>)
-      return quads;
+    if constexpr (A::scaled || has_row_scale<S>)
+      return A::scaled;
     else
       return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
              rows_.rope(rows_.runs[place.run], 0) == rows_.latent(rows_.runs[place.run], 0) + rows_.latent_dim;
   }
 
-  void find_rows() {
-    const LatentRun<S>& run = rows_.runs[place_.run];
-    if (!in_place(place_)) return copy();
-    if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place_));
-    step_ = rows_.latent_row_stride;
-  }
   void copy() {
     const Index step = copy_step(), latent = rows_.latent_dim;
     [[maybe_unused]] const Index rope = rows_.rope_dim;
@@ -156,7 +161,7 @@ class BlockRows {
         if constexpr (!words) {
           widen_row(c, latent, rows_.scale(run, row + i), to);
           widen_row(r, rope, 1.0F, to + latent);
-        } else if constexpr (quads) {
+        } else if constexpr (A::scaled) {
           std::copy_n(c, latent, to);
         } else {
           std::copy_n(c, latent, to);
@@ -178,7 +183,7 @@ class BlockRows {
         for (Index x = 0; x < rows_.latent_dim; ++x) finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = column + i;
-        if constexpr (words)
+        if constexpr (words && !A::shorts)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
             packed_[(column + i) / A::keys * packed_step() + x] &=
                 ~(key_bits << (32 / A::keys * ((column + i) % A::keys)));
@@ -187,44 +192,27 @@ class BlockRows {
   }
 
 #ifdef QKV_DETAIL_SHORTS
-  /// Latents as int16, by row and in pairs of rows; scales and rope keys beside them.
-  void widen_to_shorts() {
-    const Index latent = rows_.latent_dim, rope = rows_.rope_dim, begin = place_.begin / 2 * 2;
-    step_ = copy_step(), first_ = copy_ + place_.begin * step_;
+  void weigh_rows() {
     std::fill_n(scales_, n_rows, 0.0F);
-    std::fill_n(value_scales_, n_rows, 0.0F);
-    std::array<const S*, std::size_t(n_rows)> held{};
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
-      for (Index i = 0; i < count; ++i) {
-        held[static_cast<std::size_t>(column + i)] = rows_.latent(run, row + i);
-        const float scale = rows_.scale(run, row + i);
-        scales_[column + i] = scale, value_scales_[column + i] = std::isfinite(scale) ? scale : 0.0F;
-        std::copy_n(rows_.rope(run, row + i), rope, rope_ + (column + i) * rope_step());
-      }
+      for (Index i = 0; i < count; ++i) scales_[column + i] = rows_.scale(run, row + i);
     });
-    for (Index c = begin; c < place_.count; c += 2) {
-      const S *const a = held[static_cast<std::size_t>(c)], *const b = held[static_cast<std::size_t>(c + 1)];
-      if (a == nullptr) std::fill_n(rope_ + c * rope_step(), rope, 0.0F);
-      if (b == nullptr) std::fill_n(rope_ + (c + 1) * rope_step(), rope, 0.0F);
-      Index x = 0;
-      if (a != nullptr && b != nullptr)
-        for (; x + short_lanes <= latent; x += short_lanes) put_shorts(c, x, load_bytes(a + x), load_bytes(b + x));
-      for (; x < latent; x += short_lanes) {  // what is not there is zeros
-        S first[std::size_t(short_lanes)] = {}, second[std::size_t(short_lanes)] = {};
-        const Index n = std::min(short_lanes, latent - x);
-        if (a != nullptr) std::copy_n(a + x, n, first);
-        if (b != nullptr) std::copy_n(b + x, n, second);
-        put_shorts(c, x, load_bytes(first), load_bytes(second));
-      }
-    }
+    for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
   }
-  EIGEN_ALWAYS_INLINE void put_shorts(Index c, Index x, Eighths a, Eighths b) {
-    Element* const row = copy_ + c * step_ + x;
-    Word* const pair = packed_ + c / 2 * packed_step() + x;
-    store_words(row, widen_bytes(a));
-    store_words(row + step_, widen_bytes(b));
-    store_words(pair, low_pairs(a, b));
-    store_words(pair + word_lanes, high_pairs(a, b));
+  /// Rope keys are read where they lie, or without gaps from a copy.
+  void take_rope() {
+    if (place_.whole) return;
+    std::fill_n(rope_, n_rows * rope_step(), 0.0F);
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      for (Index i = 0; i < count; ++i)
+        std::copy_n(rows_.rope(run, row + i), rows_.rope_dim, rope_ + (column + i) * rope_step());
+    });
+  }
+  /// Two rows into one of pairs. A column that holds none beside one that does has a weight of zero: any row will do.
+  void pack_values() {
+    for (Index c = place_.begin / 2 * 2; c < place_.count; c += 2)
+      pair_bytes(row(std::max(c, place_.begin)), row(std::min(c + 1, place_.count - 1)), round_up(rows_.latent_dim, 16),
+                 packed_ + c / 2 * packed_step());
   }
 #endif
 
@@ -277,7 +265,7 @@ class BlockRows {
   }
 
   /// Rope keys as pairs of bfloat16: in int8 they are multiplied like that.
-  void round_rope() {
+  void take_rope() {
     std::fill_n(rope_, n_rows * rope_step(), Word(0));
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
       const auto part = [&](const float* from, Index x) {
@@ -341,7 +329,7 @@ class BlockRows {
   const Element* first_ = nullptr;
   Index step_ = 0;
   Element* copy_ = nullptr;
-  Number* packed_ = nullptr;
+  Value* packed_ = nullptr;
   RopeNumber* rope_ = nullptr;
   float *scales_ = nullptr, *value_scales_ = nullptr;
   std::int32_t* offsets_ = nullptr;

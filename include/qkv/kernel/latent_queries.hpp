@@ -6,8 +6,8 @@
 //     pairs    [panel][half of that][lanes] of words, two bfloat16 each
 //     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
 //              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
-//     shorts   [panel][latent_dim / 2][lanes] of words, two int16 each, q ≈ short · max|q| / largest_short(latent_dim);
-//              and the rope part [panel][rope_dim][lanes] of float
+//     shorts   [register of lanes][latent_dim / width][lane][width] of int16, q ≈ short · max|q| / largest_short(latent_dim)
+//              per lane, and the rope part [panel][rope_dim][lanes] of float
 //
 // In parts (kernel/latent_tiles.hpp) a panel is cut into registers of width / parts lanes, [register][steps][lane][part].
 //
@@ -81,7 +81,10 @@ class Queries {
   const float* unit(Index lane) const { return unit_ + lane * parts_; }
 
  private:
-  Index depth() const { return ((A::scaled ? task_.rows.latent_dim : task_.width()) + A::features - 1) / A::features; }
+  Index depth() const {
+    const Index features = A::scaled ? task_.rows.latent_dim : task_.width();
+    return (A::shorts ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
+  }
   Index rope_depth() const { return (task_.rows.rope_dim + rope_features - 1) / rope_features; }
   /// Features [k, k + W) of a lane, with the sign of the scale; zeros past the end.
   Vec part(Index lane, Index k, Index end) const {
@@ -112,13 +115,12 @@ class Queries {
 #ifdef QKV_DETAIL_SHORTS
     else {
       const Index latent = task_.rows.latent_dim;
-      float inverse[std::size_t(W)];
-      for (Index i = 0; i < W; ++i) inverse[i] = find_unit(lane + i, static_cast<float>(largest_short(latent)));
-      turn(reinterpret_cast<float*>(q_ + p * steps()) + at, depth(), [&](Index i, Index k) {
-        const Vec factor = V::broadcast(inverse[i]);
+      for (Index i = 0; i < W; ++i) {
+        const Vec factor = V::broadcast(find_unit(lane + i, static_cast<float>(largest_short(latent))));
         const auto whole = [&](Index x) { return round_to_words(V::mul(part(lane + i, x, latent), factor)); };
-        return as_floats(to_shorts(whole(2 * k), whole(2 * k + W)));
-      });
+        Word* to = q_ + lane * steps() + i * W;
+        for (Index x = 0; x < latent; x += 2 * W, to += W * W) store_words(to, to_shorts(whole(x), whole(x + W)));
+      }
       turn(rope_ + p * rope_steps() + at, rope_depth(),
            [&](Index i, Index k) { return part(lane + i, latent + k, task_.width()); });
     }

@@ -27,15 +27,19 @@
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
-/// How the latent part of the rows is multiplied with queries, and how a rope part kept apart is: in pairs of bfloat16
-/// where there are such products.
-#ifdef QKV_DETAIL_WORDS
+/// How the latent part of the rows is multiplied with queries (int8: the rope part is pairs of bfloat16).
 template <class A>
-using KeyDot = std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
+using KeyDot =
+#ifdef QKV_DETAIL_WORDS
+    std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
+#else
+    ValueDot<A>;
+#endif
+
+/// How a rope part that is kept apart is multiplied: in pairs of bfloat16 where there are such products.
+#ifdef QKV_DETAIL_WORDS
 using RopeDot = PairValueDot;
 #else
-template <class A>
-using KeyDot = ValueDot<A>;
 using RopeDot = NumberDot<float>;
 #endif
 inline constexpr Index rope_features = words_available ? 2 : 1;  // in one number
@@ -162,76 +166,74 @@ EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], I
   }
 }
 
-/// Scores of `Rows` rows for Vectors registers of lanes, or one in parts: s [Rows][Vectors·width].
-template <class D, Index Rows, Index Vectors, Index Parts, class T, std::size_t... I>
+/// Scores of `Rows` rows for Vectors registers of lanes, or one in parts: s [Rows][Vectors·width]. Or s continued.
+template <class D, Index Rows, Index Vectors, Index Parts, bool Continued, class T, std::size_t... I>
 EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
                                     std::index_sequence<I...> all) {
   typename D::Sum sum[sizeof...(I)];
-  ((sum[I] = Simd<T>::zero()), ...);
+  if constexpr (Continued)
+    ((sum[I] = Simd<T>::load(s + Index(I) * Simd<T>::width)), ...);
+  else
+    ((sum[I] = Simd<T>::zero()), ...);
   multiply_rows<D, Vectors, Parts>(sum, steps, rows, lanes, all, std::make_index_sequence<std::size_t(Vectors)>{});
   (store_sums<Parts>(s + Index(I) * Simd<T>::width, sum[I]), ...);
 }
 
 /// `tiles` of them, one after another; rows lie `stride` bytes apart.
-template <class D, Index Rows, Index Vectors, Index Parts, class T>
+template <class D, Index Rows, Index Vectors, Index Parts, bool Continued = false, class T>
 void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s) {
   static_assert(Parts == 1 || Vectors == 1);
   for (; tiles > 0; --tiles) {
-    score_tile<D, Rows, Vectors, Parts>(steps, RowAddress(rows, stride), lanes, s,
-                                        std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    score_tile<D, Rows, Vectors, Parts, Continued>(steps, RowAddress(rows, stride), lanes, s,
+                                                   std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows = static_cast<const char*>(rows) + Rows * stride;
     s += Rows * Vectors * Simd<T>::width;
   }
 }
 
-/// Rows whose latent part is integers, whose rope part is not.
-struct ScaledRows {
+#ifdef QKV_DETAIL_WORDS
+/// Rows whose latent part is int8 and whose rope part is pairs of bfloat16.
+struct QuadRows {
   Index steps, rope_steps;
-  const void* latent;
-  const RopeDot::Number* rope;
+  const std::int8_t* latent;
+  const Word* rope;
   Index latent_stride, rope_stride;  // bytes
   const float* scale;                // per row
-  const std::int32_t* offset;        // per row, in quads: -128·Σ latent
+  const std::int32_t* offset;        // per row: -128·Σ latent
 };
-/// A sum of integers before its first product.
-template <class D, Index Parts>
-EIGEN_ALWAYS_INLINE typename D::Sum start_sum([[maybe_unused]] const std::int32_t* offset) {
-#ifdef QKV_DETAIL_WORDS
-  constexpr __mmask16 first_part = Parts == 1 ? 0xFFFF : Parts == 2 ? 0x5555 : 0x1111;
-  return (typename D::Sum)_mm512_maskz_set1_epi32(first_part, *offset);
-#else
-  return D::start(nullptr);
-#endif
-}
 /// Scores: the rope part continues the sum that the latent part, made float, has begun.
-template <class D, Index Vectors, Index Parts, std::size_t... I>
-EIGEN_ALWAYS_INLINE void scaled_score_tile(const ScaledRows& rows, const Word* lanes, const RopeDot::Number* rope_lanes,
-                                           const float* unit, float* s, std::index_sequence<I...> all) {
-  using V = Simd<float>;
+template <Index Rows, Index Vectors, Index Parts, std::size_t... I>
+EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes, const Word* rope_lanes,
+                                         const float* unit, float* s, std::index_sequence<I...> all) {
+  using Quad = QuadValueDot;
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
-  typename D::Sum sum[sizeof...(I)];
-  ((sum[I] = start_sum<D, Parts>(rows.offset + Index(I) / Vectors)), ...);
-  multiply_rows<D, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all, vectors);
-  typename V::Vec score[sizeof...(I)];
-  ((score[I] = V::mul(D::to_float(sum[I]), V::mul(V::broadcast(rows.scale[Index(I) / Vectors]),
-                                                  V::load(unit + Index(I) % Vectors * Simd<float>::width)))),
+  constexpr __mmask16 first_part = Parts == 1 ? 0xFFFF : Parts == 2 ? 0x5555 : 0x1111;
+  Quad::Sum sum[sizeof...(I)];
+  ((sum[I] = (Quad::Sum)_mm512_maskz_set1_epi32(first_part, rows.offset[Index(I) / Vectors])), ...);
+  multiply_rows<Quad, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all,
+                                      vectors);
+  __m512 score[sizeof...(I)];
+  ((score[I] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]),
+                             _mm512_mul_ps(_mm512_set1_ps(rows.scale[Index(I) / Vectors]),
+                                           _mm512_loadu_ps(unit + Index(I) % Vectors * word_lanes)))),
    ...);
-  multiply_rows<RopeDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride), rope_lanes,
-                                         all, vectors);
-  (store_sums<Parts>(s + Index(I) * Simd<float>::width, score[I]), ...);
+  multiply_rows<PairValueDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride),
+                                              rope_lanes, all, vectors);
+  (store_sums<Parts>(s + Index(I) * word_lanes, score[I]), ...);
 }
-template <class D, Index Rows, Index Vectors, Index Parts>
-void scaled_score_tiles(Index tiles, ScaledRows rows, const Word* lanes, const RopeDot::Number* rope_lanes,
-                        const float* unit, float* s) {
+template <Index Rows, Index Vectors, Index Parts>
+void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word* rope_lanes, const float* unit,
+                      float* s) {
   for (; tiles > 0; --tiles) {
-    scaled_score_tile<D, Vectors, Parts>(rows, lanes, rope_lanes, unit, s,
-                                         std::make_index_sequence<std::size_t(Rows * Vectors)>{});
-    rows.latent = static_cast<const char*>(rows.latent) + Rows * rows.latent_stride;
-    rows.rope += Rows * rows.rope_stride / Index(sizeof(*rows.rope));
+    quad_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, unit, s,
+                                          std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    rows.latent += Rows * rows.latent_stride;
+    rows.rope += Rows * rows.rope_stride / Index(sizeof(Word));
     rows.scale += Rows, rows.offset += Rows;
-    s += Rows * Vectors * Simd<float>::width;
+    s += Rows * Vectors * word_lanes;
   }
 }
+#endif
 
 /// Memory that will be read next, asked for while values are multiplied: their tiles leave load slots free, and rows
 /// read in order stream well. `step` bytes with every step of a tile. Fewer with AVX2, where a step does a quarter of the
@@ -248,7 +250,7 @@ struct FeatureOperands {
   Index depth;                  // keys, or words of them
   const typename D::Number* p;  // [depth][p_step]
   Index p_step;
-  const typename D::Number* c;  // rows c_step apart
+  const typename D::Row* c;  // rows c_step apart
   Index c_step;
   T* o;  // rows o_row apart
   Index o_row;
@@ -266,7 +268,8 @@ template <class D, Index Vectors, bool Ahead, class T, std::size_t... Sum, std::
 EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] Stream& stream,
                                       std::index_sequence<Sum...>, std::index_sequence<Vector...>) {
   typename D::Sum sum[] = {D::start(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width)...};
-  const typename D::Number *p = op.p, *c = op.c;
+  const typename D::Number* p = op.p;
+  const typename D::Row* c = op.c;
   using Vec = decltype(D::load(c));
   for (Index k = op.depth; k > 0; --k) {
     Vec row[] = {D::load(c + Index(Vector) * D::width)...};

@@ -96,9 +96,9 @@ class PanelSoftmax {
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
     for (Index c = begin; c < end; c += 2) {
-      Words pair = round_to_words(V::mul(product(c), inverse));
-      if (c + 1 < end) pair = or_words(pair, shift_to_high(round_to_words(V::mul(product(c + 1), inverse))));
-      store_words(s + c / 2 * lanes, pair);
+      const Words low = round_to_words(V::mul(product(c), inverse));
+      const Words high = c + 1 < end ? round_to_words(V::mul(product(c + 1), inverse)) : broadcast_word(0);
+      store_words(s + c / 2 * lanes, to_pairs(low, high));
     }
     return {step, sum};
   }

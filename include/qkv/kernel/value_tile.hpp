@@ -44,6 +44,7 @@ struct ValueOperands {
 template <class T>
 struct NumberDot {
   using Number = T;
+  using Row = T;  // what a row of values is made of
   using V = Simd<T>;
   using Sum = typename V::Vec;
   static constexpr Index width = V::width;
@@ -53,15 +54,14 @@ struct NumberDot {
   static EIGEN_ALWAYS_INLINE Sum start(const T* o) { return V::load(o); }
   static EIGEN_ALWAYS_INLINE void finish(T* o, Sum s, const float*) { V::store(o, s); }
 };
-#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
+#ifdef QKV_DETAIL_WORDS
 struct WordDot {
   using Number = Word;
+  using Row = Word;
   static constexpr Index width = word_lanes;
-  static EIGEN_ALWAYS_INLINE auto load(const Word* p) { return load_words(p); }
-  static EIGEN_ALWAYS_INLINE auto broadcast(Word x) { return broadcast_word(x); }
+  static EIGEN_ALWAYS_INLINE __m512i load(const Word* p) { return load_words(p); }
+  static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 };
-#endif
-#ifdef QKV_DETAIL_WORDS
 /// Pairs of bfloat16.
 struct PairValueDot : WordDot, PairDot {
   static EIGEN_ALWAYS_INLINE Sum start(const float* o) { return _mm512_loadu_ps(o); }
@@ -77,9 +77,14 @@ struct QuadValueDot : WordDot, QuadDot {
   static EIGEN_ALWAYS_INLINE __m512 to_float(Sum s) { return _mm512_cvtepi32_ps((__m512i)s); }
 };
 #elif defined(QKV_DETAIL_SHORTS)
-/// Pairs of int16, weights in whole steps, summed exactly.
-struct ShortDot : WordDot {
+/// Pairs of int8 values, widened as they are loaded, and of weights in whole steps, summed exactly.
+struct ShortDot {
+  using Number = Word;
+  using Row = BytePair;
   using Sum = Words;
+  static constexpr Index width = word_lanes;
+  static EIGEN_ALWAYS_INLINE Words load(const BytePair* p) { return widen_bytes(load_bytes(p)); }
+  static EIGEN_ALWAYS_INLINE Words broadcast(Word x) { return broadcast_word(x); }
   static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
   static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
   static EIGEN_ALWAYS_INLINE auto to_float(Sum s) { return words_to_float(s); }

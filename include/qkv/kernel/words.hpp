@@ -40,7 +40,6 @@ inline constexpr Index word_lanes = 16;
 
 EIGEN_ALWAYS_INLINE __m512i load_words(const Word* p) { return _mm512_loadu_si512(p); }
 EIGEN_ALWAYS_INLINE void store_words(Word* p, __m512i v) { _mm512_storeu_si512(p, v); }
-EIGEN_ALWAYS_INLINE __m512i broadcast_word(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 
 /// Sums in float of products of bfloat16 pairs.
 struct PairDot {
