@@ -208,8 +208,7 @@ class Absorbed {
 #ifdef QKV_DETAIL_SHORTS
       if constexpr (A::shorts) {
         const ShortRows rows{q_.steps() / word_lanes, block_.row(c), block_.stride(), block_.scales(c)};
-        for (Index v = 0; v < panel; v += W)
-          short_scores(rows, tiles * Rows, q_.at(lane + v), q_.unit(lane + v), to + v, panel);
+        short_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
         score_tiles<RopeDot, Rows, Vectors, 1, true>(tiles, q_.rope_steps(), block_.rope(c), block_.rope_stride(),
                                                      q_.rope(lane), to);
       }

@@ -126,15 +126,18 @@ EIGEN_ALWAYS_INLINE Words multiply_short_row(const ShortRows& rows, const Word* 
   }
   return sum_each(sum);
 }
-/// s(j, lane) = scale(j)·unit(lane)·Σ row(j)·q(lane) for n rows, and the lanes of one register. A lane is a register of sums,
-/// which one tree adds up: rows are widened as they are read, once for all lanes. q [steps][lanes][short_lanes].
-inline void short_scores(ShortRows rows, Index n, const Word* q, const float* unit, float* s, Index s_step) {
+/// s(j, lane) = scale(j)·unit(lane)·Σ row(j)·q(lane) for n rows and Vectors registers of lanes. A lane is a register of sums,
+/// which one tree adds up: rows are widened as they are read, once for a register of lanes. q [Vectors][steps][lanes] of
+/// short_lanes each, s [n][Vectors·width].
+template <Index Vectors>
+void short_scores(ShortRows rows, Index n, const Word* q, const float* unit, float* s) {
   using V = Simd<float>;
-  const V::Vec units = V::load(unit);
-  for (; n > 0; --n, rows.row += rows.stride, ++rows.scale, s += s_step) {
-    const Words sum = multiply_short_row(rows, q, std::make_index_sequence<std::size_t(word_lanes)>{});
-    V::store(s, V::mul(words_to_float(sum), V::mul(V::broadcast(*rows.scale), units)));
-  }
+  for (; n > 0; --n, rows.row += rows.stride, ++rows.scale)
+    for (Index v = 0; v < Vectors; ++v, s += word_lanes) {
+      const Words sum = multiply_short_row(rows, q + v * rows.steps * word_lanes * word_lanes,
+                                           std::make_index_sequence<std::size_t(word_lanes)>{});
+      V::store(s, V::mul(words_to_float(sum), V::mul(V::broadcast(*rows.scale), V::load(unit + v * word_lanes))));
+    }
 }
 #else
 inline constexpr bool shorts_available = false;
