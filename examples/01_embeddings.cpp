@@ -8,7 +8,6 @@
 
 #include <cstdio>
 #include <string>
-#include <vector>
 
 #include <qkv/embedding.hpp>
 #include <qkv/position.hpp>

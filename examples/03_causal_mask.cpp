@@ -6,6 +6,7 @@
 //
 // Headers: mask.hpp, data_masks.hpp, attention.hpp.   Before: 02_self_attention   Next: 04_heads
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>

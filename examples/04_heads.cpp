@@ -6,6 +6,8 @@
 //
 // Headers: heads.hpp, multi_head_attention.hpp.   Before: 03_causal_mask   Next: 05_kv_cache
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <string>
 #include <vector>

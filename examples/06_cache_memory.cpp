@@ -6,9 +6,10 @@
 //
 // Headers: memory.hpp, storage.hpp, ring_cache.hpp, paged_cache.hpp.   Before: 05_kv_cache   Next: 07_latent_attention
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <string>
 #include <vector>
 
 #include <qkv/memory.hpp>

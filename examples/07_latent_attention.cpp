@@ -6,6 +6,8 @@
 //
 // Headers: latent_attention.hpp, latent_cache.hpp, memory.hpp.   Before: 06_cache_memory   Next: 08_story_model
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <string>
 

@@ -1,4 +1,4 @@
-// 08 — a real model: a small Llama writes a story, one token at a time.
+// 08_story_model — a real model: a small Llama writes a story, one token at a time.
 //
 // All that the examples before this one showed, where it is at home: token vectors, grouped-query attention with RoPE,
 // a cache per layer. The rest of the model is two norms and a feed-forward network: see story_model.hpp.
@@ -6,12 +6,23 @@
 //     08_story_model --model stories260K.bin --tokenizer tok512.bin --prompt "Once upon a time" --temperature 0
 //
 // --check recomputes the whole text without a cache and compares: the cache changes the cost, not the numbers.
+//
+// Headers: story_model.hpp, qkv.hpp.   Before: 07_latent_attention   Next: 09_streaming
+
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <numeric>
+#include <optional>
 #include <random>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "story_model.hpp"
 

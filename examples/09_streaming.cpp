@@ -7,7 +7,7 @@
 // Pinned first tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453. There they also keep their distance to the
 // window: `.positions_in_cache = true`, for models with RoPE that were not trained on long texts.
 //
-// Headers: ring_cache.hpp, multi_head_attention.hpp, saved_cache.hpp.   Before: 08_story_model
+// Headers: ring_cache.hpp, multi_head_attention.hpp, saved_cache.hpp.   Before: 08_story_model   Next: 10_compress_a_model
 
 #include <algorithm>
 #include <chrono>
@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <sstream>
+#include <string>
 
 #include <qkv/multi_head_attention.hpp>
 #include <qkv/ring_cache.hpp>

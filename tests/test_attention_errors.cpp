@@ -83,6 +83,34 @@ TEST_CASE("sizes that no memory holds are refused before anything is allocated",
   CHECK(contains(message_of([&] { attention(q, k, v, wrapping); }), "q must have heads*head_dim columns"));
 }
 
+TEST_CASE("heads and rows without features are bounded too", "[attention][errors]") {
+  const Heads enormous{Index{1} << 62, 2};
+  const auto none = [](Index rows) { return Matrix<float>(rows, 0); };
+  const auto refused = [](const auto& call) {
+    return contains(message_of<std::length_error>(call), "must be at most 2^48; given n_queries");
+  };
+  CHECK(refused([&] { attention(none(1), none(5), none(5), enormous); }));
+  CHECK(refused([&] { attention(none(Index{1} << 60), none(5), none(5), {2, 2}); }));
+  CHECK(refused([&] { attention_state(none(1), none(Index{1} << 60), none(Index{1} << 60), {2, 2}); }));
+  CHECK(refused([&] { attention_weights(none(1), none(5), enormous); }));
+  CHECK(refused([&] { required_bytes<float>(Kernel::automatic, Index{1} << 60, 5, {2, 2}, 8, 8); }));
+  CHECK(contains(message_of([&] { required_bytes<float>(Kernel::automatic, 1, -5, {2, 2}, 8, 8); }), "1, -5, 8, 8"));
+  CHECK(contains(message_of([&] { required_bytes<float>(Kernel::automatic, 1, 5, {2, 0}, 8, 8); }), "kv_heads 0"));
+  CHECK(attention(none(3), none(5), none(5), {2, 2}).size() == 0);
+}
+
+TEST_CASE("what is of one sequence refuses offsets of either side", "[attention][errors]") {
+  const std::vector<Index> offsets = {0, 2, 5};
+  const Options<float> options{.key_offsets = offsets};
+  const auto refused = [](const auto& call) {
+    return contains(message_of(call), "query_offsets and key_offsets must be empty; given 0 and 3");
+  };
+  CHECK(refused([&] { attention_state(q, k, v, heads, full, plain, options); }));
+  CHECK(refused([&] { attention_weights(q, k, heads, full, plain, Stage::masked, options); }));
+  const PagedKeys<float> cache(k, v, 2, consecutive_pages(n_keys, {2, 3}));
+  CHECK(refused([&] { attention(q, cache, heads, full, plain, options); }));
+}
+
 TEST_CASE("options that do not fit are refused, with the rule and the numbers", "[attention][errors]") {
   const std::vector<float> three = {1, 2, 3};
   CHECK(contains(error_with({.sinks = three}), "sinks needs one logit per head; given 3 for 4 heads"));

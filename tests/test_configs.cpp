@@ -56,6 +56,8 @@ TEST_CASE("a layer refuses settings that make none", "[config]") {
   LatentAttentionConfig d = small_mla;
   d.rope_dim = 7;
   CHECK(contains(message_of([&] { LatentAttention<float>(d, {}); }), "even number"));
+  d.rope_dim = 0;
+  CHECK(contains(message_of([&] { LatentAttention<float>(d, {}); }), "rope_dim >= 2"));
   d = small_mla, d.latent_dim = 0;
   CHECK(contains(message_of([&] { LatentAttention<float>(d, {}); }), "latent_dim"));
   CHECK(contains(message_of([&] { LatentAttentionWeights<float>::random(d); }), "latent_dim"));

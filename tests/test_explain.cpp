@@ -116,4 +116,5 @@ TEST_CASE("explain refuses what the call would refuse", "[explain]") {
   CHECK(contains(message_of([&] { explain(q, k, v, {8, 3}); }), "positive multiple"));
   CHECK(
       contains(message_of([&] { explain(q, k, v, heads, full, plain, {.query_offsets = offsets}); }), "one sequence"));
+  CHECK(contains(message_of([&] { explain(q, k, v, heads, full, plain, {.key_offsets = offsets}); }), "one sequence"));
 }

@@ -146,6 +146,15 @@ TEST_CASE("settings that make no sense are refused") {
   REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 4, .capacity = 10, .block = 4}), std::invalid_argument);
   constexpr Index huge = std::numeric_limits<Index>::max() / 2;
   REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = 2, .head_dim = 4, .capacity = huge}), std::length_error);
+  // A growing cache allocates nothing at first, and asks all the same.
+  REQUIRE_THROWS_AS(KvCache<float>({.kv_heads = Index{1} << 32, .head_dim = Index{1} << 32, .capacity = 4, .block = 2}),
+                    std::length_error);
+  constexpr Index most = std::numeric_limits<Index>::max();  // a multiple of 7
+  KvCache<float> endless({.kv_heads = 1, .head_dim = 1, .capacity = most, .block = 7});
+  endless.append(Matrix<float>::Ones(1, 1), Matrix<float>::Ones(1, 1));
+  REQUIRE(endless.rows() == 1);
+  REQUIRE_THROWS_AS(endless.reserve(most), std::length_error);
+  REQUIRE(endless.rows() == 1);
 }
 
 TEST_CASE("truncate forgets what came after, as if it had never been there") {

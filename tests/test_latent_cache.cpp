@@ -104,6 +104,8 @@ TEST_CASE("a full latent cache and wrong shapes leave it as it was") {
   REQUIRE_THROWS_AS(
       LatentCache<float>({.latent_dim = 4, .rope_dim = 2, .capacity = std::numeric_limits<Index>::max() / 2}),
       std::length_error);
+  REQUIRE_THROWS_AS(LatentCache<float>({.latent_dim = std::numeric_limits<Index>::max(), .rope_dim = 1, .capacity = 1}),
+                    std::length_error);
 }
 
 TEMPLATE_TEST_CASE("truncate and clear forget, and the rows can be written again", "", float, std::int8_t) {

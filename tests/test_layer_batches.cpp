@@ -145,6 +145,8 @@ TEST_CASE("a batch says what is wrong with it", "[layer]") {
   CHECK(contains(complaint({1, 3, 8}, {a, b}), "begin with 0"));
   CHECK(contains(complaint({0, 3, 7}, {a, b}), "end with n 8; given 0 and 7"));
   CHECK(contains(complaint({0, 9, 8}, {a, b}), "entry 2 is 8 after 9"));
+  constexpr Index least = std::numeric_limits<Index>::min();
+  CHECK(contains(complaint({0, 3, least, 8}, {a, b, &caches[2]}), "entry 2 is -9223372036854775808 after 3"));
   CHECK(contains(complaint({0, 3, 8}, {a, nullptr}), "caches[1] is null"));
   CHECK(contains(complaint({0, 3, 8}, {a, a}), "caches[0] and caches[1] are the same cache"));
   CHECK(contains(complaint({0, 3, 8}, {a, &odd}), "the cache must have kv_heads 2"));

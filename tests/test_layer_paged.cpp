@@ -103,6 +103,12 @@ TEST_CASE("a layer's call may evict other sequences, alone and in a batch", "[la
   batch << x.middleRows(13, 3), x.topRows(1);
   const Index offsets[] = {0, 3, 4};
   PagedCache<float>* const caches[] = {&cache, &second};
+  CHECK(contains(message_of([&] {
+                   layer.forward_into(out, batch.leftCols(22), std::span<const Index>(offsets),
+                                      std::span<PagedCache<float>* const>(caches));
+                 }),
+                 "x must be [n, model_dim 23]"));
+  CHECK(idle.rows() == 2);  // for a call that cannot be, nobody is asked
   layer.forward_into(out, batch, std::span<const Index>(offsets), std::span<PagedCache<float>* const>(caches));
   CHECK(idle.rows() == 0);
   CHECK(same_bits(out.topRows(3), layer.forward(x.middleRows(13, 3), whole)));

@@ -80,6 +80,10 @@ TEST_CASE("settings that make no sense are errors that show the numbers") {
   REQUIRE_THROWS_AS(check(Config{.model_dim = 64, .heads = 8, .kv_heads = 0}), std::invalid_argument);
   REQUIRE_THROWS_AS(check(Config{}), std::invalid_argument);
   REQUIRE_THROWS_AS(check(Config{.model_dim = 4, .heads = 8}), std::invalid_argument);  // head_dim 0
+  REQUIRE(contains(message_of([] { check(Config{.model_dim = 64, .heads = 3}); }), "where heads 3 do not divide"));
+  REQUIRE_NOTHROW(check(Config{.model_dim = 64, .heads = 3, .head_dim = 21}));
+  constexpr Index huge = Index{1} << 40;
+  REQUIRE_THROWS_AS(check(Config{.model_dim = 64, .heads = huge, .head_dim = huge}), std::length_error);
   REQUIRE_THROWS_AS(check(Config{.model_dim = 64, .heads = 8, .v_head_dim = 0}), std::invalid_argument);
   REQUIRE_THROWS_AS(check(Config{.model_dim = 64, .heads = 8, .key_dim = 0}), std::invalid_argument);
   REQUIRE_THROWS_AS(check(Config{.model_dim = 64, .heads = 8, .norm_eps = -1}), std::invalid_argument);
@@ -103,4 +107,7 @@ TEST_CASE("settings that make no sense are errors that show the numbers") {
   REQUIRE_FALSE(broken([](auto& c) { c.norm_eps = std::nan(""); }).empty());
   REQUIRE_FALSE(broken([](auto& c) { c.scale = INFINITY; }).empty());
   REQUIRE_FALSE(broken([](auto& c) { c.rope.theta = 0; }).empty());
+  LatentAttentionConfig many = small_latent;
+  many.heads = huge, many.nope_dim = huge;
+  REQUIRE_THROWS_AS(check(many), std::length_error);
 }

@@ -124,6 +124,7 @@ TEST_CASE("norms refuse what does not fit, before they write", "[norm]") {
   REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain, 1e-6, 3); }), "[1, 4]"));
   REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain, 1e-6, 5); }), "heads 5"));
   REQUIRE_THROWS_AS(qkv::rms_norm(x, gain, -1.0), std::invalid_argument);
+  REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain, -1e-9); }), "eps must be >= 0; given -1e-09"));
   REQUIRE_THROWS_AS(qkv::rms_norm(x, gain, std::nan("")), std::invalid_argument);
   REQUIRE_THROWS_AS(qkv::layer_norm(x, gain, gain.leftCols(5), 1e-6), std::invalid_argument);
   REQUIRE_THROWS_AS(qkv::rms_norm_into(x.topRows(3), x.bottomRows(3), gain, 1e-6), std::invalid_argument);

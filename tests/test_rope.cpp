@@ -175,5 +175,8 @@ TEST_CASE("shapes that do not fit are refused before anything is written", "[rop
   REQUIRE_THROWS_AS(rope.apply(x, 0, 0), std::invalid_argument);
   REQUIRE(contains(message_of([&] { rope.apply_in_place(x, 3, std::array<Index, 3>{0, 1, 2}); }), "3 positions"));
   REQUIRE_THROWS_AS(rope.apply_into(x.topRows(3), x.bottomRows(3), 3, 0), std::invalid_argument);
+  constexpr Index last = std::numeric_limits<Index>::max();
+  REQUIRE(contains(message_of([&] { rope.apply_in_place(x, 3, last - 3); }), "do not fit an Index"));
   REQUIRE(same_bits(x, before));
+  REQUIRE(rope.apply(x, 3, last - 4).allFinite());
 }

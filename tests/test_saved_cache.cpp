@@ -345,6 +345,22 @@ TEST_CASE("a paged sequence loads into its own pages, and needs room for all of 
   CHECK(pool.free_pages() == 1);
 }
 
+TEST_CASE("nobody gives up pages for a file that is damaged") {
+  PagePool<float> pool({.kv_heads = 2, .head_dim = 3, .v_head_dim = 5, .page_tokens = 4, .pages = 4});
+  PagedCache<float> a(pool), idle(pool);
+  append_numbers(idle, 13, 1);
+  pool.on_exhausted([&](Index) { idle.clear(); });
+  auto file = Contiguous<float>{}();
+  append_numbers(file, 7, 2);
+  std::string bytes = saved(file);
+  CHECK(contains(why_not(bytes.substr(0, bytes.size() - 5), a), "ends after"));
+  bytes.back() = static_cast<char>(bytes.back() ^ 1);
+  CHECK(contains(why_not(bytes, a), "damaged rows"));
+  CHECK(idle.rows() == 13);
+  CHECK(why_not(saved(file), a).empty());
+  CHECK((idle.rows() == 0 && a.rows() == 7));
+}
+
 TEST_CASE("a stream that takes no more is an error, one that throws leaves the cache alone") {
   auto cache = Contiguous<float>{}();
   append_numbers(cache, 5, 1);

@@ -17,8 +17,6 @@
 // Before: kernel/decode.hpp   Next: explain.hpp
 #pragma once
 
-#include <algorithm>
-
 #include "data_masks.hpp"
 #include "detail/launch.hpp"
 
@@ -34,10 +32,16 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 
 /// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
 /// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
-/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys.
+/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
+/// and values in T: the decode kernel may hold more for an int8 cache.
 template <class T>
 std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
                            Index v_head_dim) {
+  check(heads);
+  detail::require(n_queries >= 0 && n_keys >= 0 && head_dim >= 0 && v_head_dim >= 0,
+                  "a call needs n_queries, n_keys, head_dim and v_head_dim >= 0; given ", n_queries, ", ", n_keys, ", ",
+                  head_dim, ", ", v_head_dim);
+  detail::check_sizes(n_queries, n_keys, heads, head_dim, v_head_dim);
   const auto state = static_cast<std::size_t>(2 * n_queries * heads.heads) * sizeof(T);
   switch (choose_kernel<T>(kernel, n_queries)) {
     case Kernel::tiled: {
@@ -76,6 +80,7 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
 
   detail::check_keys(k, v, heads);
   detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  detail::check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
   detail::check_out(out, q.rows(), detail::checked_product(heads.heads, v.cols() / heads.kv_heads));
   detail::check_options(options, heads);
   detail::check_sinks_unwritten(out, options);
@@ -142,6 +147,7 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   const auto rows = cache.key_rows();
 
   detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
+  detail::check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
   detail::check_out(out, q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
   detail::check_options(options, heads);
   detail::check_sinks_unwritten(out, options);
@@ -150,8 +156,7 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
     detail::require_disjoint(*options.log_sum_exp, q, "q (log_sum_exp)");
     detail::require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
   }
-  detail::require(options.query_offsets.empty() && options.key_offsets.empty(),
-                  "a cache holds one sequence: query_offsets and key_offsets must be empty");
+  detail::check_one_sequence(options, "a cache holds");
   detail::check_call(m, score, rows,
                      {.heads = heads.heads,
                       .n_queries = q.rows(),
@@ -194,9 +199,11 @@ SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, He
   const auto& m = detail::as_mask(mask);
   detail::check_keys(k, v, heads);
   detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  detail::check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
   detail::check_options(options, heads);
-  detail::require(options.query_offsets.empty() && options.sinks.empty() && !options.log_sum_exp,
-                  "a state is of one sequence and without sinks: query_offsets, sinks and log_sum_exp must be empty");
+  detail::check_one_sequence(options, "a state is of");
+  detail::require(options.sinks.empty() && !options.log_sum_exp,
+                  "a state is of one sequence and without sinks: sinks and log_sum_exp must be empty");
   const detail::MatrixKeys<S> source(view(k_rows), view(v_rows), 0, k.rows(), heads.kv_heads);
   const auto task = detail::make_task(view(q_rows), source.rows, heads, m, score, options, 0);
   detail::check_call(m, score, source.rows,
@@ -217,8 +224,9 @@ template <class T, StorageType S, class M, class F>
 Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask, const F& score,
                      Stage stage, const Options<T>& options) {
   check_query(q.cols(), heads, keys.kv_heads, keys.head_dim);
+  check_sizes(q.rows(), keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);
-  require(options.query_offsets.empty(), "weights are of one sequence: query_offsets must be empty");
+  check_one_sequence(options, "weights are of");
   const auto task = make_task(q, keys, heads, mask, score, options, 0);
   check_call(mask, score, keys, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
   Matrix<T> weights(checked_product(heads.heads, q.rows()), keys.rows);

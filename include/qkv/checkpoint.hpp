@@ -14,6 +14,7 @@
 // Before: latent_attention.hpp   Next: compress.hpp
 #pragma once
 
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <string>

@@ -11,6 +11,7 @@
 // Before: attention.hpp   Next: model_config.hpp
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -60,7 +61,9 @@ template <class T, StorageType S, class M, class F>
 Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, Heads heads, const M& mask,
                          const F& score, const Options<T>& options) {
   check_query(q_cols, heads, keys.kv_heads, keys.head_dim);
+  check_sizes(n_queries, keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);
+  check_one_sequence(options, "explain takes");
   const Index first = first_position(mask, keys, 0, n_queries, options);
   check_call(mask, score, keys, {.heads = heads.heads, .n_queries = n_queries, .first_position = first});
   Explanation e;
@@ -120,8 +123,8 @@ Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const 
                     const Options<ScalarOf<Q>>& options = {}) {
   using S = ScalarOf<K>;
   detail::check_functions<M, F, ScalarOf<Q>>();
+  detail::check_scalars<ScalarOf<Q>, S, ScalarOf<V>>();
   detail::check_keys(k, v, heads);
-  detail::require(options.query_offsets.empty(), "explain takes one sequence: query_offsets must be empty");
   const KeyRun<S> run{.rows = k.rows()};
   const KeyRows<S> rows{.runs = {&run, 1},
                         .rows = k.rows(),

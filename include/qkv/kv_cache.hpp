@@ -15,6 +15,8 @@
 // Before: memory.hpp   Next: ring_cache.hpp
 #pragma once
 
+#include <algorithm>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -52,7 +54,7 @@ class CacheInterface {
   Index head_dim() const { return shape_.head_dim; }
   Index v_head_dim() const { return shape_.v_head_dim; }
 
-  /// Scratch memory for attention over this cache, kept between calls. A copy of the cache starts with none.
+  /// Scratch memory for attention over this cache, kept between calls. A cache that was copied or moved starts with none.
   Workspace& workspace() { return workspace_; }
 
   /// Appends k [n, kv_heads·head_dim] and v [n, kv_heads·v_head_dim] of any floating-point scalar at position().
@@ -228,7 +230,8 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
 
   /// Allocates now what `rows` rows will need, so that appending them does not.
   void reserve(Index rows) {
-    const auto blocks = static_cast<std::size_t>((std::clamp<Index>(rows, 0, capacity_) + block_ - 1) / block_);
+    rows = std::clamp<Index>(rows, 0, capacity_);
+    const auto blocks = static_cast<std::size_t>(rows / block_ + (rows % block_ > 0 ? 1 : 0));
     if (blocks > blocks_.capacity()) blocks_.reserve(std::max(blocks, 2 * blocks_.capacity()));
     runs_.reserve(blocks_.capacity());
     while (blocks_.size() < blocks) blocks_.emplace_back(this->shape_, block_, 1);

@@ -33,7 +33,7 @@
 
 namespace qkv::inline QKV_ABI {
 
-/// All that the layer asks of what holds one sequence's latent rows: LatentCache, or your own type.
+/// All that the layer asks of what holds one sequence's latent rows: LatentCache, PagedLatentCache, or your own type.
 template <class C>
 concept LatentKeySource = requires(C& cache, const C& constant, const View<float>& rows, Index position) {
   typename C::Storage;
@@ -55,12 +55,11 @@ class LatentAttention {
 
   /// Throws std::invalid_argument naming the first weight whose shape does not fit the settings.
   LatentAttention(const LatentAttentionConfig& config, LatentAttentionWeights<T> weights)
-      : config_(config),
+      : config_((check(config, weights), config)),
         weights_(std::move(weights)),
         rope_(weights_.rope_frequencies.size() == 0
                   ? Rope<T>(config.rope, config.rope_dim)
                   : Rope<T>(config.rope, config.rope_dim, weights_.rope_frequencies)) {
-    check(config_, weights_);
     const Index heads = config_.heads;
     const Matrix<T> key_up = weights_.key_up.weight(), value_up = weights_.value_up.weight();
     for (Index h = 0; h < heads; ++h) {
@@ -219,7 +218,7 @@ class LatentAttention {
     rope_.apply_in_place(c.rightCols(config_.rope_dim), 1, first_position);
   }
 
-  /// context [n, heads·v_head_dim] of the last n tokens of the cache; q is overwritten by nobody.
+  /// context [n, heads·v_head_dim] of the last n tokens of the cache; q is only read.
   template <LatentKeySource C, class M, class F, class E>
   void attend(View<T> context, View<T> q, C& cache, const M& mask, const F& score, const LayerOptions& options,
               const E& executor) const {

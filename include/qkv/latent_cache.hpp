@@ -10,8 +10,6 @@
 // Before: paged_cache.hpp   Next: paged_latent_cache.hpp
 #pragma once
 
-#include <algorithm>
-#include <span>
 #include <utility>
 
 #include "detail/latent_rows.hpp"
@@ -59,7 +57,7 @@ class LatentCache {
   Index rope_dim() const { return config_.rope_dim; }
   Index max_append() const { return config_.capacity - rows_; }
 
-  /// Scratch memory for attention over this cache, kept between calls. A copy of the cache starts with none.
+  /// Scratch memory for attention over this cache, kept between calls. A cache that was copied or moved starts with none.
   Workspace& workspace() { return workspace_; }
 
   /// Appends latent [n, latent_dim] (normed) and rope_key [n, rope_dim] (rotated) of any floating-point scalar.

@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <concepts>
 #include <limits>
-#include <span>
 #include <type_traits>
 #include <utility>
 

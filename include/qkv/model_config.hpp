@@ -25,7 +25,7 @@ struct MultiHeadAttentionConfig {
   Index model_dim = 0;
   Index heads = 1;
   Index kv_heads = heads;
-  Index head_dim = heads > 0 ? model_dim / heads : 0;
+  Index head_dim = heads > 0 && model_dim % heads == 0 ? model_dim / heads : 0;  // 0: has to be given
   Index v_head_dim = head_dim;
   bool qkv_bias = false, out_bias = false;
   bool qk_norm = false;                              // RMSNorm of every query and key head before RoPE
@@ -55,12 +55,15 @@ struct LatentAttentionConfig {
   friend constexpr bool operator==(const LatentAttentionConfig&, const LatentAttentionConfig&) = default;
 };
 
-/// Throws std::invalid_argument naming the rule that the settings break.
+/// Throws std::invalid_argument naming the rule that the settings break; std::length_error where the columns of all heads
+/// do not fit an Index.
 inline void check(const MultiHeadAttentionConfig& c) {
   check(Heads{c.heads, c.kv_heads});
   detail::require(c.model_dim >= 1 && c.head_dim >= 1 && c.v_head_dim >= 1 && c.key_dim >= 1 && c.value_dim >= 1,
                   "an attention layer needs model_dim, head_dim, v_head_dim, key_dim and value_dim >= 1; given ",
-                  c.model_dim, ", ", c.head_dim, ", ", c.v_head_dim, ", ", c.key_dim, ", ", c.value_dim);
+                  c.model_dim, ", ", c.head_dim, ", ", c.v_head_dim, ", ", c.key_dim, ", ", c.value_dim,
+                  " (head_dim has no default where heads ", c.heads, " do not divide model_dim)");
+  detail::checked_product(c.heads, detail::checked_sum(c.head_dim, c.v_head_dim));
   detail::require(std::isfinite(c.scale), "scale must be finite (0: 1/sqrt(head_dim)); given ", c.scale);
   detail::require(c.norm_eps >= 0 && std::isfinite(c.norm_eps), "norm_eps must be finite and >= 0; given ", c.norm_eps);
   if (c.rope) check(*c.rope, c.head_dim);
@@ -76,6 +79,8 @@ inline void check(const LatentAttentionConfig& c) {
   detail::require(std::isfinite(c.scale), "scale must be finite (0: 1/sqrt(nope_dim + rope_dim)); given ", c.scale);
   detail::require(c.norm_eps >= 0 && std::isfinite(c.norm_eps), "norm_eps must be finite and >= 0; given ", c.norm_eps);
   check(c.rope, c.rope_dim);
+  const Index head = detail::checked_sum(detail::checked_sum(c.nope_dim, c.rope_dim), c.v_head_dim);
+  detail::checked_product(c.heads, detail::checked_sum(head, c.latent_dim));
 }
 
 /// What q·k is multiplied with.

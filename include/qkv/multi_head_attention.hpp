@@ -17,6 +17,8 @@
 // Before: multi_head_weights.hpp   Next: kernel/latent_tiles.hpp
 #pragma once
 
+#include <algorithm>
+#include <optional>
 #include <span>
 #include <utility>
 
@@ -123,7 +125,8 @@ class MultiHeadAttention {
                     const LayerOptions& options = {}, const E& executor = serial) const {
     const ConstView<T> rows = view(x);
     const View<T> result = writable_view(out);
-    check_operands(out, x, cache);
+    check_operands(out, x);
+    check_cache(cache);
     detail::check_room(cache, x.rows());
     detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows(), detail::footprint(out));
     // A window that slides over the cache must still see its old rows: long chunks go in pieces.
@@ -152,9 +155,10 @@ class MultiHeadAttention {
                     const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
                     const E& executor = serial) const {
     const ConstView<T> rows = view(x);
+    check_operands(out, x);
     detail::check_batch(row_offsets, caches, x.rows());
     if (caches.empty()) return;
-    for (const C* cache : caches) check_operands(out, x, *cache);
+    for (const C* cache : caches) check_cache(*cache);
     for (std::size_t s = 0; s < caches.size(); ++s)
       detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s],
                            detail::footprint(out));
@@ -248,8 +252,8 @@ class MultiHeadAttention {
     return o;
   }
 
-  template <class Out, class X, class C>
-  void check_operands(const Out& out, const X& x, const C& cache) const {
+  template <class Out, class X>
+  void check_operands(const Out& out, const X& x) const {
     detail::require(config_.key_dim == config_.model_dim && config_.value_dim == config_.model_dim,
                     "a layer with a cache takes keys and values from x: key_dim ", config_.key_dim, " and value_dim ",
                     config_.value_dim, " must be model_dim ", config_.model_dim);
@@ -257,6 +261,9 @@ class MultiHeadAttention {
                     detail::Shape{x.rows(), x.cols()});
     detail::check_out(out, x.rows(), config_.model_dim);
     detail::require_disjoint(out, x, "x");
+  }
+  template <class C>
+  void check_cache(const C& cache) const {
     detail::require(cache.kv_heads() == config_.kv_heads && cache.head_dim() == config_.head_dim &&
                         cache.v_head_dim() == config_.v_head_dim,
                     "the cache must have kv_heads ", config_.kv_heads, ", head_dim ", config_.head_dim, ", v_head_dim ",

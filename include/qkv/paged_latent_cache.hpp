@@ -96,7 +96,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   Index latent_dim() const { return this->pool_ ? this->pool_->latent_dim() : 0; }
   Index rope_dim() const { return this->pool_ ? this->pool_->rope_dim() : 0; }
 
-  /// Scratch memory for attention over this cache, kept between calls. A fork starts with none.
+  /// Scratch memory for attention over this cache, kept between calls. A cache that was forked or moved starts with none.
   Workspace& workspace() { return workspace_; }
 
   /// Appends latent [n, latent_dim] (normed) and rope_key [n, rope_dim] (rotated) of any floating-point scalar.
@@ -143,6 +143,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
       this->pool_->make_room([&] { return this->missing_pages(first, moved); });
       this->require_pages(first, moved);
       this->own(first, moved);
+      this->hold(rows(), first / page_tokens());  // runs of the copies, should scratch memory fail now
       this->pool_->memory_.shift(first, n, rows(), rope, workspace_, [&](Index row) { return slot(row); });
     }
     this->rewind(left);

@@ -14,7 +14,6 @@
 #include <concepts>
 #include <condition_variable>
 #include <exception>
-#include <functional>
 #include <mutex>
 
 #include "matrix.hpp"
@@ -132,9 +131,8 @@ class PoolExecutor {
     };
     for (Index h = 0; h < helpers; ++h) {
       count(1);
-      if (!detail::succeeds(
-              [&] { pool_->Schedule(help); })) {  // there are fewer helpers then: those there are, and this
-        count(-1);                                // thread, do all of the work
+      if (!detail::succeeds([&] { pool_->Schedule(help); })) {
+        count(-1);  // there are fewer helpers then: those there are, and this thread, do all of the work
         break;
       }
     }

@@ -60,11 +60,15 @@ class WeightsIn final : public AnyWeights<T> {
 
 }  // namespace detail
 
-/// A weight and an optional bias. Immutable, and safe to use from several threads at once; a copy costs nothing.
+/// A weight and an optional bias. Immutable, and safe to use from several threads at once; a copy shares the weight, and a
+/// move is a copy: nothing is ever left without its weight.
 template <class T>
 class Projection {
  public:
   Projection() = default;  // 0 -> 0
+  Projection(const Projection&) = default;
+  Projection& operator=(const Projection&) = default;
+  ~Projection() = default;
 
   /// weight [in_dim, out_dim], bias [out_dim] or empty. Throws where the sizes differ.
   template <MatrixLike W>

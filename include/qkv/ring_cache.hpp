@@ -10,8 +10,10 @@
 //
 // Pinned tokens keep their absolute positions, and so move away from the query for ever. Models with RoPE that were not
 // trained for that want `positions_in_cache`: a pinned token then stands as far from the query as it would if what was
-// forgotten had never been there (layers with RoPE do it; stored keys, masks and scores know nothing of it). Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first
-// tokens ("attention sinks"): Xiao et al. 2023, arXiv:2309.17453.
+// forgotten had never been there (layers with RoPE do it; stored keys, masks and scores know nothing of it).
+//
+// Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first tokens ("attention sinks"): Xiao et al. 2023,
+// arXiv:2309.17453.
 //
 // Before: kv_cache.hpp   Next: page_pool.hpp
 #pragma once
@@ -19,6 +21,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <span>
 #include <utility>
 
 #include "kv_cache.hpp"

@@ -5,14 +5,16 @@
 //     x [n, heads·head_dim]: of each head the first `dim` features turn, the others stay (partial RoPE)
 //
 // The score of a rotated query and key depends on the distance of their positions only: ⟨R_m q, R_n k⟩ = ⟨q, R_(n−m) k⟩.
-// Angles are taken in double and rounded to T once, so f32 results hold at any position. Positions may be negative:
-// turning by −p undoes p. Cost: 3·dim flops per head and token. Su et al. 2021, arXiv:2104.09864, eq. 34.
+// Angles are taken in double and their cosines rounded to T once, so f32 results hold up to positions of 2³⁰ (there an
+// angle is off by 2⁻²³ at most; in double, up to what 2⁻⁵³ of the angle may be). Positions may be negative: turning by −p
+// undoes p. Cost: 3·dim flops per head and token. Su et al. 2021, arXiv:2104.09864, eq. 34.
 //
 // Before: rope_config.hpp   Next: norm.hpp
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <utility>
 
@@ -141,16 +143,18 @@ class Rope {
   /// computed when they are asked for.
   void reserve(Index n_positions) {
     detail::require(n_positions >= 0, "RoPE's table needs n_positions >= 0; given ", n_positions);
-    cos_.resize(n_positions, dim() / 2);
-    sin_.resize(n_positions, dim() / 2);
+    Matrix<T> cos(n_positions, dim() / 2), sin(n_positions, dim() / 2);  // both, or what was there stays
     for (Index p = 0; p < n_positions; ++p)
-      detail::cos_sin(p, frequencies_.data(), dim() / 2, config_.scaling.attention_factor, cos_.row(p).data(),
-                      sin_.row(p).data());
+      detail::cos_sin(p, frequencies_.data(), dim() / 2, config_.scaling.attention_factor, cos.row(p).data(),
+                      sin.row(p).data());
+    cos_ = std::move(cos), sin_ = std::move(sin);
   }
 
   template <MatrixLike Out, MatrixLike X>
   void apply_into(Out&& out, const X& x, Index heads, Index first_position, Index nope_dim = 0) const {
     detail::check_rope_shapes(out, x, heads, nope_dim, head_dim_);
+    detail::require(first_position <= std::numeric_limits<Index>::max() - x.rows(), "the positions of ", x.rows(),
+                    " rows from ", first_position, " on do not fit an Index");
     turn(writable_view(out), view(x), heads, nope_dim, [=](Index row) { return first_position + row; });
   }
   template <MatrixLike Out, MatrixLike X>

@@ -15,13 +15,15 @@
 //
 // Refused, with the target left exactly as it was: another kind, storage, shape or ring; rows that do not fit; a stream
 // that is too short; any altered byte. KvCache and PagedCache hold the same and read each other's files, and so do
-// LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is taken as bytes arrive, never because a header promises them. Caches may follow one another
-// in a stream: one per layer. CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
+// LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is taken as bytes arrive, and pages from
+// others once all have, never because a header promises them. Caches may follow one another in a stream: one per layer.
+// CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
 //
 // Before: paged_latent_cache.hpp   Next: multi_head_weights.hpp
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <istream>
 #include <ostream>

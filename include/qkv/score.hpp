@@ -78,8 +78,10 @@ struct Alibi {
 };
 template <MatrixLike X>
 Alibi<ScalarOf<X>> alibi(const X& slopes) {
-  static_assert(is_viewable<X> && (X::RowsAtCompileTime == 1 || X::ColsAtCompileTime == 1),
-                "qkv: alibi(slopes) needs a vector in memory, such as alibi_slopes<float>(heads)");
+  static_assert(
+      is_viewable<X> && X::InnerStrideAtCompileTime == 1 && (X::RowsAtCompileTime == 1 || X::ColsAtCompileTime == 1),
+      "qkv: alibi(slopes) needs a vector in memory, without gaps, such as alibi_slopes<float>(heads); copy a matrix's "
+      "column first");
   return {{slopes.derived().data(), static_cast<std::size_t>(slopes.size())}};
 }
 template <class T>

@@ -15,6 +15,7 @@
 // Before: score.hpp   Next: options.hpp
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <span>

@@ -7,7 +7,6 @@
 // Before: matrix.hpp   Next: parallel.hpp
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>

@@ -37,5 +37,6 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   boolean(Matrix<bool>(2, 2));                            // refused: delete
   bias(Matrix<float>(2, 2));                              // refused: delete
   alibi(alibi_slopes<float>(4));                          // refused: delete
+  alibi(x.col(0));                                        // refused: qkv: alibi(slopes) needs a vector in memory
   head_columns(Matrix<float>(2, 2), Index{0}, Index{1});  // refused: delete
 }

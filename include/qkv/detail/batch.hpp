@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <span>
 
 #include "batch_rows.hpp"
 #include "shared_prefix.hpp"

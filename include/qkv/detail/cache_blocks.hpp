@@ -9,8 +9,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
+#include <span>
 #include <type_traits>
 
 #include "../key_rows.hpp"
@@ -26,10 +26,12 @@ struct CacheShape {
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
 };
 
+/// Refuses rows whose numbers or bytes, of 16 a number and with scales, do not fit an Index: nobody asks again.
 inline void check(const CacheShape& shape) {
   require(shape.kv_heads >= 1 && shape.head_dim >= 1 && shape.v_head_dim >= 1,
           "a cache needs kv_heads, head_dim and v_head_dim >= 1; given ", shape.kv_heads, ", ", shape.head_dim, ", ",
           shape.v_head_dim);
+  checked_product(32, checked_product(shape.kv_heads, checked_sum(shape.head_dim, shape.v_head_dim)));
 }
 
 /// What numbers of storage S are read back as unless the caller says otherwise.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstdint>
 #include <cstring>
 #include <istream>
 #include <limits>
@@ -142,8 +143,16 @@ struct CacheFile {
   }
 
   template <class Cache>
-  static bool can_restore(Cache& cache, Index position, Index rows) {
+  static bool can_restore(const Cache& cache, Index position, Index rows) {
     return cache.can_restore(position, rows);
+  }
+  /// Asked last, for others may have to give up memory for it.
+  template <class Cache>
+  static bool make_room(Cache& cache, Index rows) {
+    if constexpr (requires { cache.make_room_to_restore(rows); })
+      return cache.make_room_to_restore(rows);
+    else
+      return true;
   }
   /// Writes the rows that a checked file has brought.
   template <class Cache>
@@ -222,10 +231,13 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
     return refuse("has [window, pinned, slack] ", text(saved.ring), ", this cache ", text(mine.ring));
   const auto [position, rows] = saved.place;
   const Index row = CacheFile::row_bytes_of(cache);
+  const auto refuse_rows = [&, n = rows, at = position] {
+    return refuse("holds ", n, " rows up to position ", at, ", which do not fit this cache of capacity ",
+                  cache.capacity(), " (or its pool)");
+  };
   if (!CacheFile::can_restore(cache, position, rows) ||
       (row > 0 && rows > (std::numeric_limits<Index>::max() - 4) / row))
-    return refuse("holds ", rows, " rows up to position ", position, ", which do not fit this cache of capacity ",
-                  cache.capacity(), " (or its pool)");
+    return refuse_rows();
 
   std::vector<std::byte> body = read_bytes(in, rows * row + 4);
   const auto payload = static_cast<std::size_t>(rows * row);
@@ -234,6 +246,7 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
   crc.add(body.data(), payload);
   if (crc.value() != little_endian_word(body.data() + payload))
     return refuse("has damaged rows: their checksum does not fit");
+  if (!CacheFile::make_room(cache, rows)) return refuse_rows();
   CacheFile::restore(cache, position, rows, body.data());
   return {};
 }

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <span>
 
 #include "../rope.hpp"
 #include "layer.hpp"

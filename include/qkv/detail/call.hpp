@@ -1,6 +1,7 @@
 // detail/call.hpp — everything about a call that must be checked before the first write.
 #pragma once
 
+#include <cmath>
 #include <limits>
 #include <span>
 
@@ -100,6 +101,26 @@ inline void check_query(Index q_cols, Heads heads, Index kv_heads, Index head_di
   require(kv_heads == heads.kv_heads, "the keys must have kv_heads = ", heads.kv_heads, " heads; they have ", kv_heads);
   require(q_cols % heads.heads == 0 && q_cols / heads.heads == head_dim,  // their product may not fit
           "q must have heads*head_dim columns; given ", q_cols, " for heads ", heads.heads, ", head_dim ", head_dim);
+}
+
+/// Kernels multiply sizes with each other and with small constants, unchecked: here is the room for it. (Matrices without
+/// columns take no memory, so nothing else bounds their rows, nor heads of no features.)
+inline void check_sizes(Index n_queries, Index n_keys, Heads heads, Index head_dim, Index v_head_dim) {
+  const double rows = static_cast<double>(n_queries) + static_cast<double>(n_keys),
+               numbers = static_cast<double>(head_dim) + static_cast<double>(v_head_dim) + 2;
+  require<std::length_error>(rows * static_cast<double>(heads.heads) * numbers <= 0x1p48,
+                             "(n_queries + n_keys)*heads*(head_dim + v_head_dim + 2) must be at most 2^48; given "
+                             "n_queries ",
+                             n_queries, ", n_keys ", n_keys, ", heads ", heads.heads, ", head_dim ", head_dim,
+                             ", v_head_dim ", v_head_dim);
+}
+
+/// What is of one sequence takes no offsets.
+template <class T>
+void check_one_sequence(const Options<T>& options, const char* what) {
+  require(options.query_offsets.empty() && options.key_offsets.empty(), what,
+          " one sequence: query_offsets and key_offsets must be empty; given ", options.query_offsets.size(), " and ",
+          options.key_offsets.size());
 }
 
 /// k [n_keys, kv_heads·head_dim], v [n_keys, kv_heads·v_head_dim].

@@ -46,7 +46,7 @@ class LatentMemory {
  public:
   LatentMemory() = default;
   LatentMemory(Index latent_dim, Index rope_dim, Index rows) : latent_dim_(latent_dim), rope_dim_(rope_dim) {
-    latent_ = Numbers<S>(checked_product(rows, latent_stride()));
+    latent_ = Numbers<S>(checked_product(rows, checked_sum(latent_dim, one_row ? rope_dim : 0)));
     if constexpr (!one_row) {
       rope_ = Numbers<float>(checked_product(rows, rope_dim));
       scales_ = Numbers<float>(rows);

@@ -1,6 +1,8 @@
 // detail/launch.hpp — runs the kernel that serves a task, item by item, and finishes what each item has computed.
 #pragma once
 
+#include <algorithm>
+
 #include "../kernel/decode.hpp"
 #include "../kernel/reference.hpp"
 #include "../kernel/tiled.hpp"

@@ -4,8 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <new>
 #include <random>
 #include <span>
+#include <string>
+#include <utility>
 
 #include "../attention.hpp"
 #include "../projection.hpp"
@@ -166,9 +169,9 @@ void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches,
   require(row_offsets.front() == 0 && row_offsets.back() == rows, "row_offsets must begin with 0 and end with n ", rows,
           "; given ", row_offsets.front(), " and ", row_offsets.back());
   for (std::size_t s = 0; s < caches.size(); ++s) {
+    require(row_offsets[s] <= row_offsets[s + 1], "row_offsets must not decrease; entry ", s + 1, " is ",
+            row_offsets[s + 1], " after ", row_offsets[s]);
     const Index n = row_offsets[s + 1] - row_offsets[s];
-    require(n >= 0, "row_offsets must not decrease; entry ", s + 1, " is ", row_offsets[s + 1], " after ",
-            row_offsets[s]);
     require(caches[s] != nullptr, "caches[", s, "] is null");
     if constexpr (PooledCache<C>) caches[s]->make_room(n);
     require<std::length_error>(SlidingCache<C> || n <= caches[s]->max_append(), "caches[", s, "] takes at most ",

@@ -89,9 +89,12 @@ class PagedRows {
     rewind(position);
   }
 
-  /// Rows go into pages of its own; those that only this sequence uses are given back first.
-  bool can_restore(Index position, Index rows) {
-    if (!pool_ || rows != position || rows < 0 || rows > capacity_) return false;
+  /// Rows go into pages of its own; those that only this sequence uses are given back first. The pool's owner is asked for
+  /// pages once the rows have arrived unharmed.
+  bool can_restore(Index position, Index rows) const {
+    return pool_ && rows == position && rows >= 0 && rows <= capacity_;
+  }
+  bool make_room_to_restore(Index rows) {
     return pool_->make_room([&] {
       Index own = 0;
       for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) own += owned(i) ? 1 : 0;

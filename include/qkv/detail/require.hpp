@@ -1,6 +1,7 @@
 // detail/require.hpp — errors state the rule and the numbers, and come before the first write.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -24,8 +25,8 @@ namespace detail {
   std::abort();
 }
 
-inline ErrorHandler& error_handler() {
-  static ErrorHandler handler = [](const char* message) { print_and_abort(message); };
+inline std::atomic<ErrorHandler>& error_handler() {
+  static std::atomic<ErrorHandler> handler{print_and_abort};
   return handler;
 }
 
@@ -34,7 +35,7 @@ template <class Error>
 #if defined(__cpp_exceptions) || defined(_CPPUNWIND)
   throw Error(message);
 #else
-  error_handler()(message.c_str());
+  error_handler().load()(message.c_str());
   print_and_abort("the error handler returned");
 #endif
 }
@@ -43,7 +44,15 @@ inline void append(std::string& text, std::string_view part) { text += part; }
 
 template <class Number>
 requires std::is_arithmetic_v<Number>
-void append(std::string& text, Number number) { text += std::to_string(number); }
+void append(std::string& text, Number number) {
+  if constexpr (std::is_floating_point_v<Number>) {
+    char digits[32];  // "-1e-09": std::to_string would say "-0.000000"
+    std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(number));
+    text += digits;
+  } else {
+    text += std::to_string(number);
+  }
+}
 
 /// Raises Error with the concatenated parts unless `ok`.
 template <class Error = std::invalid_argument, class... Parts>
@@ -82,11 +91,10 @@ constexpr std::ptrdiff_t checked_sum(std::ptrdiff_t a, std::ptrdiff_t b) {
 
 }  // namespace detail
 
-/// Installs the handler used under -fno-exceptions and returns the previous one. The default prints and aborts.
+/// Installs the handler used under -fno-exceptions, on any thread, and returns the previous one. The default, which null
+/// stands for, prints and aborts.
 inline ErrorHandler set_error_handler(ErrorHandler handler) {
-  ErrorHandler previous = detail::error_handler();
-  detail::error_handler() = handler;
-  return previous;
+  return detail::error_handler().exchange(handler ? handler : detail::print_and_abort);
 }
 
 }  // namespace qkv::inline QKV_ABI
