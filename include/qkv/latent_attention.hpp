@@ -225,10 +225,10 @@ class LatentAttention {
     using S = typename C::Storage;
     const auto& c = config_;
     const LatentRows<S> rows = cache.latent_rows();
-    constexpr bool narrow = kernel::NarrowArithmetic<T, S>::words;
+    using Narrow = kernel::LatentArithmetic<T, S>;
+    constexpr double cost = Narrow::shorts ? short_absorbed_cost : Narrow::words ? narrow_absorbed_cost : 1.0;
     const LatentForm form =
-        choose_latent_form(options.form, c, q.rows(), rows.rows,
-                           narrow && options.arithmetic != Arithmetic::exact ? narrow_absorbed_cost : 1.0);
+        choose_latent_form(options.form, c, q.rows(), rows.rows, options.arithmetic != Arithmetic::exact ? cost : 1.0);
     const Index n = q.rows();
     const kernel::LatentTask<T, S, M, F> task{
         rows,   c.heads,        static_cast<T>(scale()), 0, cache.position() - n, &mask,

@@ -54,7 +54,8 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries, Index decode_most 
 enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
               // has the instructions and q is float; otherwise exact. Decode: int8 alone; for groups of heads
-              // q·k in int8 and values in int16 where the CPU can, with AVX2 and SSE2 both in int16
+              // q·k in int8 and values in int16 where the CPU can, with AVX2 and SSE2 both in int16; so is
+              // absorbed attention of int8 there
   exact,      // everything widened to the scalar of q
   int8,       // as automatic, but an int8 cache in int8 throughout: softmax weights in 8 bits; faster and coarser
 };

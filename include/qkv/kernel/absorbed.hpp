@@ -64,7 +64,7 @@ class Absorbed {
 
   Absorbed(const Task<T, S, M>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
       : task_(task),
-        block_(carver, task.rows, parts_of<T>(task.heads)),
+        block_(carver, task.rows, parts_of<A>(task.heads)),
         q_(task, carver, first_lane, n_lanes),
         first_(first_lane),
         n_(n_lanes) {
@@ -172,12 +172,12 @@ class Absorbed {
   }
 
   void multiply_rows(Index p, Index begin, Index end) {
-    if constexpr (parts_of<T>(1) > 1) {
+    if constexpr (parts_of<A>(1) > 1) {
       if (q_.parts() == 4)
         return q_.in_pairs() ? multiply_rows<2, 4>(p, begin, end) : multiply_rows<1, 4>(p, begin, end);
       if (q_.parts() == 2) return multiply_rows<2, 2>(p, begin, end);
     }
-    if constexpr (Vectors > 1 || parts_of<T>(V::width) == 1) multiply_rows<Vectors, 1>(p, begin, end);
+    if constexpr (Vectors > 1 || parts_of<A>(V::width) == 1) multiply_rows<Vectors, 1>(p, begin, end);
   }
   template <Index Registers, Index Parts>
   void multiply_rows(Index p, Index begin, Index end) {
@@ -197,7 +197,7 @@ class Absorbed {
     const Index live = round_up(std::min(panel, n_ - p), step);
     for (Index lane = p; lane < p + live; lane += step) {
       T* const to = s_ + c * panel + lane - p;
-      if constexpr (!A::quads)
+      if constexpr (!A::scaled)
         score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
                                                               q_.at(lane), to);
 #ifdef QKV_DETAIL_WORDS
@@ -205,6 +205,14 @@ class Absorbed {
         const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
                             block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
         quad_score_tiles<Rows, Registers, Parts, panel>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+      }
+#endif
+#ifdef QKV_DETAIL_SHORTS
+      if constexpr (A::shorts) {
+        const ShortRows rows{q_.steps() / word_lanes, block_.row(c), block_.stride(), block_.scales(c)};
+        short_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
+        score_tiles<RopeDot, Rows, Vectors, 1, panel, true>(tiles, q_.rope_steps(), block_.rope(c),
+                                                            block_.rope_stride(), q_.rope(lane), to);
       }
 #endif
     }
@@ -285,12 +293,19 @@ class Absorbed {
       return w.sum;
     } else
 #endif
+#ifdef QKV_DETAIL_SHORTS
+        if constexpr (A::shorts) {
+      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, block_.value_scales());
+      V::store(take_ + v, w.step);
+      return w.sum;
+    } else
+#endif
       return Softmax::weigh(s_ + v, begin, end, base, to_log2);
   }
 
   void multiply_values(Index p, Index begin, Index end) {
     using N = typename Value::Number;
-    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
+    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors(A::shorts);
     if (begin >= end) return;
     begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
     const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
@@ -305,7 +320,7 @@ class Absorbed {
     for (Index x = 0; x < width;) {
       if (!stream_.pending()) std::swap(stream_, later_), later_ = {};
       Index some = std::min(vectors, (width - x) / W);
-      if (Shape<T>::even_end && width - x == 4 * W) some = 2;
+      if (Shape<T>::even_end && vectors > 2 && width - x == 4 * W) some = 2;
       if (some == vectors)
         feature_tiles<Value, vectors>(lanes, op, stream_);
       else if (some == 2)
@@ -345,10 +360,12 @@ class Absorbed {
     }
   }
   T weight_of(Index c, Index lane) const {
-    if constexpr (A::bytes) {
-      Word quad;
-      std::memcpy(&quad, s_ + c / 4 * panel + lane, sizeof quad);
-      return static_cast<T>(quad >> (8 * (c % 4)) & 255U);  // what it multiplies is not finite
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, s_ + c / A::keys * panel + lane, sizeof several);
+      // In steps: what it multiplies is not finite.
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
     } else if constexpr (words) {
       Word pair;
       std::memcpy(&pair, s_ + c / 2 * panel + lane, sizeof pair);
@@ -381,7 +398,7 @@ class Absorbed {
   Index first_, n_;
   LaneState<T> state_{};
   T *s_ = nullptr, *row_ = nullptr;
-  alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // bytes: what a step of a weight is worth
+  alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // in steps: what one is worth
   bool* hidden_ = nullptr;                                       // [n_rows, panel]; written where a score is not finite
   Stream stream_, later_;
 };

@@ -16,7 +16,7 @@
 #include "../options.hpp"
 #include "../storage.hpp"
 #include "register_tile.hpp"
-#include "words.hpp"
+#include "shorts.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -150,87 +150,43 @@ struct QuadsDot {
     return scale;
   }
 };
-#elif defined(EIGEN_VECTORIZE_SSE2) && !defined(EIGEN_VECTORIZE_AVX512) && \
-    (defined(EIGEN_VECTORIZE_AVX2) || !defined(EIGEN_VECTORIZE_AVX))
-#define QKV_DETAIL_PAIRS 1
-/// q·k of int8 rows in integers where there are no words: queries as int16 with one scale each, keys widened to int16 once
-/// for all of them: 1.7 times as fast as widened to float (Zen 3, four queries of 128).
-///
-///     sum += q₀k₀ + q₁k₁ in 32 bits, exact: |q| <= largest(head_dim) = min(2¹⁵ - 1, (2³¹ - 1) / (128 · head_dim))
-///
-/// A query is rounded to within max|q| / (2 · largest): 2⁻¹⁶ of max|q| for head_dim <= 512, 2⁻¹² for 8192.
+#elif defined(QKV_DETAIL_SHORTS)
+/// q·k of int8 rows in int16 (kernel/shorts.hpp): queries with one scale each, keys widened once for all of them: 1.7 times
+/// as fast as widened to float (Zen 3, four queries of 128).
 struct PairsDot {
   using V = Simd<float>;
-#if defined(EIGEN_VECTORIZE_AVX2)
-  using Vec = __m256i;
-#else
-  using Vec = __m128i;
-#endif
+  using Vec = Words;
   using Scalar = float;
   using Key = std::int8_t;
   using Query = std::int16_t;
   static constexpr const char* name = " multiplied in int16";
-  static constexpr Index width = 2 * V::width, lanes = V::width, parts = 1;
+  static constexpr Index width = short_lanes, lanes = V::width, parts = 1;
   static constexpr Index least_group = 1;  // widening to float takes longer than memory even for one query
 
-  static constexpr Index largest(Index head_dim) {
-    return std::clamp<Index>((Index{1} << 24) / std::max<Index>(head_dim, 1) - 1, 1, 32767);
-  }
-
-#if defined(EIGEN_VECTORIZE_AVX2)
-  static EIGEN_ALWAYS_INLINE Vec zero() { return _mm256_setzero_si256(); }
+  static EIGEN_ALWAYS_INLINE Vec zero() { return broadcast_word(0); }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec query(const std::int16_t* q) {
-    Vec v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+    Vec v = load_words(q);
     detail::hold(v);
     return v;
   }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(k)));
+    return widen_bytes(load_bytes(k));
   }
-  // Held: g++ otherwise adds up products of several steps first, for which there are no registers.
-  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(q, k));
-    detail::hold(sum);
-    return sum;
-  }
-  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[8], const float* factor, const std::int32_t*, float* to) {
-    _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(detail::sum_each_8(sum)), _mm256_loadu_ps(factor)));
-  }
-#else
-  static EIGEN_ALWAYS_INLINE Vec zero() { return _mm_setzero_si128(); }
-  template <Index>
-  static EIGEN_ALWAYS_INLINE Vec query(const std::int16_t* q) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
-  }
-  template <Index>
-  static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(k));
-    return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-  }
-  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
-    sum = _mm_add_epi32(sum, _mm_madd_epi16(q, k));
-    detail::hold(sum);
-    return sum;
-  }
-  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[4], const float* factor, const std::int32_t*, float* to) {
-    const __m128i a = _mm_add_epi32(_mm_unpacklo_epi32(sum[0], sum[1]), _mm_unpackhi_epi32(sum[0], sum[1]));
-    const __m128i b = _mm_add_epi32(_mm_unpacklo_epi32(sum[2], sum[3]), _mm_unpackhi_epi32(sum[2], sum[3]));
-    const __m128i all = _mm_add_epi32(_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b));
-    _mm_storeu_ps(to, _mm_mul_ps(_mm_cvtepi32_ps(all), _mm_loadu_ps(factor)));
-  }
-#endif
-
   template <Index Part>
   static EIGEN_ALWAYS_INLINE Vec key_n(const Key* k, Index n) {
     Key copy[std::size_t(width)] = {};
     std::copy_n(k, n, copy);
     return key<Part>(copy);
   }
-
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return add_products(sum, q, k); }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const float* factor, const std::int32_t*,
+                                         float* to) {
+    V::store(to, V::mul(words_to_float(sum_each(sum)), V::load(factor)));
+  }
   static float round(const float* query, Index n, std::int16_t* to, std::int32_t&) {
-    return quantize_row(query, n, to, static_cast<float>(largest(n)));
+    return quantize_row(query, n, to, static_cast<float>(largest_short(n)));
   }
 };
 #endif
@@ -245,7 +201,7 @@ template <>
 struct NarrowDotOf<float, std::int8_t> {
   using Type = QuadsDot;
 };
-#elif defined(QKV_DETAIL_PAIRS)
+#elif defined(QKV_DETAIL_SHORTS)
 template <>
 struct NarrowDotOf<float, std::int8_t> {
   using Type = PairsDot;

@@ -45,6 +45,8 @@ template <class A, class T, StorageType S>
 class BlockRows {
   using Number = typename A::Number;
   using Element = std::conditional_t<A::words, S, T>;  // of rows
+  using Value = typename ValueDot<A>::Row;
+  using RopeNumber = RopeDot::Number;
   static constexpr bool words = A::words, quads = A::quads;
   static constexpr Index n_rows = block_rows<words>;
   static constexpr Index unit = quads ? 64 : words ? 32 : Simd<T>::width;  // rows are read up to a multiple of it
@@ -52,13 +54,12 @@ class BlockRows {
  public:
   BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
     copy_ = carver.take<Element>(n_rows * copy_step());
-    if constexpr (words) packed_ = carver.take<Number>(n_rows / A::keys * packed_step());
-    if constexpr (quads) {
-      rope_ = carver.take<Number>(n_rows * rope_step());
-      scales_ = carver.take<float>(n_rows);
-      offsets_ = carver.take<std::int32_t>(n_rows);
-      if constexpr (A::bytes) logs_ = carver.take<float>(n_rows), inverses_ = carver.take<float>(n_rows);
-    }
+    if constexpr (words) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
+    if constexpr (A::scaled)
+      rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
+    if constexpr (quads) offsets_ = carver.take<std::int32_t>(n_rows);
+    if constexpr (A::bytes) logs_ = carver.take<float>(n_rows), inverses_ = carver.take<float>(n_rows);
+    if constexpr (A::shorts) value_scales_ = carver.take<float>(n_rows);
   }
 
   void prepare(const Place& place) {
@@ -72,7 +73,7 @@ class BlockRows {
     } else {
       copy();
     }
-    if constexpr (quads) this->weigh_rows(), this->round_rope();
+    if constexpr (A::scaled) this->weigh_rows(), this->take_rope();
     if constexpr (words) this->pack_values();
   }
 
@@ -81,20 +82,30 @@ class BlockRows {
   const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
   Index stride() const { return step_ * Index(sizeof(Element)); }
   /// Values from column c on (words: the first of one), and the numbers from one (one word) to the next.
-  const Number* values(Index column) const {
+  const Value* values(Index column) const {
     if constexpr (words)
       return packed_ + column / A::keys * packed_step();
     else
       return row(column);
   }
   Index value_step() const { return words ? packed_step() : step_; }
-  const Number* rope(Index column) const { return rope_ + column * rope_step(); }
-  Index rope_stride() const { return rope_step() * Index(sizeof(Number)); }
+  const RopeNumber* rope(Index column) const {
+    if constexpr (A::shorts)
+      if (place_.whole)
+        return rows_.rope(rows_.runs[place_.run], place_.row) + (column - place_.begin) * rows_.rope_row_stride;
+    return rope_ + column * rope_step();
+  }
+  Index rope_stride() const {
+    const Index step = A::shorts && place_.whole ? rows_.rope_row_stride : rope_step();
+    return step * Index(sizeof(RopeNumber));
+  }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
   /// Bytes: log2 and inverse of the scale of each column.
   const float* logs() const { return logs_; }
   const float* inverses() const { return inverses_; }
+  /// Shorts: scales of the columns, zero where a row is not finite.
+  const float* value_scales() const { return value_scales_; }
 
   /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
   /// Asked for where a score is not finite, as every score of such a row is.
@@ -113,9 +124,9 @@ class BlockRows {
   }
 
  private:
-  Index copied_dim() const { return quads ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
+  Index copied_dim() const { return A::scaled ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
   Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
-  Index rope_step() const { return round_up(rows_.rope_dim, 32) / 2; }
+  Index rope_step() const { return round_up(rows_.rope_dim, 32) / rope_features; }
   Index packed_step() const {
     return round_up(rows_.latent_dim, 32) + 16;
   }  // not a multiple of 4 KB: all in one L1 set
@@ -123,8 +134,8 @@ class BlockRows {
 
   bool in_place(const Place& place) const {
     if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
-    if constexpr (quads || has_row_scale<S>)
-      return quads;
+    if constexpr (A::scaled || has_row_scale<S>)
+      return A::scaled;
     else
       return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
              rows_.rope(rows_.runs[place.run], 0) == rows_.latent(rows_.runs[place.run], 0) + rows_.latent_dim;
@@ -150,7 +161,7 @@ class BlockRows {
         if constexpr (!words) {
           widen_row(c, latent, rows_.scale(run, row + i), to);
           widen_row(r, rope, 1.0F, to + latent);
-        } else if constexpr (quads) {
+        } else if constexpr (A::scaled) {
           std::copy_n(c, latent, to);
         } else {
           std::copy_n(c, latent, to);
@@ -161,7 +172,7 @@ class BlockRows {
     });
   }
 
-  static constexpr Word key_bits = A::bytes ? 0xFFU : 0xFFFFU;  // of one key in a word of values
+  static constexpr Word key_bits = 0xFFFFFFFFU >> (32 - 32 / A::keys);  // of one key in a word of values
   void inspect() {
     inspected_ = true;
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
@@ -172,13 +183,38 @@ class BlockRows {
         for (Index x = 0; x < rows_.latent_dim; ++x) finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = column + i;
-        if constexpr (words)
+        if constexpr (words && !A::shorts)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
             packed_[(column + i) / A::keys * packed_step() + x] &=
                 ~(key_bits << (32 / A::keys * ((column + i) % A::keys)));
       }
     });
   }
+
+#ifdef QKV_DETAIL_SHORTS
+  void weigh_rows() {
+    std::fill_n(scales_, n_rows, 0.0F);
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      for (Index i = 0; i < count; ++i) scales_[column + i] = rows_.scale(run, row + i);
+    });
+    for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
+  }
+  /// Rope keys are read where they lie, or without gaps from a copy.
+  void take_rope() {
+    if (place_.whole) return;
+    std::fill_n(rope_, n_rows * rope_step(), 0.0F);
+    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
+      for (Index i = 0; i < count; ++i)
+        std::copy_n(rows_.rope(run, row + i), rows_.rope_dim, rope_ + (column + i) * rope_step());
+    });
+  }
+  /// Two rows into one of pairs. A column that holds none beside one that does has a weight of zero: any row will do.
+  void pack_values() {
+    for (Index c = place_.begin / 2 * 2; c < place_.count; c += 2)
+      pair_bytes(row(std::max(c, place_.begin)), row(std::min(c + 1, place_.count - 1)), round_up(rows_.latent_dim, 16),
+                 packed_ + c / 2 * packed_step());
+  }
+#endif
 
 #ifdef QKV_DETAIL_WORDS
   /// Scales and offsets of the rows, in quads; 16 rows at a time.
@@ -229,7 +265,7 @@ class BlockRows {
   }
 
   /// Rope keys as pairs of bfloat16: in int8 they are multiplied like that.
-  void round_rope() {
+  void take_rope() {
     std::fill_n(rope_, n_rows * rope_step(), Word(0));
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
       const auto part = [&](const float* from, Index x) {
@@ -293,9 +329,9 @@ class BlockRows {
   const Element* first_ = nullptr;
   Index step_ = 0;
   Element* copy_ = nullptr;
-  Number* packed_ = nullptr;
-  Number* rope_ = nullptr;
-  float* scales_ = nullptr;
+  Value* packed_ = nullptr;
+  RopeNumber* rope_ = nullptr;
+  float *scales_ = nullptr, *value_scales_ = nullptr;
   std::int32_t* offsets_ = nullptr;
   float *logs_ = nullptr, *inverses_ = nullptr;
   bool inspected_ = false;

@@ -6,6 +6,8 @@
 //     pairs    [panel][half of that][lanes] of words, two bfloat16 each
 //     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
 //              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
+//     shorts   [register of lanes][latent_dim / width][lane][width] of int16, q ≈ short · max|q| / largest_short(latent_dim)
+//              per lane, and the rope part [panel][rope_dim][lanes] of float
 //
 // In parts (kernel/latent_tiles.hpp) lanes are cut into registers of width / parts lanes, two side by side but where one
 // holds all of them: [two registers][steps][register][lane][part].
@@ -50,6 +52,7 @@ class Queries {
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Number = typename A::Number;
+  using RopeNumber = RopeDot::Number;
   static constexpr Index W = V::width;
   static constexpr bool words = A::words, quads = A::quads;
 
@@ -57,11 +60,11 @@ class Queries {
   static constexpr Index panel = Vectors * W;
 
   Queries(const Task<T, S, M>& task, detail::Carver& carver, Index first, Index n)
-      : task_(task), first_(first), n_(n), parts_(parts_of<T>(task.heads)) {
+      : task_(task), first_(first), n_(n), parts_(parts_of<A>(task.heads)) {
     const Index slots = round_up(n, panel) * parts_;
     q_ = carver.take<Number>(steps() * slots);
-    if constexpr (quads) {
-      rope_ = carver.take<Number>(rope_steps() * slots);
+    if constexpr (A::scaled) {
+      rope_ = carver.take<RopeNumber>(rope_steps() * slots);
       unit_ = carver.take<float>(slots);
     }
   }
@@ -73,16 +76,19 @@ class Queries {
   Index parts() const { return parts_; }
   /// Parts: whether registers lie in twos.
   bool in_pairs() const { return n_ * parts_ > W; }
-  /// Numbers of a part of a lane, without the rope part in quads; where the registers that begin with a lane lie.
+  /// Numbers of a part of a lane, without a rope part kept apart; where the registers that begin with a lane lie.
   Index steps() const { return (depth() + parts_ - 1) / parts_; }
   const Number* at(Index lane) const { return q_ + lane * parts_ * steps(); }
   Index rope_steps() const { return (rope_depth() + parts_ - 1) / parts_; }
-  const Number* rope(Index lane) const { return rope_ + lane * parts_ * rope_steps(); }
+  const RopeNumber* rope(Index lane) const { return rope_ + lane * parts_ * rope_steps(); }
   const float* unit(Index lane) const { return unit_ + lane * parts_; }
 
  private:
-  Index depth() const { return ((quads ? task_.rows.latent_dim : task_.width()) + A::features - 1) / A::features; }
-  Index rope_depth() const { return (task_.rows.rope_dim + 1) / 2; }
+  Index depth() const {
+    const Index features = A::scaled ? task_.rows.latent_dim : task_.width();
+    return (A::shorts ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
+  }
+  Index rope_depth() const { return (task_.rows.rope_dim + rope_features - 1) / rope_features; }
   /// Features [k, k + W) of a lane, with the sign of the scale; zeros past the end.
   Vec part(Index lane, Index k, Index end) const {
     if (lane >= n_ || k >= end) return V::zero();
@@ -90,32 +96,47 @@ class Queries {
     const Vec v = k + W <= end ? V::load(from) : V::load_n(from, end - k);
     return task_.scale < 0 ? V::mul(v, V::broadcast(T(-1))) : v;
   }
+  /// What a whole number of a lane is worth where `most` is the largest of them; returns its inverse.
+  float find_unit(Index lane, float most) {
+    Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the lane is not finite
+    for (Index k = 0; k < task_.rows.latent_dim; k += W) {
+      const Vec x = part(lane, k, task_.rows.latent_dim);
+      largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
+      nothing = V::fma(V::zero(), x, nothing);
+    }
+    const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
+    const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
+    std::fill_n(unit_ + lane * parts_, parts_, (zeros ? 0 : amax / most) + nan);
+    return zeros ? 0 : most / amax;
+  }
   /// Lanes [lane, lane + W) turned: [number][lane of the panel].
   void load_register(Index lane) {
     if constexpr (!words) {
       turn(q_, lane, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
     }
+#ifdef QKV_DETAIL_SHORTS
+    else {
+      const Index latent = task_.rows.latent_dim;
+      for (Index i = 0; i < W; ++i) {
+        const Vec factor = V::broadcast(find_unit(lane + i, static_cast<float>(largest_short(latent))));
+        const auto whole = [&](Index x) { return round_to_words(V::mul(part(lane + i, x, latent), factor)); };
+        Word* to = q_ + lane * steps() + i * W;
+        for (Index x = 0; x < latent; x += 2 * W, to += W * W) store_words(to, to_shorts(whole(x), whole(x + W)));
+      }
+      turn(rope_, lane, rope_depth(), [&](Index i, Index k) { return part(lane + i, latent + k, task_.width()); });
+    }
+#endif
 #ifdef QKV_DETAIL_WORDS
     else if constexpr (!quads) {
       turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
         return reinterpret_cast<__m512>(
             _mm512_cvtne2ps_pbh(part(lane + i, 2 * k + 16, task_.width()), part(lane + i, 2 * k, task_.width())));
       });
-    } else {
+    }
+    else {
       const Index latent = task_.rows.latent_dim;
       float inverse[16];
-      for (Index i = 0; i < 16; ++i) {
-        Vec most = V::zero(), nothing = V::zero();  // the latter is NaN where the lane is not finite
-        for (Index k = 0; k < latent; k += W) {
-          const Vec x = part(lane + i, k, latent);
-          most = V::max(most, _mm512_abs_ps(x));
-          nothing = V::fma(V::zero(), x, nothing);
-        }
-        const float amax = V::max_lanes(most), nan = V::sum_lanes(nothing);
-        const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
-        inverse[i] = zeros ? 0 : 127 / amax;
-        std::fill_n(unit_ + (lane + i) * parts_, parts_, (zeros ? 0 : amax / 127) + nan);
-      }
+      for (Index i = 0; i < 16; ++i) inverse[i] = find_unit(lane + i, 127);
       turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
         alignas(detail::cache_line) std::uint8_t bytes[64];
         for (Index j = 0; j < 4; ++j) {
@@ -162,7 +183,8 @@ class Queries {
 
   const Task<T, S, M>& task_;
   Index first_, n_, parts_;
-  Number *q_ = nullptr, *rope_ = nullptr;
+  Number* q_ = nullptr;
+  RopeNumber* rope_ = nullptr;
   float* unit_ = nullptr;
 };
 

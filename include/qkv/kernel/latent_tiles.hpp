@@ -36,6 +36,14 @@ using KeyDot =
     ValueDot<A>;
 #endif
 
+/// How a rope part that is kept apart is multiplied: in pairs of bfloat16 where there are such products.
+#ifdef QKV_DETAIL_WORDS
+using RopeDot = PairValueDot;
+#else
+using RopeDot = NumberDot<float>;
+#endif
+inline constexpr Index rope_features = words_available ? 2 : 1;  // in one number
+
 /// Few heads leave lanes over: then each of them takes every `parts`-th number of a row, and parts are added at the end.
 ///
 ///     parts 2, 8 heads, step k     lane 0: head 0, number 2k     lane 1: head 0, number 2k + 1     lane 2: head 1, …
@@ -43,10 +51,12 @@ using KeyDot =
 /// One load repeats two or four numbers of a row in a register, as one repeats a single number. As many parts as fill two
 /// registers, where four are enough: a tile of two loads little for what it multiplies. By heads only: the bits of a
 /// token depend on no other.
-template <class T>
+/// In int16 a lane is a register anyway (kernel/shorts.hpp).
+template <class A>
 constexpr Index parts_of([[maybe_unused]] Index heads) {
 #if defined(EIGEN_VECTORIZE_AVX2)
-  if (std::is_same_v<T, float>) return 2 * heads <= Simd<T>::width ? 4 : heads <= Simd<T>::width ? 2 : 1;
+  constexpr Index width = Simd<typename A::Scalar>::width;
+  if (std::is_same_v<typename A::Scalar, float> && !A::shorts) return 2 * heads <= width ? 4 : heads <= width ? 2 : 1;
 #endif
   return 1;
 }
@@ -129,7 +139,9 @@ struct Shape {
     return vectors == 1 ? (wide ? 24 : 12) : wide ? 12 : Simd<T>::fused ? 6 : 4;
   }
   static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
-  static constexpr Index value_vectors = wide || Simd<T>::fused ? 3 : 2;
+  static constexpr Index value_vectors(bool products) {  // a product that is not added at once needs a register
+    return wide || (Simd<T>::fused && !products) ? 3 : 2;
+  }
   static constexpr bool even_end = !wide;  // values end in 2 + 2 vectors, not 3 + 1: 4 sums do not hide the latency
 };
 
@@ -183,21 +195,25 @@ EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], I
 }
 
 /// Scores of `Rows` rows for Vectors registers of lanes, or of parts of lanes: s [Rows][row], Vectors·width / Parts of a row.
-template <class D, Index Rows, Index Vectors, Index Parts, Index Row, class T, std::size_t... I>
+/// Continued: s has begun.
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued, class T, std::size_t... I>
 EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
                                     std::index_sequence<I...> all) {
   typename D::Sum sum[sizeof...(I)];
-  ((sum[I] = Simd<T>::zero()), ...);
+  if constexpr (Continued)
+    ((sum[I] = Simd<T>::load(s + Index(I) / Vectors * Row + Index(I) % Vectors * Simd<T>::width)), ...);
+  else
+    ((sum[I] = Simd<T>::zero()), ...);
   multiply_rows<D, Vectors, Parts>(sum, steps, rows, lanes, all, std::make_index_sequence<std::size_t(Vectors)>{});
   (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (Simd<T>::width / Parts), sum[I]), ...);
 }
 
 /// `tiles` of them, one after another; rows lie `stride` bytes apart.
-template <class D, Index Rows, Index Vectors, Index Parts, Index Row, class T>
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued = false, class T>
 void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s) {
   for (; tiles > 0; --tiles) {
-    score_tile<D, Rows, Vectors, Parts, Row>(steps, RowAddress(rows, stride), lanes, s,
-                                             std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    score_tile<D, Rows, Vectors, Parts, Row, Continued>(steps, RowAddress(rows, stride), lanes, s,
+                                                        std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows = static_cast<const char*>(rows) + Rows * stride;
     s += Rows * Row;
   }
@@ -262,26 +278,26 @@ struct FeatureOperands {
   Index depth;                  // keys, or words of them
   const typename D::Number* p;  // [depth][p_step]
   Index p_step;
-  const typename D::Number* c;  // rows c_step apart
+  const typename D::Row* c;  // rows c_step apart
   Index c_step;
   T* o;  // rows o_row apart
   Index o_row;
-  const T* take;  // weights in 8 bits: what a step is worth, per lane
+  const T* take;  // weights in steps: what one is worth, per lane
 };
 template <class D, class T>
 EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]] const T* take) {
-#ifdef QKV_DETAIL_WORDS
-  if constexpr (std::is_same_v<D, QuadValueDot>)
-    return _mm512_storeu_ps(
-        o, _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_set1_ps(*take), _mm512_loadu_ps(o)));
-#endif
-  D::finish(o, sum, nullptr);
+  using V = Simd<T>;
+  if constexpr (requires { D::to_float(sum); })
+    V::store(o, V::fma(D::to_float(sum), V::broadcast(*take), V::load(o)));
+  else
+    D::finish(o, sum, nullptr);
 }
 template <class D, Index Vectors, bool Ahead, class T, std::size_t... Sum, std::size_t... Vector>
 EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] Stream& stream,
                                       std::index_sequence<Sum...>, std::index_sequence<Vector...>) {
   typename D::Sum sum[] = {D::start(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width)...};
-  const typename D::Number *p = op.p, *c = op.c;
+  const typename D::Number* p = op.p;
+  const typename D::Row* c = op.c;
   using Vec = decltype(D::load(c));
   for (Index k = op.depth; k > 0; --k) {
     Vec row[] = {D::load(c + Index(Vector) * D::width)...};

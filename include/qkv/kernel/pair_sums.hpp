@@ -33,7 +33,7 @@ struct ValueSums {
   static Index row(Index) { return 0; }
 };
 
-#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_PAIRS)
+#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
 class PairSums {
   using V = Simd<float>;
   using Vec = RowPairs::Vec;

@@ -7,13 +7,14 @@
 //
 // In 8 bits (Bytes) what is rounded is the weight times the scale of the value row, in steps of 1/255 of the largest such
 // product of the block and lane, top = max_c (s(c)·to_log2 + log2 scale(c)): a sink with a small value costs no precision.
+// In 15 bits (Shorts) likewise, in steps of 1/32767 of it.
 //
 // Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
 
+#include "arithmetic.hpp"
 #include "panels.hpp"
 #include "simd.hpp"
-#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -76,6 +77,32 @@ class PanelSoftmax {
     return V::add(V::add(w, x), V::add(y, z));
   }
 
+  /// Weights 2^((s - base)·to_log2) in steps of `step` over the scale of a row, and their sum.
+  struct Steps {
+    Vec step, sum;
+  };
+#ifdef QKV_DETAIL_SHORTS
+  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite.
+  static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+    const Vec sum = PanelSoftmax<Exact<T>, lanes>::weigh(s, begin, end, base, to_log2);
+    const auto product = [&](Index c) { return V::mul(V::load(s + c * lanes), V::broadcast(scales[c])); };
+    Vec even = V::zero(), odd = even;
+    for (Index c = begin; c < end; c += 2) {
+      even = V::max(even, product(c));
+      if (c + 1 < end) odd = V::max(odd, product(c + 1));
+    }
+    // Not less than 2⁻¹²⁰, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
+    Vec step = V::max(V::mul(V::max(even, odd), V::broadcast(1.0F / 32767)), V::broadcast(0x1p-120F));
+    const Vec inverse = V::div(V::broadcast(1), step);
+    step = V::fma(V::zero(), sum, step);
+    for (Index c = begin; c < end; c += 2) {
+      const Words low = round_to_words(V::mul(product(c), inverse));
+      const Words high = c + 1 < end ? round_to_words(V::mul(product(c + 1), inverse)) : broadcast_word(0);
+      store_words(s + c / 2 * lanes, to_pairs(low, high));
+    }
+    return {step, sum};
+  }
+#endif
 #ifdef QKV_DETAIL_WORDS
   /// Bytes: the largest score of each lane, and its `top`, in one pass over the scores.
   struct Largest {
@@ -111,10 +138,7 @@ class PanelSoftmax {
     if (end - c == 1) put_quad<1>(in, c, x);
     return V::add(w, x);
   }
-  /// Bytes: weights 2^((s - base)·to_log2) in steps of `step`, and their sum.
-  struct Steps {
-    Vec step, sum;
-  };
+  /// Bytes.
   static Steps weigh_bytes(T* s, Index begin, Index end, Vec top, Vec base, Vec to_log2, const float* logs,
                            const float* inverses) {
     const Vec low = V::broadcast(detail::minus_infinity<T>), steps = V::broadcast(log2_255);

@@ -18,7 +18,7 @@
 
 #include "dots.hpp"
 
-#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_PAIRS)
+#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

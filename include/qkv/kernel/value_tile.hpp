@@ -13,8 +13,8 @@
 
 #include <array>
 
+#include "arithmetic.hpp"
 #include "register_tile.hpp"
-#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -44,6 +44,7 @@ struct ValueOperands {
 template <class T>
 struct NumberDot {
   using Number = T;
+  using Row = T;  // what a row of values is made of
   using V = Simd<T>;
   using Sum = typename V::Vec;
   static constexpr Index width = V::width;
@@ -56,6 +57,7 @@ struct NumberDot {
 #ifdef QKV_DETAIL_WORDS
 struct WordDot {
   using Number = Word;
+  using Row = Word;
   static constexpr Index width = word_lanes;
   static EIGEN_ALWAYS_INLINE __m512i load(const Word* p) { return load_words(p); }
   static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -72,6 +74,20 @@ struct QuadValueDot : WordDot, QuadDot {
     const __m512 steps = _mm512_cvtepi32_ps((__m512i)s);
     _mm512_storeu_ps(o, _mm512_fmadd_ps(steps, _mm512_loadu_ps(take), _mm512_loadu_ps(o)));
   }
+  static EIGEN_ALWAYS_INLINE __m512 to_float(Sum s) { return _mm512_cvtepi32_ps((__m512i)s); }
+};
+#elif defined(QKV_DETAIL_SHORTS)
+/// Pairs of int8 values, widened as they are loaded, and of weights in whole steps, summed exactly.
+struct ShortDot {
+  using Number = Word;
+  using Row = BytePair;
+  using Sum = Words;
+  static constexpr Index width = word_lanes;
+  static EIGEN_ALWAYS_INLINE Words load(const BytePair* p) { return widen_bytes(load_bytes(p)); }
+  static EIGEN_ALWAYS_INLINE Words broadcast(Word x) { return broadcast_word(x); }
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
+  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
+  static EIGEN_ALWAYS_INLINE auto to_float(Sum s) { return words_to_float(s); }
 };
 #endif
 
@@ -80,6 +96,8 @@ using ValueDot =
 #ifdef QKV_DETAIL_WORDS
     std::conditional_t<A::bytes, QuadValueDot,
                        std::conditional_t<A::words, PairValueDot, NumberDot<typename A::Scalar>>>;
+#elif defined(QKV_DETAIL_SHORTS)
+    std::conditional_t<A::shorts, ShortDot, NumberDot<typename A::Scalar>>;
 #else
     NumberDot<typename A::Scalar>;
 #endif

@@ -6,10 +6,10 @@
 // The tile is that of kernel/register_tile.hpp with a word in place of a number: a word of `a` is broadcast, words of `b`
 // are a vector, one per query. Signs: a query's int8 is stored as q + 128, so a sum starts at -128·Σ(key row).
 //
-// Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `words_available` is false and
-// kernels widen instead.
+// Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `words_available` is false, and
+// kernels widen: to int16 (kernel/shorts.hpp) or to float.
 //
-// Before: kernel/gemm.hpp   Next: kernel/arithmetic.hpp
+// Before: kernel/gemm.hpp   Next: kernel/shorts.hpp
 #pragma once
 
 #include <array>
