@@ -43,18 +43,6 @@ EIGEN_ALWAYS_INLINE void store_turned_block(const T* from, T* to, Index stride, 
   (V::store(to + Index(I) * stride, block[I]), ...);
 }
 
-/// The same, merged: O ← keep·O + take·Oᵀᵀ, row by row.
-template <class T, std::size_t... I>
-EIGEN_ALWAYS_INLINE void merge_turned_block(const T* from, T* to, Index stride, const T* keep, const T* take,
-                                            std::index_sequence<I...>) {
-  using V = Simd<T>;
-  typename V::Vec block[] = {V::load(from + Index(I) * PanelSums<T>::lanes)...};
-  V::transpose(block);
-  (V::store(to + Index(I) * stride,
-            V::fma(V::broadcast(take[I]), block[I], V::mul(V::broadcast(keep[I]), V::load(to + Index(I) * stride)))),
-   ...);
-}
-
 /// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. Where InUnits, m times unit
 /// is the score. Rows that hold nothing yet (m = -inf) are written, not read; a lane that saw nothing changes no bit of a
 /// row that holds something.
@@ -64,7 +52,7 @@ void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index que
   using V = Simd<T>;
   constexpr Index lanes = PanelSums<T>::lanes;
   const Index stride = state.weighted.outerStride();
-  bool empty[std::size_t(lanes)], unseen[std::size_t(lanes)], all_empty = true, all_both = true;
+  bool empty[std::size_t(lanes)], unseen[std::size_t(lanes)], all_empty = true;
   T keep[std::size_t(lanes)], take[std::size_t(lanes)];
   for (Index i = 0; i < n; ++i) {
     T& m = state.m(query + i, head);
@@ -73,7 +61,7 @@ void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index que
     const T here = InUnits && seen ? panel.m[i] * panel.unit[i] : panel.m[i], top = detail::nan_max(m, here);
     empty[i] = m == detail::minus_infinity<T>;
     unseen[i] = !seen;
-    all_empty = all_empty && empty[i], all_both = all_both && !empty[i] && seen;
+    all_empty = all_empty && empty[i];
     keep[i] = detail::weight_of(m, top), take[i] = detail::weight_of(here, top);
     l = keep[i] * l + take[i] * panel.l[i];
     m = top;
@@ -86,10 +74,6 @@ void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index que
       const T* const from = panel.o + k * lanes + first;
       if (all_empty && rows == V::width && width == V::width) {
         store_turned_block(from, to + k, stride, std::make_index_sequence<V::lanes>{});
-        continue;
-      }
-      if (all_both && rows == V::width && width == V::width) {
-        merge_turned_block(from, to + k, stride, keep + first, take + first, std::make_index_sequence<V::lanes>{});
         continue;
       }
       typename V::Vec block[V::lanes];
