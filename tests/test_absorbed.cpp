@@ -131,8 +131,8 @@ using Condition = std::function<bool(const At&)>;
 
 bool causally(const At& at) { return at.key_position <= at.query_position; }
 
-const Sizes sizes[] = {{16, 1, 64, 32}, {33, 1, 32, 6},   {1, 1, 67, 5}, {8, 3, 128, 64},
-                       {5, 7, 19, 3},   {16, 2, 512, 64}, {2, 9, 64, 10}};
+const Sizes sizes[] = {{16, 1, 64, 32},  {33, 1, 32, 6}, {1, 1, 67, 5},  {8, 3, 128, 64}, {5, 7, 19, 3},
+                       {16, 2, 512, 64}, {2, 9, 64, 10}, {11, 3, 40, 6}, {4, 1, 36, 12}};
 
 template <class Computed, class Stored>
 struct In {

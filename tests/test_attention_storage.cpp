@@ -145,6 +145,65 @@ TEST_CASE("decode of int8 keys keeps the error of its integers at every width, a
   }
 }
 
+TEST_CASE("decode of int8 values keeps the error of its integers at every width and in every group",
+          "[attention][storage]") {
+  // Weights in int16 (PairSums) are rounded to 2^-16 of the largest of their chunk of 256 keys.
+  using Narrow = kernel::NarrowDot<float, std::int8_t>;
+  constexpr bool in_int16 = !std::is_same_v<Narrow::Query, std::int8_t>;
+  for (const Index d : {1, 7, 15, 16, 17, 31, 32, 33, 40, 63, 64, 65, 100, 130, 301})
+    for (const Index group : {1, 2, 3, 4, 7}) {
+      const Case c{.n_queries = 1, .n_keys = 531, .heads = {2 * group, 2}, .head_dim = 23, .v_head_dim = d};
+      const Inputs<float> in(c);
+      const PagedKeys<std::int8_t> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
+      const Expected expected = attention_by_formula(
+          in.q, stored<std::int8_t>(in.k, c.heads.kv_heads), stored<std::int8_t>(in.v, c.heads.kv_heads),
+          {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged);
+      const auto error = [&](Arithmetic arithmetic) {
+        return relative_rms(
+            attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::decode, .arithmetic = arithmetic}),
+            expected.out);
+      };
+      INFO("v_head_dim " << d << ", group " << group << ": " << error(Arithmetic::automatic));
+      CHECK(error(Arithmetic::exact) <= 1e-6);
+      CHECK(error(Arithmetic::automatic) <= (in_int16 ? 1e-4 : 1e-2));
+    }
+}
+
+TEST_CASE("the largest weights times the largest int8 values do not overflow, nor do tiny ones vanish",
+          "[attention][storage]") {
+  const Case c{.n_queries = 1, .n_keys = 769, .heads = {5, 1}, .head_dim = 8, .v_head_dim = 70};
+  Inputs<float> in(c);
+  in.q.setZero();  // all weights are the largest
+  for (const float value : {1.0F, -1.0F, 1e30F, 1e-30F, -1e-36F}) {
+    in.v.setConstant(value);
+    const PagedKeys<std::int8_t> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
+    const Matrix<float> out = attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::decode});
+    INFO(value << " became " << out(0, 0));
+    CHECK(max_error(out / value, Matrix<float>::Ones(1, out.cols())) <= 2e-6);
+  }
+  in.v.setZero();
+  const PagedKeys<std::int8_t> zeros(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
+  CHECK(attention(in.q, zeros, c.heads, causal, plain, {.kernel = Kernel::decode}).isZero(0));
+}
+
+TEST_CASE("decode of int8 gives the same bits whatever rows its pages begin with", "[attention][storage]") {
+  for (const Index d : {5, 33, 64}) {
+    const Case c{.n_queries = 3, .n_keys = 601, .heads = {6, 2}, .head_dim = 12, .v_head_dim = d};
+    const Inputs<float> in(c);
+    const auto mask = causal & where([](const At& at) { return at.key % 11 != 3 && (at.key < 290 || at.key > 401); });
+    const auto both = [&](const std::vector<Index>& rows) {
+      const PagedKeys<std::int8_t> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, rows));
+      Matrix<float> out(2 * c.n_queries, c.heads.heads * d);
+      out << attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::decode}),
+          attention(in.q, cache, c.heads, mask, plain, {.kernel = Kernel::decode});
+      return out;
+    };
+    const Matrix<float> whole = both({c.n_keys});
+    for (const std::vector<Index>& rows : {std::vector<Index>{1}, {3, 50, 1}, {7, 64}, {255, 2}, {64}})
+      CHECK(same_bits(both(rows), whole));
+  }
+}
+
 TEMPLATE_TEST_CASE("matrices of half or bfloat16 are read as they are", "[attention][storage]", half, bfloat16) {
   for (const Case& c : some_shapes()) {
     const Inputs<float> in(c);

@@ -32,7 +32,8 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 
 /// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
 /// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
-/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys.
+/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
+/// and values in T: the decode kernel may hold more for an int8 cache.
 template <class T>
 std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
                            Index v_head_dim) {

@@ -53,8 +53,8 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries, Index decode_most 
 /// always of the scalar of q, or wider.
 enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
-              // has the instructions and q is float; otherwise exact. Decode: q·k of int8 alone, in int8 for groups of
-              // heads where the CPU can, with AVX2 and SSE2 in int16
+              // has the instructions and q is float; otherwise exact. Decode: int8 alone; for groups of heads
+              // q·k in int8 and values in int16 where the CPU can, with AVX2 and SSE2 both in int16
   exact,      // everything widened to the scalar of q
   int8,       // as automatic, but an int8 cache in int8 throughout: softmax weights in 8 bits; faster and coarser
 };

@@ -66,6 +66,44 @@ TEST_CASE("a prompt in pieces gives the bits of the whole prompt", "[attention][
   check_pieces<float>(prompt, causal & window(70, infinite), plain);
 }
 
+TEST_CASE("a prompt in pieces gives the bits of the whole prompt where its keys are summed in sections",
+          "[attention][bits]") {
+  const Case across{.n_queries = 203, .n_keys = 9303, .heads = {2, 1}, .head_dim = 3, .v_head_dim = 5};
+  static_assert(2 * kernel::section_keys > 9100 && 2 * kernel::section_keys < 9303);
+  check_pieces<float>(across, causal, plain);
+  // Queries that see the section before the border, the one after it, or both.
+  check_pieces<float>(across, causal & window(40, infinite), plain);
+}
+
+namespace {
+
+/// Keys 10 and 11, and for queries after the first those of the second section. Says what it hides in whole.
+struct TwoSections {
+  bool sees(const At& at) const {
+    return at.key_position == 10 || at.key_position == 11 || (at.query > 0 && at.key_position >= kernel::section_keys);
+  }
+  Cover cover(const Block& b) const {
+    const Index first = b.key_position, last = b.last_key_position();
+    const bool early = first <= 11 && last >= 10, late = b.query + b.n_queries > 1 && last >= kernel::section_keys;
+    return early || late ? Cover::some : Cover::none;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a section that a query does not see leaves the sign of its zeros", "[attention][bits]") {
+  const Matrix<float> q = Matrix<float>::Ones(9, 1);
+  Matrix<float> k = Matrix<float>::Zero(kernel::section_keys + 9, 1), v = k;
+  k(11, 0) = -1, v(11, 0) = -std::numeric_limits<float>::denorm_min();  // times a weight below a half: -0
+  const auto first_of = [&](Index n) {
+    return run<float>({.kernel = Kernel::tiled}, Matrix<float>(q.topRows(n)), k, v, Heads{}, TwoSections{}, plain)
+        .row(0)
+        .eval();
+  };
+  CHECK(std::signbit(first_of(1)(0)));
+  CHECK(same_bits(first_of(9), first_of(1)));
+}
+
 TEMPLATE_TEST_CASE("a prompt in pieces gives the bits of the whole prompt from every storage type", "[attention][bits]",
                    half, bfloat16, std::int8_t) {
   const Inputs<float> in(prompt);

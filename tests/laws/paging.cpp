@@ -46,6 +46,7 @@ TEST_CASE("pages in any order and of any size give the bits of contiguous rows",
     check_paged<float, float>(
         c, window(150, 0) & [](const At& at) { return at.key % 4 != 1; });
   }
+  check_paged<float, float>({.n_queries = 19, .n_keys = 5003, .heads = {2, 1}, .head_dim = 5, .v_head_dim = 3}, causal);
 }
 
 TEST_CASE("rows of every storage type give the same bits in pages", "[attention][bits]") {

@@ -47,7 +47,8 @@ class Absorbed {
   static constexpr Index W = V::width;
   static constexpr bool words = A::words;
   static constexpr Index n_rows = block_rows<words>, partial_sums = A::bytes ? 8 : 4;
-  static_assert(n_rows % partial_sums == 0 && n_rows % Shape<T>::score_rows(Vectors) == 0);
+  static_assert(n_rows % partial_sums == 0 && n_rows % Shape<T>::score_rows(1) == 0);
+  static_assert(n_rows % Shape<T>::score_rows(2) == 0);
 
  public:
   static constexpr Index panel = Queries<A, Vectors, T, S, M>::panel;
@@ -171,38 +172,39 @@ class Absorbed {
   }
 
   void multiply_rows(Index p, Index begin, Index end) {
-    constexpr Index rows = Shape<T>::score_rows(Vectors);
+    if constexpr (parts_of<T>(1) > 1) {
+      if (q_.parts() == 4)
+        return q_.in_pairs() ? multiply_rows<2, 4>(p, begin, end) : multiply_rows<1, 4>(p, begin, end);
+      if (q_.parts() == 2) return multiply_rows<2, 2>(p, begin, end);
+    }
+    if constexpr (Vectors > 1 || parts_of<T>(V::width) == 1) multiply_rows<Vectors, 1>(p, begin, end);
+  }
+  template <Index Registers, Index Parts>
+  void multiply_rows(Index p, Index begin, Index end) {
+    constexpr Index rows = Shape<T>::score_rows(Registers);
     const Index n = end - begin, tiles = n / rows;
-    tiles_of<rows>(p, begin, tiles);
+    tiles_of<Registers, Parts, rows>(p, begin, tiles);
     begin += tiles * rows;
     if (begin == end) return;
-    if (tiles > 0) return tiles_of<rows>(p, end - rows, 1);  // rows twice: the same bits
-    tiles_of<4>(p, begin, (end - begin) / 4);
+    if (tiles > 0) return tiles_of<Registers, Parts, rows>(p, end - rows, 1);  // rows twice: the same bits
+    tiles_of<Registers, Parts, 4>(p, begin, (end - begin) / 4);
     begin += (end - begin) / 4 * 4;
-    tiles_of<1>(p, begin, end - begin);
+    tiles_of<Registers, Parts, 1>(p, begin, end - begin);
   }
-  template <Index Rows>
+  template <Index Registers, Index Parts, Index Rows>
   void tiles_of(Index p, Index c, Index tiles) {
-    if constexpr (Vectors == 1 && parts_of<T>(1) > 1) {
-      if (q_.parts() == 4) return tiles_in<Rows, 4>(p, c, tiles);
-      if (q_.parts() == 2) return tiles_in<Rows, 2>(p, c, tiles);
-    }
-    tiles_in<Rows, 1>(p, c, tiles);
-  }
-  template <Index Rows, Index Parts>
-  void tiles_in(Index p, Index c, Index tiles) {
-    constexpr Index step = panel / Parts;
+    constexpr Index step = Registers * W / Parts;
     const Index live = round_up(std::min(panel, n_ - p), step);
     for (Index lane = p; lane < p + live; lane += step) {
       T* const to = s_ + c * panel + lane - p;
       if constexpr (!A::quads)
-        score_tiles<KeyDot<A>, Rows, Vectors, Parts>(tiles, q_.steps(), block_.row(c), block_.stride(), q_.at(lane),
-                                                     to);
+        score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
+                                                              q_.at(lane), to);
 #ifdef QKV_DETAIL_WORDS
       if constexpr (A::quads) {
         const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
                             block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
-        quad_score_tiles<Rows, Vectors, Parts>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+        quad_score_tiles<Rows, Registers, Parts, panel>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
       }
 #endif
     }

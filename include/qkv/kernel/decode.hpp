@@ -132,6 +132,7 @@ class Decode {
                      for (Head& head : heads_) head.weigh();
                      for_each_turn<true>(
                          chunk, [](Head& head, const auto& piece, const auto& then) { head.add_values(piece, then); });
+                     for (Head& head : heads_) head.end_chunk();
                    });
   }
 

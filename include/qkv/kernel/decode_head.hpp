@@ -16,6 +16,7 @@
 #include "../score.hpp"
 #include "../softmax.hpp"
 #include "decode_scratch.hpp"
+#include "pair_sums.hpp"
 #include "row_sums.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -37,6 +38,7 @@ class DecodeHead {
   using V = Simd<T>;
   using Vec = typename V::Vec;
   static constexpr Index W = V::width;
+  using Sums = ValueSums<D>;
 
  public:
   DecodeHead(const Task<T, S, M, F>& task, Index kv_head, std::byte* scratch)
@@ -90,6 +92,11 @@ class DecodeHead {
     if (scored_ == 0) return;
     for (Index i = 0; i < n_; ++i) all_seen_ = weigh(i, all_seen_) && all_seen_;
     if (!all_seen_) find_seen();
+    if constexpr (Sums::integers) {
+      for (Index i = 0; i < n_; ++i)
+        s_.top[i] = Sums::round(s_.scores + i * decode_chunk, decode_chunk, s_.weights + i * decode_chunk);
+      std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim()), 0);
+    }
   }
 
   /// The values of a piece. Rows `then` will be read next.
@@ -101,11 +108,26 @@ class DecodeHead {
       const Index most = std::min(block, piece.count - k);
       some = all_seen_ ? most : 0;
       while (some < most && s_.seen[piece.column + k + some] != T(0)) ++some;
-      if (some > 0)
+      if constexpr (Sums::integers) {
+        if (some > 0)
+          Sums::add(values.from(k, some), s_.weights + piece.column + k, decode_chunk, n_,
+                    fetch(values, k + some, then), s_.sums);
+      } else if (some > 0)
         add_rows(values.from(k, some), s_.scores + piece.column + k, decode_chunk, n_, fetch(values, k + some, then),
                  state_.o);
       else
         add_seen(values.from(k, 1), piece.column + k);
+    }
+  }
+
+  /// A chunk ends: all its values have been added.
+  void end_chunk() {
+    if constexpr (Sums::integers) {
+      if (scored_ == 0) return;
+      const Index dv = task_.v_head_dim();
+      for (Index i = 0; i < n_; ++i)
+        if (s_.top[i] != T(0))
+          Sums::finish(s_.sums + i * Sums::row(dv), s_.top[i], dv, state_.o + i * whole_registers<T>(dv));
     }
   }
 
@@ -227,14 +249,16 @@ class DecodeHead {
     return all;
   }
 
-  /// 1 for the columns that all queries see, 0 for the others.
+  /// 1 for the columns that all queries see, 0 for the others; with integers for those that some query sees.
   void find_seen() {
-    std::fill_n(s_.seen, decode_chunk, T(1));
+    std::fill_n(s_.seen, decode_chunk, Sums::integers ? T(0) : T(1));
     for (Index i = 0; i < n_; ++i)
       for (Index j = 0; j < decode_chunk; j += W) {
         const auto mask =
             V::less_equal(V::load(s_.scores + i * decode_chunk + j), V::broadcast(detail::minus_infinity<T>));
-        V::store(s_.seen + j, V::select(mask, V::zero(), V::load(s_.seen + j)));
+        const Vec seen = V::load(s_.seen + j);
+        V::store(s_.seen + j,
+                 Sums::integers ? V::select(mask, seen, V::broadcast(T(1))) : V::select(mask, V::zero(), seen));
       }
   }
 

@@ -3,10 +3,11 @@
 //     scores   [n, decode_chunk]     of all queries of a kv head: n = n_queries · group_size; then their weights
 //     state    m, l [n]   o [n, v_head_dim up to whole registers]
 //
-// Before: kernel/row_sums.hpp   Next: kernel/decode_head.hpp
+// Before: kernel/pair_sums.hpp   Next: kernel/decode_head.hpp
 #pragma once
 
 #include "../workspace.hpp"
+#include "pair_sums.hpp"
 #include "row_dots.hpp"
 #include "task.hpp"
 
@@ -49,11 +50,16 @@ struct DecodeState {
 template <class D>
 struct DecodeScratch {
   using T = typename D::Scalar;
+  static constexpr bool integers = ValueSums<D>::integers;
   PackedQueries<D> q;
   T* scores;   // [n, decode_chunk], then weights; -inf: the value is not read
-  T* seen;     // [decode_chunk] 1: every query of the group sees this column
+  T* seen;     // [decode_chunk] 1: every query of the group sees this column; integers: some query does
   T* scale_k;  // [decode_chunk]: int8, of the rows
   T* scale_v;  // [decode_chunk]
+  // Where values are multiplied in integers (kernel/pair_sums.hpp):
+  std::int16_t* weights;  // [n, decode_chunk]
+  std::int32_t* sums;     // [n, row(v_head_dim)] of the chunk
+  T* top;                 // [n] largest weight of the chunk
   DecodeState<T> state;
 
   DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
@@ -62,6 +68,9 @@ struct DecodeScratch {
         seen(carver.take<T>(decode_chunk)),
         scale_k(carver.take<T>(decode_chunk)),
         scale_v(carver.take<T>(decode_chunk)),
+        weights(carver.take<std::int16_t>(integers ? n * decode_chunk : 0)),
+        sums(carver.take<std::int32_t>(n * ValueSums<D>::row(v_head_dim))),
+        top(carver.take<T>(integers ? n : 0)),
         state(carver, n, v_head_dim) {}
 };
 

@@ -5,6 +5,7 @@
 //     PairsDot     int8, AVX2 and SSE2          sum += Σ₂ q·k      queries as int16
 //
 // Sums of integers are exact; what differs is how a query is rounded, with one scale each, before it is multiplied.
+// With QuadsDot and PairsDot go values in pairs of int16 (kernel/pair_sums.hpp), with WidenedDot widened ones.
 //
 // Before: kernel/tiled.hpp   Next: kernel/row_dots.hpp
 #pragma once
@@ -115,7 +116,7 @@ struct QuadsDot {
   using Scalar = float;
   using Key = std::int8_t;
   using Query = std::int8_t;
-  static constexpr const char* name = " multiplied in int8, values in float";
+  static constexpr const char* name = " multiplied in int8, values in int16";
   static constexpr Index width = 64, lanes = 16, parts = 1;
   static constexpr Index least_group = 2;  // one query waits for memory anyway
 
@@ -168,7 +169,7 @@ struct PairsDot {
   using Scalar = float;
   using Key = std::int8_t;
   using Query = std::int16_t;
-  static constexpr const char* name = " multiplied in int16, values in float";
+  static constexpr const char* name = " multiplied in int16";
   static constexpr Index width = 2 * V::width, lanes = V::width, parts = 1;
   static constexpr Index least_group = 1;  // widening to float takes longer than memory even for one query
 

@@ -7,7 +7,8 @@
 //     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
 //              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
 //
-// In parts (kernel/latent_tiles.hpp) a panel is cut into registers of width / parts lanes, [register][steps][lane][part].
+// In parts (kernel/latent_tiles.hpp) lanes are cut into registers of width / parts lanes, two side by side but where one
+// holds all of them: [two registers][steps][register][lane][part].
 //
 // The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are
 // narrow already.
@@ -70,7 +71,9 @@ class Queries {
   }
 
   Index parts() const { return parts_; }
-  /// Numbers of a part of a lane, without the rope part in quads; where the register or panel that begins with a lane lies.
+  /// Parts: whether registers lie in twos.
+  bool in_pairs() const { return n_ * parts_ > W; }
+  /// Numbers of a part of a lane, without the rope part in quads; where the registers that begin with a lane lie.
   Index steps() const { return (depth() + parts_ - 1) / parts_; }
   const Number* at(Index lane) const { return q_ + lane * parts_ * steps(); }
   Index rope_steps() const { return (rope_depth() + parts_ - 1) / parts_; }
@@ -89,13 +92,12 @@ class Queries {
   }
   /// Lanes [lane, lane + W) turned: [number][lane of the panel].
   void load_register(Index lane) {
-    const Index p = lane / panel * panel, at = lane % panel;  // in parts a panel is one register, and `at` is 0
     if constexpr (!words) {
-      turn(q_ + p * parts_ * steps() + at, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
+      turn(q_, lane, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
     }
 #ifdef QKV_DETAIL_WORDS
     else if constexpr (!quads) {
-      turn(reinterpret_cast<float*>(q_ + p * parts_ * steps()) + at, depth(), [&](Index i, Index k) {
+      turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
         return reinterpret_cast<__m512>(
             _mm512_cvtne2ps_pbh(part(lane + i, 2 * k + 16, task_.width()), part(lane + i, 2 * k, task_.width())));
       });
@@ -114,7 +116,7 @@ class Queries {
         inverse[i] = zeros ? 0 : 127 / amax;
         std::fill_n(unit_ + (lane + i) * parts_, parts_, (zeros ? 0 : amax / 127) + nan);
       }
-      turn(reinterpret_cast<float*>(q_ + p * parts_ * steps()) + at, depth(), [&](Index i, Index k) {
+      turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
         alignas(detail::cache_line) std::uint8_t bytes[64];
         for (Index j = 0; j < 4; ++j) {
           const __m512 x = V::mul(part(lane + i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
@@ -123,7 +125,7 @@ class Queries {
         }
         return _mm512_castsi512_ps(_mm512_load_si512(bytes));
       });
-      turn(reinterpret_cast<float*>(rope_ + p * parts_ * rope_steps()) + at, rope_depth(), [&](Index i, Index k) {
+      turn(reinterpret_cast<float*>(rope_), lane, rope_depth(), [&](Index i, Index k) {
         return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(part(lane + i, latent + 2 * k + 16, task_.width()),
                                                             part(lane + i, latent + 2 * k, task_.width())));
       });
@@ -131,8 +133,9 @@ class Queries {
 #endif
   }
   template <class F>
-  void turn(T* to, Index depth, F&& row) const {
-    if (parts_ > 1) return spread(to, depth, row);
+  void turn(T* to, Index lane, Index depth, F&& row) const {
+    if (parts_ > 1) return spread(to, lane, depth, row);
+    to += lane / panel * panel * depth + lane % panel;
     for (Index k = 0; k < depth; k += W) {
       Vec block[V::lanes];
       for (Index i = 0; i < W; ++i) block[i] = row(i, k);
@@ -143,15 +146,16 @@ class Queries {
 
   /// The same in parts.
   template <class F>
-  void spread(T* to, Index depth, F&& row) const {
-    const Index lanes = W / parts_, n_steps = (depth + parts_ - 1) / parts_;
+  void spread(T* to, Index lane, Index depth, F&& row) const {
+    const Index n_steps = (depth + parts_ - 1) / parts_, side = in_pairs() ? 2 : 1;  // registers side by side
     alignas(detail::cache_line) T numbers[std::size_t(W)];
     for (Index i = 0; i < W; ++i) {
-      T* const lane = to + i / lanes * n_steps * W + i % lanes * parts_;
+      const Index at = (lane + i) * parts_, all = side * W;
+      T* const first = to + at / all * all * n_steps + at % all;
       for (Index k = 0; k < depth; k += W) {
         V::store(numbers, row(i, k));
         for (Index j = 0; j < W && k + j < n_steps * parts_; j += parts_)
-          std::memcpy(lane + (k + j) / parts_ * W, numbers + j, static_cast<std::size_t>(parts_) * sizeof(T));
+          std::memcpy(first + (k + j) / parts_ * all, numbers + j, static_cast<std::size_t>(parts_) * sizeof(T));
       }
     }
   }

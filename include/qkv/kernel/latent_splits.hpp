@@ -148,8 +148,7 @@ void run(const Task<T, S, M>& task, Arithmetic arithmetic, const StateView<T>& s
          const E& executor) {
   const auto in = [&]<class A>(std::type_identity<A>) {
     if constexpr (Simd<T>::width % Shape<T>::value_lanes == 0)
-      if (task.lanes() <= Simd<T>::width || parts_of<T>(task.heads) > 1)
-        return run<A, 1>(task, state, workspace, executor);
+      if (task.lanes() <= Simd<T>::width) return run<A, 1>(task, state, workspace, executor);
     run<A, 2>(task, state, workspace, executor);
   };
   using Narrow = NarrowArithmetic<T, S>;

@@ -40,58 +40,84 @@ using KeyDot =
 ///
 ///     parts 2, 8 heads, step k     lane 0: head 0, number 2k     lane 1: head 0, number 2k + 1     lane 2: head 1, …
 ///
-/// One load repeats two or four numbers of a row in a register, as one repeats a single number. By heads only: the bits
-/// of a token depend on no other.
+/// One load repeats two or four numbers of a row in a register, as one repeats a single number. As many parts as fill two
+/// registers, where four are enough: a tile of two loads little for what it multiplies. By heads only: the bits of a
+/// token depend on no other.
 template <class T>
 constexpr Index parts_of([[maybe_unused]] Index heads) {
-#ifdef EIGEN_VECTORIZE_AVX512
-  if (std::is_same_v<T, float>) return heads <= 4 ? 4 : heads <= 8 ? 2 : 1;
+#if defined(EIGEN_VECTORIZE_AVX2)
+  if (std::is_same_v<T, float>) return 2 * heads <= Simd<T>::width ? 4 : heads <= Simd<T>::width ? 2 : 1;
 #endif
   return 1;
 }
 
+#if defined(EIGEN_VECTORIZE_AVX512)
+EIGEN_ALWAYS_INLINE __m512 repeat_2(double two) { return _mm512_castpd_ps(_mm512_set1_pd(two)); }
+EIGEN_ALWAYS_INLINE __m512 repeat_4(const float* four) { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
+EIGEN_ALWAYS_INLINE __m512i as_words(__m512 v) { return _mm512_castps_si512(v); }
+/// Sums of 2 or 4 neighbouring lanes, 8 or 4 of them.
+EIGEN_ALWAYS_INLINE void store_sums_of_2(float* s, __m512 v) {
+  const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+  _mm256_storeu_ps(s, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, two)));
+}
+EIGEN_ALWAYS_INLINE void store_sums_of_4(float* s, __m512 v) {
+  const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1)),
+               four = _mm512_add_ps(two, _mm512_permute_ps(two, 0x4E));
+  const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  _mm_storeu_ps(s, _mm512_castps512_ps128(_mm512_permutexvar_ps(fourth, four)));
+}
+#elif defined(EIGEN_VECTORIZE_AVX2)
+EIGEN_ALWAYS_INLINE __m256 repeat_2(double two) { return _mm256_castpd_ps(_mm256_set1_pd(two)); }
+EIGEN_ALWAYS_INLINE __m256 repeat_4(const float* four) {
+  const __m128 v = _mm_loadu_ps(four);
+  return _mm256_set_m128(v, v);
+}
+EIGEN_ALWAYS_INLINE __m256i as_words(__m256 v) { return _mm256_castps_si256(v); }
+/// Sums of 2 or 4 neighbouring lanes, 4 or 2 of them.
+EIGEN_ALWAYS_INLINE void store_sums_of_2(float* s, __m256 v) {
+  const __m256 two = _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
+  _mm_storeu_ps(s, _mm_shuffle_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1), 0x88));
+}
+EIGEN_ALWAYS_INLINE void store_sums_of_4(float* s, __m256 v) {
+  const __m256 two = _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1)),
+               four = _mm256_add_ps(two, _mm256_permute_ps(two, 0x4E));
+  const __m128 both = _mm_unpacklo_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+  std::memcpy(s, &both, 2 * sizeof(float));
+}
+#endif
+
 /// `Parts` numbers from p on, repeated in all lanes.
 template <class Dot, Index Parts>
 EIGEN_ALWAYS_INLINE auto repeat(const void* p) {
-#ifdef EIGEN_VECTORIZE_AVX512
-  if constexpr (Parts > 1) {
-    __m512 v;
-    if constexpr (Parts == 2) {
-      double two;
-      std::memcpy(&two, p, sizeof two);
-      v = _mm512_castpd_ps(_mm512_set1_pd(two));
-    } else {
-      v = _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
-    }
-    if constexpr (std::is_same_v<typename Dot::Number, float>)
-      return v;
-    else
-      return _mm512_castps_si512(v);
-  }
-#endif
   if constexpr (Parts == 1) {
     typename Dot::Number x;
     std::memcpy(&x, p, sizeof x);
     return Dot::broadcast(x);
   }
+#if defined(EIGEN_VECTORIZE_AVX2)
+  if constexpr (Parts > 1) {
+    const auto v = [&] {
+      if constexpr (Parts == 4) return repeat_4(static_cast<const float*>(p));
+      double two;
+      std::memcpy(&two, p, sizeof two);
+      return repeat_2(two);
+    }();
+    if constexpr (std::is_same_v<typename Dot::Number, float>)
+      return v;
+    else
+      return as_words(v);
+  }
+#endif
 }
 
 /// A register of scores in parts: their sums, width / Parts of them.
 template <Index Parts, class T, class Vec>
 EIGEN_ALWAYS_INLINE void store_sums(T* s, Vec v) {
   if constexpr (Parts == 1) Simd<T>::store(s, v);
-#ifdef EIGEN_VECTORIZE_AVX512
-  if constexpr (Parts > 1) {
-    const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
-    if constexpr (Parts == 2) {
-      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
-      _mm256_storeu_ps(s, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, two)));
-    } else {
-      const __m512 four = _mm512_add_ps(two, _mm512_permute_ps(two, 0x4E));
-      const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-      _mm_storeu_ps(s, _mm512_castps512_ps128(_mm512_permutexvar_ps(fourth, four)));
-    }
-  }
+#if defined(EIGEN_VECTORIZE_AVX2)
+  if constexpr (Parts == 2) store_sums_of_2(s, v);
+  if constexpr (Parts == 4) store_sums_of_4(s, v);
 #endif
 }
 
@@ -156,25 +182,24 @@ EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], I
   }
 }
 
-/// Scores of `Rows` rows for Vectors registers of lanes, or one in parts: s [Rows][Vectors·width].
-template <class D, Index Rows, Index Vectors, Index Parts, class T, std::size_t... I>
+/// Scores of `Rows` rows for Vectors registers of lanes, or of parts of lanes: s [Rows][row], Vectors·width / Parts of a row.
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, class T, std::size_t... I>
 EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
                                     std::index_sequence<I...> all) {
   typename D::Sum sum[sizeof...(I)];
   ((sum[I] = Simd<T>::zero()), ...);
   multiply_rows<D, Vectors, Parts>(sum, steps, rows, lanes, all, std::make_index_sequence<std::size_t(Vectors)>{});
-  (store_sums<Parts>(s + Index(I) * Simd<T>::width, sum[I]), ...);
+  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (Simd<T>::width / Parts), sum[I]), ...);
 }
 
 /// `tiles` of them, one after another; rows lie `stride` bytes apart.
-template <class D, Index Rows, Index Vectors, Index Parts, class T>
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, class T>
 void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s) {
-  static_assert(Parts == 1 || Vectors == 1);
   for (; tiles > 0; --tiles) {
-    score_tile<D, Rows, Vectors, Parts>(steps, RowAddress(rows, stride), lanes, s,
-                                        std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    score_tile<D, Rows, Vectors, Parts, Row>(steps, RowAddress(rows, stride), lanes, s,
+                                             std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows = static_cast<const char*>(rows) + Rows * stride;
-    s += Rows * Vectors * Simd<T>::width;
+    s += Rows * Row;
   }
 }
 
@@ -189,7 +214,7 @@ struct QuadRows {
   const std::int32_t* offset;        // per row: -128·Σ latent
 };
 /// Scores: the rope part continues the sum that the latent part, made float, has begun.
-template <Index Rows, Index Vectors, Index Parts, std::size_t... I>
+template <Index Rows, Index Vectors, Index Parts, Index Row, std::size_t... I>
 EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes, const Word* rope_lanes,
                                          const float* unit, float* s, std::index_sequence<I...> all) {
   using Quad = QuadValueDot;
@@ -206,18 +231,18 @@ EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes
    ...);
   multiply_rows<PairValueDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride),
                                               rope_lanes, all, vectors);
-  (store_sums<Parts>(s + Index(I) * word_lanes, score[I]), ...);
+  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (word_lanes / Parts), score[I]), ...);
 }
-template <Index Rows, Index Vectors, Index Parts>
+template <Index Rows, Index Vectors, Index Parts, Index Row>
 void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word* rope_lanes, const float* unit,
                       float* s) {
   for (; tiles > 0; --tiles) {
-    quad_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, unit, s,
-                                          std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    quad_score_tile<Rows, Vectors, Parts, Row>(rows, lanes, rope_lanes, unit, s,
+                                               std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows.latent += Rows * rows.latent_stride;
     rows.rope += Rows * rows.rope_stride / Index(sizeof(Word));
     rows.scale += Rows, rows.offset += Rows;
-    s += Rows * Vectors * word_lanes;
+    s += Rows * Row;
   }
 }
 #endif

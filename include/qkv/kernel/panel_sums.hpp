@@ -2,7 +2,7 @@
 //
 //     m, l     [lanes]           the maximum so far, of s / unit where nothing but the scale is applied; the sum of weights
 //     unit     [lanes]           what one of m is in natural units
-//     Oᵀ       [v_dim][lanes]    weighted values: turned back once, when it is merged into the state (m, l, o) of the rows
+//     Oᵀ       [v_dim][lanes]    weighted values: turned back when it is merged into the state (m, l, o) of the rows
 //
 // Before: kernel/value_tile.hpp   Next: kernel/tiled.hpp
 #pragma once
@@ -43,15 +43,28 @@ EIGEN_ALWAYS_INLINE void store_turned_block(const T* from, T* to, Index stride, 
   (V::store(to + Index(I) * stride, block[I]), ...);
 }
 
+/// The same, merged: O ← keep·O + take·Oᵀᵀ, row by row.
+template <class T, std::size_t... I>
+EIGEN_ALWAYS_INLINE void merge_turned_block(const T* from, T* to, Index stride, const T* keep, const T* take,
+                                            std::index_sequence<I...>) {
+  using V = Simd<T>;
+  typename V::Vec block[] = {V::load(from + Index(I) * PanelSums<T>::lanes)...};
+  V::transpose(block);
+  (V::store(to + Index(I) * stride,
+            V::fma(V::broadcast(take[I]), block[I], V::mul(V::broadcast(keep[I]), V::load(to + Index(I) * stride)))),
+   ...);
+}
+
 /// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. Where InUnits, m times unit
-/// is the score. Rows that hold nothing yet (m = -inf) are written, not read.
+/// is the score. Rows that hold nothing yet (m = -inf) are written, not read; a lane that saw nothing changes no bit of a
+/// row that holds something.
 template <bool InUnits, class T>
 void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index query, Index n, Index head,
                  Index v_head_dim) {
   using V = Simd<T>;
   constexpr Index lanes = PanelSums<T>::lanes;
   const Index stride = state.weighted.outerStride();
-  bool empty[std::size_t(lanes)], all_empty = true;
+  bool empty[std::size_t(lanes)], unseen[std::size_t(lanes)], all_empty = true, all_both = true;
   T keep[std::size_t(lanes)], take[std::size_t(lanes)];
   for (Index i = 0; i < n; ++i) {
     T& m = state.m(query + i, head);
@@ -59,7 +72,8 @@ void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index que
     const bool seen = panel.m[i] != detail::minus_infinity<T>;
     const T here = InUnits && seen ? panel.m[i] * panel.unit[i] : panel.m[i], top = detail::nan_max(m, here);
     empty[i] = m == detail::minus_infinity<T>;
-    all_empty = all_empty && empty[i];
+    unseen[i] = !seen;
+    all_empty = all_empty && empty[i], all_both = all_both && !empty[i] && seen;
     keep[i] = detail::weight_of(m, top), take[i] = detail::weight_of(here, top);
     l = keep[i] * l + take[i] * panel.l[i];
     m = top;
@@ -74,12 +88,17 @@ void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index que
         store_turned_block(from, to + k, stride, std::make_index_sequence<V::lanes>{});
         continue;
       }
+      if (all_both && rows == V::width && width == V::width) {
+        merge_turned_block(from, to + k, stride, keep + first, take + first, std::make_index_sequence<V::lanes>{});
+        continue;
+      }
       typename V::Vec block[V::lanes];
       for (Index i = 0; i < V::width; ++i) block[i] = i < width ? V::load(from + i * lanes) : V::zero();
       V::transpose(block);
       for (Index i = 0; i < rows; ++i) {
         T* const row = to + i * stride + k;
         const Index lane = first + i;
+        if (unseen[lane] && !empty[lane]) continue;
         const auto old = empty[lane] ? V::zero() : V::mul(V::broadcast(keep[lane]), V::load_n(row, width));
         V::store_n(row, empty[lane] ? block[i] : V::fma(V::broadcast(take[lane]), block[i], old), width);
       }

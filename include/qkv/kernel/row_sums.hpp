@@ -4,7 +4,7 @@
 //
 // An output is one chain over its rows in ascending order: the same bits in a tile of any shape.
 //
-// Before: kernel/row_dots.hpp   Next: kernel/decode_scratch.hpp
+// Before: kernel/row_dots.hpp   Next: kernel/row_pairs.hpp
 #pragma once
 
 #include "row_dots.hpp"

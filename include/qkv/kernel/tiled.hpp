@@ -7,11 +7,12 @@
 //               └──────┴──────┴──────┴──────┘          Oᵀ += Vᵀ Sᵀ     [v_dim, lanes]  broadcast V, vector Sᵀ
 //
 //     Q is packed [panel][head_dim][lanes] with its scale's sign; K and V as in kernel/panels.hpp, once per kv head for all
-//     query blocks and the whole group. Oᵀ is turned back once at the end. Nothing of size n_queries·n_keys exists.
+//     query blocks and the whole group. Oᵀ is turned back when a section ends. Nothing of size n_queries·n_keys exists.
 //
-// What a mask hides in whole is never computed: kernel/panel_mask.hpp. Every element of S and O is one multiply-add chain in
-// ascending order of features and keys, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at
-// once. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice: no sums across lanes.
+// What a mask hides in whole is never computed: kernel/panel_mask.hpp. Every element of S is one multiply-add chain in
+// ascending order of features, every element of O one in ascending order of keys for each section of the positions, merged
+// section by section, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at once, and errors
+// do not grow with the number of keys. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice.
 //
 // Before: kernel/panel_sums.hpp   Next: kernel/dots.hpp
 #pragma once
@@ -41,6 +42,10 @@ namespace qkv::inline QKV_ABI::kernel {
 
 /// Queries of one work item: a few panels, so that a block of keys is used while it is in the cache.
 inline constexpr Index tile_queries = 192;
+
+/// Positions whose keys are summed in one chain. The error of a chain grows with its length, where rows repeat in
+/// proportion to it; a merge takes a 1000th of the section's time.
+inline constexpr Index section_keys = 24 * tile_keys;
 
 template <class T>
 inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
@@ -105,11 +110,15 @@ class Tiled {
     while (first < last && !seen(last)) --last;
     if (first > last)
       for (Index p = 0; p < n_panels; ++p) load_panel(p);
+    Index section = first <= last ? section_of(first) : 0;
     for (Index b = first; b <= last; ++b) {
       if (b != first && b != last && !seen(b)) continue;
+      const bool next_section = section_of(b) != section;
+      section = section_of(b);
       if (!panels_.blocks[b].packed) BlockPacker<A, S>(panels_, task_.keys, task_.heads.kv_head(head_), b).run();
       for (Index p = 0; p < n_panels; ++p) {
         if (b == first) load_panel(p);
+        if (next_section) merge(p), sums(p).clear(task_.v_head_dim());
         fetch_.clear();
         if (b == last)
           fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim()),
@@ -122,7 +131,7 @@ class Tiled {
       }
     }
     for (Index p = 0; p < n_panels; ++p) {
-      merge_panel<plain>(sums(p), state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim());
+      merge(p);
       done(query_ + p * lanes, panel_queries(p), head_, Index(1));
     }
   }
@@ -133,6 +142,11 @@ class Tiled {
   T* o(Index p) const { return scratch_.o + p * task_.v_head_dim() * lanes; }
   PanelSums<T> sums(Index p) const {
     return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes, o(p)};
+  }
+
+  Index section_of(Index b) const { return panels_.blocks[b].first / section_keys; }
+  void merge(Index p) const {
+    merge_panel<plain>(sums(p), state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim());
   }
 
   /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
