@@ -7,7 +7,7 @@
 #include "support/executors.hpp"
 
 using namespace support;
-using qkv::KvCache, qkv::PagedCache, qkv::PagePool, qkv::RingCache;
+using qkv::KvCache, qkv::LayerOptions, qkv::PagedCache, qkv::PagePool, qkv::RingCache;
 
 namespace {
 
@@ -153,6 +153,18 @@ TEST_CASE("a batch says what is wrong with it", "[layer]") {
   CHECK(contains(complaint({0}, {}), "given 8 rows and no cache"));
   CHECK(run_batch(layer, Matrix<float>(0, 23), {0}, std::vector<KvCache<float>*>{}).rows() == 0);
   CHECK(run_batch(layer, Matrix<float>(0, 23), {}, std::vector<KvCache<float>*>{}).rows() == 0);
+}
+
+TEST_CASE("a batch takes its offsets and the addresses of its caches in vectors too", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  auto in_spans = contiguous<float>(), in_vectors = contiguous<float>();
+  const Matrix<float> x = normals<float>(8, 23, 5);
+  const std::vector<Index> offsets = {0, 3, 4, 4, 8};
+  Matrix<float> out(8, 23);
+  layer.forward_into(out, x, offsets, pointers_to(in_vectors), qkv::window(1, 0), qkv::plain,
+                     {.kernel = qkv::Kernel::tiled});
+  const LayerOptions options{.kernel = qkv::Kernel::tiled};
+  CHECK(same_bits(out, run_batch(layer, x, offsets, pointers_to(in_spans), qkv::window(1, 0), qkv::plain, options)));
 }
 
 TEST_CASE("a sequence without new rows takes no part in the mask", "[layer]") {

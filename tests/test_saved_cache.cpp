@@ -249,6 +249,7 @@ TEST_CASE("another kind, storage, shape, ring or capacity is refused in words") 
   CHECK(contains(why_not(latent_before, small_latent), "9 rows"));
 
   CHECK(contains(why_not("GGUF and more", contiguous), "does not begin with \"qkvcache\""));
+  CHECK(contains(why_not("", contiguous), "the stream is at its end"));
   CHECK(contains(why_not(contiguous_before.substr(0, 50), contiguous), "ends inside its header, after 50 bytes"));
   CHECK(contains(why_not(contiguous_before.substr(0, 100), contiguous), "ends after 12 of the 580 bytes"));
   std::string newer = contiguous_before.substr(0, 84);

@@ -180,6 +180,14 @@ class LatentAttention {
     weights_.output.forward_into(out, b.context, executor);
   }
 
+  /// The same with the caches' addresses in a vector.
+  template <MatrixLike Out, MatrixLike X, LatentKeySource C, class M = Window, class F = Plain, Executor E = Serial>
+  void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, const std::vector<C*>& caches,
+                    const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
+                    const E& executor = serial) const {
+    forward_into(out, x, row_offsets, std::span<C* const>(caches), mask, score, options, executor);
+  }
+
  private:
   /// Scratch for n rows, in one piece of a cache's workspace.
   struct Buffers {

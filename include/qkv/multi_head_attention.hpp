@@ -21,6 +21,7 @@
 #include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "attention.hpp"
 #include "detail/batch.hpp"
@@ -185,6 +186,14 @@ class MultiHeadAttention {
     const detail::Batch<T, C> batch{buffers.context, buffers.q, row_offsets, caches, heads(), call_options(options, 0)};
     detail::attend_batch(batch, options.share_prefixes, detail::as_mask(mask), score, caches[0]->workspace(), executor);
     weights_.output.forward_into(out, buffers.context, executor);
+  }
+
+  /// The same with the caches' addresses in a vector.
+  template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
+  void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, const std::vector<C*>& caches,
+                    const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
+                    const E& executor = serial) const {
+    forward_into(out, x, row_offsets, std::span<C* const>(caches), mask, score, options, executor);
   }
 
  private:

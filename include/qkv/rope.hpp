@@ -5,9 +5,9 @@
 //     x [n, heads·head_dim]: of each head the first `dim` features turn, the others stay (partial RoPE)
 //
 // The score of a rotated query and key depends on the distance of their positions only: ⟨R_m q, R_n k⟩ = ⟨q, R_(n−m) k⟩.
-// Angles are taken in double and their cosines rounded to T once, so f32 results hold up to positions of 2³⁰ (there an
-// angle is off by 2⁻²³ at most; in double, up to what 2⁻⁵³ of the angle may be). Positions may be negative: turning by −p
-// undoes p. Cost: 3·dim flops per head and token. Su et al. 2021, arXiv:2104.09864, eq. 34.
+// Angles are taken in double, off by some 2⁻⁵² of themselves, and their cosines are rounded to T once: f32 results hold up
+// to positions of 2²⁸, where an angle may be off by 2⁻²⁴. Positions may be negative: turning by −p undoes p.
+// Cost: 3·dim flops per head and token. Su et al. 2021, arXiv:2104.09864, eq. 34.
 //
 // Before: rope_config.hpp   Next: norm.hpp
 #pragma once

@@ -196,6 +196,7 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
   };
 
   std::vector<std::byte> head = read_bytes(in, static_cast<Index>(SavedHeader::bytes));
+  if (head.empty()) return refuse("is not there: the stream is at its end, or had failed before");
   if (head.size() < 8 || std::memcmp(head.data(), saved_magic, 8) != 0)
     return refuse("does not begin with \"", saved_magic, "\": this is something else, or its beginning is damaged");
   if (head.size() < SavedHeader::bytes) return refuse("ends inside its header, after ", head.size(), " bytes");
