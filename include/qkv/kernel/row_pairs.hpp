@@ -61,28 +61,28 @@ struct RowPairs {
     v[2] = _mm512_shuffle_i32x4(ab2, cd2, 0x88), v[3] = _mm512_shuffle_i32x4(ab2, cd2, 0xDD);
   }
   static EIGEN_ALWAYS_INLINE Floats to_float(Vec v) { return _mm512_cvtepi32_ps(v); }
-#elif defined(EIGEN_VECTORIZE_AVX2)
-  using Vec = __m256i;
-  using Sum = __m256i;
-  static EIGEN_ALWAYS_INLINE Vec load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-  static EIGEN_ALWAYS_INLINE void store(std::int32_t* p, Sum v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+#else
+  using Vec = Words;  // kernel/shorts.hpp
+  using Sum = Words;
+  static EIGEN_ALWAYS_INLINE Vec load(const void* p) { return load_words(p); }
+  /// The first n bytes and zeros, and no access past them.
+  static EIGEN_ALWAYS_INLINE Vec load_n(const std::int8_t* p, Index n) {
+    std::int8_t copy[std::size_t(block)] = {};
+    std::copy_n(p, n, copy);
+    return load(copy);
   }
-  static EIGEN_ALWAYS_INLINE Vec broadcast(std::int32_t pair) { return _mm256_set1_epi32(pair); }
+  static EIGEN_ALWAYS_INLINE void store(std::int32_t* p, Sum v) { store_words(p, v); }
+  static EIGEN_ALWAYS_INLINE Vec broadcast(std::int32_t pair) { return broadcast_word(static_cast<Word>(pair)); }
+  static EIGEN_ALWAYS_INLINE Sum add_products(Vec w, Vec v, Sum sum) { return kernel::add_products(sum, w, v); }
+  static EIGEN_ALWAYS_INLINE void store_rounded(std::int16_t* to, Floats a, Floats b) {
+    store_words(to, to_shorts(round_to_words(a), round_to_words(b)));
+  }
+  static EIGEN_ALWAYS_INLINE Floats to_float(Vec v) { return words_to_float(v); }
+#if defined(EIGEN_VECTORIZE_AVX2)
   static EIGEN_ALWAYS_INLINE Vec low_turns(Vec a, Vec b) { return _mm256_unpacklo_epi16(a, b); }
   static EIGEN_ALWAYS_INLINE Vec high_turns(Vec a, Vec b) { return _mm256_unpackhi_epi16(a, b); }
   static EIGEN_ALWAYS_INLINE Vec even(Vec turns) { return odd(_mm256_slli_epi16(turns, 8)); }
   static EIGEN_ALWAYS_INLINE Vec odd(Vec turns) { return _mm256_srai_epi16(turns, 8); }
-  // Held: g++ otherwise adds up products of several steps first, for which there are no registers.
-  static EIGEN_ALWAYS_INLINE Sum add_products(Vec w, Vec v, Sum sum) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, v));
-    detail::hold(sum);
-    return sum;
-  }
-  static EIGEN_ALWAYS_INLINE void store_rounded(std::int16_t* to, Floats a, Floats b) {
-    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
-  }
   static EIGEN_ALWAYS_INLINE Floats positive(Floats x) { return _mm256_max_ps(_mm256_setzero_ps(), x); }
   static EIGEN_ALWAYS_INLINE void in_order(Vec (&v)[4]) {
     const Vec a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
@@ -90,42 +90,20 @@ struct RowPairs {
     v[0] = _mm256_permute2x128_si256(a, b, 0x20), v[1] = _mm256_permute2x128_si256(c, d, 0x20);
     v[2] = _mm256_permute2x128_si256(a, b, 0x31), v[3] = _mm256_permute2x128_si256(c, d, 0x31);
   }
-  static EIGEN_ALWAYS_INLINE Floats to_float(Vec v) { return _mm256_cvtepi32_ps(v); }
 #else
-  using Vec = __m128i;
-  using Sum = __m128i;
-  static EIGEN_ALWAYS_INLINE Vec load(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-  static EIGEN_ALWAYS_INLINE void store(std::int32_t* p, Sum v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
-  static EIGEN_ALWAYS_INLINE Vec broadcast(std::int32_t pair) { return _mm_set1_epi32(pair); }
   static EIGEN_ALWAYS_INLINE Vec low_turns(Vec a, Vec b) { return _mm_unpacklo_epi16(a, b); }
   static EIGEN_ALWAYS_INLINE Vec high_turns(Vec a, Vec b) { return _mm_unpackhi_epi16(a, b); }
   static EIGEN_ALWAYS_INLINE Vec even(Vec turns) { return odd(_mm_slli_epi16(turns, 8)); }
   static EIGEN_ALWAYS_INLINE Vec odd(Vec turns) { return _mm_srai_epi16(turns, 8); }
-  static EIGEN_ALWAYS_INLINE Sum add_products(Vec w, Vec v, Sum sum) {
-    sum = _mm_add_epi32(sum, _mm_madd_epi16(w, v));
-    detail::hold(sum);
-    return sum;
-  }
-  static EIGEN_ALWAYS_INLINE void store_rounded(std::int16_t* to, Floats a, Floats b) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packs_epi32(_mm_cvtps_epi32(a), _mm_cvtps_epi32(b)));
-  }
   static EIGEN_ALWAYS_INLINE Floats positive(Floats x) { return _mm_max_ps(_mm_setzero_ps(), x); }
   static EIGEN_ALWAYS_INLINE void in_order(Vec (&v)[4]) {
     const Vec low = v[0], high = v[2];
     v[0] = _mm_unpacklo_epi32(low, v[1]), v[1] = _mm_unpackhi_epi32(low, v[1]);
     v[2] = _mm_unpacklo_epi32(high, v[3]), v[3] = _mm_unpackhi_epi32(high, v[3]);
   }
-  static EIGEN_ALWAYS_INLINE Floats to_float(Vec v) { return _mm_cvtepi32_ps(v); }
+#endif
 #endif
 
-#if !defined(QKV_DETAIL_WORDS)
-  /// The first n bytes and zeros, and no access past them.
-  static EIGEN_ALWAYS_INLINE Vec load_n(const std::int8_t* p, Index n) {
-    std::int8_t copy[std::size_t(block)] = {};
-    std::copy_n(p, n, copy);
-    return load(copy);
-  }
-#endif
   /// Vector 0 … 3 of a block.
   template <std::size_t Part>
   static EIGEN_ALWAYS_INLINE Vec part(Vec a, Vec b) {

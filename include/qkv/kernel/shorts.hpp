@@ -101,7 +101,7 @@ inline void pair_bytes(const std::int8_t* a, const std::int8_t* b, Index n, Byte
 EIGEN_ALWAYS_INLINE Words add_products(Words sum, Words a, Words b) {
   const Words products = multiply_shorts(a, b);
 #if defined(__GNUC__) && !defined(__clang__) && defined(EIGEN_VECTORIZE_AVX2)
-  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+  asm("{vpaddd %1, %0, %0|vpaddd %0, %0, %1}" : "+x"(sum) : "x"(products));  // both syntaxes
   return sum;
 #else
   return add_words(sum, products);
