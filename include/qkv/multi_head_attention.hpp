@@ -14,7 +14,7 @@
 // quantised cache that includes the rows of this very call. A const layer may be used from several threads at once; the
 // workspace belongs to the cache. Vaswani et al. 2017, section 3.2.2; GQA arXiv:2305.13245; QK-norm arXiv:2010.04245.
 //
-// Before: multi_head_weights.hpp   Next: kernel/latent_tiles.hpp
+// Before: multi_head_weights.hpp   Next: kernel/lane_parts.hpp
 #pragma once
 
 #include <algorithm>

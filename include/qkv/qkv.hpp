@@ -70,6 +70,7 @@
 // Layers
 #include "multi_head_weights.hpp"       // their matrices
 #include "multi_head_attention.hpp"     // MHA, GQA, MQA
+#include "kernel/lane_parts.hpp"        // few heads: several lanes for one head
 #include "kernel/latent_tiles.hpp"      // the two products of absorbed attention, in registers
 #include "kernel/latent_grid.hpp"       // the blocks of positions they go through
 #include "kernel/latent_blocks.hpp"     // latent rows as they are multiplied

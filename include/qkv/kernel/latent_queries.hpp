@@ -9,7 +9,7 @@
 //     shorts   [register of lanes][latent_dim / width][lane][width] of int16, q ≈ short · max|q| / largest_short(latent_dim)
 //              per lane, and the rope part [panel][rope_dim][lanes] of float
 //
-// In parts (kernel/latent_tiles.hpp) lanes are cut into registers of width / parts lanes, two side by side but where one
+// In parts (kernel/lane_parts.hpp) lanes are cut into registers of width / parts lanes, two side by side but where one
 // holds all of them: [two registers][steps][register][lane][part].
 //
 // The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are

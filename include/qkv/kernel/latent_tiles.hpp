@@ -5,17 +5,17 @@
 //     values    o(lane, x) += Σ_j p(j, lane)·c(j, x)      lanes are features; the weight is broadcast
 //
 // Neither needs a transposed copy of the rows, and neither wastes lanes on few heads in the second. Each sum is one chain
-// of multiply-adds in ascending k or j, whatever the height of the tile (few heads: see parts_of). A number stands for one
+// of multiply-adds in ascending k or j, whatever the height of the tile (few heads: kernel/lane_parts.hpp). A number stands for one
 // feature, or is a word of two (bfloat16) or four (int8) features or, of values, of as many keys.
 //
-// Before: multi_head_attention.hpp   Next: kernel/latent_grid.hpp
+// Before: kernel/lane_parts.hpp   Next: kernel/latent_grid.hpp
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-#include "arithmetic.hpp"
+#include "lane_parts.hpp"
 #include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -43,93 +43,6 @@ using RopeDot = PairValueDot;
 using RopeDot = NumberDot<float>;
 #endif
 inline constexpr Index rope_features = words_available ? 2 : 1;  // in one number
-
-/// Few heads leave lanes over: then each of them takes every `parts`-th number of a row, and parts are added at the end.
-///
-///     parts 2, 8 heads, step k     lane 0: head 0, number 2k     lane 1: head 0, number 2k + 1     lane 2: head 1, …
-///
-/// One load repeats two or four numbers of a row in a register, as one repeats a single number. As many parts as fill two
-/// registers, where four are enough: a tile of two loads little for what it multiplies. By heads only: the bits of a
-/// token depend on no other.
-/// In int16 a lane is a register anyway (kernel/shorts.hpp).
-template <class A>
-constexpr Index parts_of([[maybe_unused]] Index heads) {
-#if defined(EIGEN_VECTORIZE_AVX2)
-  constexpr Index width = Simd<typename A::Scalar>::width;
-  if (std::is_same_v<typename A::Scalar, float> && !A::shorts) return 2 * heads <= width ? 4 : heads <= width ? 2 : 1;
-#endif
-  return 1;
-}
-
-#if defined(EIGEN_VECTORIZE_AVX512)
-EIGEN_ALWAYS_INLINE __m512 repeat_2(double two) { return _mm512_castpd_ps(_mm512_set1_pd(two)); }
-EIGEN_ALWAYS_INLINE __m512 repeat_4(const float* four) { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
-EIGEN_ALWAYS_INLINE __m512i as_words(__m512 v) { return _mm512_castps_si512(v); }
-/// Sums of 2 or 4 neighbouring lanes, 8 or 4 of them.
-EIGEN_ALWAYS_INLINE void store_sums_of_2(float* s, __m512 v) {
-  const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
-  _mm256_storeu_ps(s, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, two)));
-}
-EIGEN_ALWAYS_INLINE void store_sums_of_4(float* s, __m512 v) {
-  const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1)),
-               four = _mm512_add_ps(two, _mm512_permute_ps(two, 0x4E));
-  const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-  _mm_storeu_ps(s, _mm512_castps512_ps128(_mm512_permutexvar_ps(fourth, four)));
-}
-#elif defined(EIGEN_VECTORIZE_AVX2)
-EIGEN_ALWAYS_INLINE __m256 repeat_2(double two) { return _mm256_castpd_ps(_mm256_set1_pd(two)); }
-EIGEN_ALWAYS_INLINE __m256 repeat_4(const float* four) {
-  const __m128 v = _mm_loadu_ps(four);
-  return _mm256_set_m128(v, v);
-}
-EIGEN_ALWAYS_INLINE __m256i as_words(__m256 v) { return _mm256_castps_si256(v); }
-/// Sums of 2 or 4 neighbouring lanes, 4 or 2 of them.
-EIGEN_ALWAYS_INLINE void store_sums_of_2(float* s, __m256 v) {
-  const __m256 two = _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
-  _mm_storeu_ps(s, _mm_shuffle_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1), 0x88));
-}
-EIGEN_ALWAYS_INLINE void store_sums_of_4(float* s, __m256 v) {
-  const __m256 two = _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1)),
-               four = _mm256_add_ps(two, _mm256_permute_ps(two, 0x4E));
-  const __m128 both = _mm_unpacklo_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
-  std::memcpy(s, &both, 2 * sizeof(float));
-}
-#endif
-
-/// `Parts` numbers from p on, repeated in all lanes.
-template <class Dot, Index Parts>
-EIGEN_ALWAYS_INLINE auto repeat(const void* p) {
-  if constexpr (Parts == 1) {
-    typename Dot::Number x;
-    std::memcpy(&x, p, sizeof x);
-    return Dot::broadcast(x);
-  }
-#if defined(EIGEN_VECTORIZE_AVX2)
-  if constexpr (Parts > 1) {
-    const auto v = [&] {
-      if constexpr (Parts == 4) return repeat_4(static_cast<const float*>(p));
-      double two;
-      std::memcpy(&two, p, sizeof two);
-      return repeat_2(two);
-    }();
-    if constexpr (std::is_same_v<typename Dot::Number, float>)
-      return v;
-    else
-      return as_words(v);
-  }
-#endif
-}
-
-/// A register of scores in parts: their sums, width / Parts of them.
-template <Index Parts, class T, class Vec>
-EIGEN_ALWAYS_INLINE void store_sums(T* s, Vec v) {
-  if constexpr (Parts == 1) Simd<T>::store(s, v);
-#if defined(EIGEN_VECTORIZE_AVX2)
-  if constexpr (Parts == 2) store_sums_of_2(s, v);
-  if constexpr (Parts == 4) store_sums_of_4(s, v);
-#endif
-}
 
 /// Heights: one register of lanes needs more rows than two to keep as many sums.
 template <class T>
