@@ -163,6 +163,30 @@ TEST_CASE("one full latent cache stops the whole batch before it begins", "[laye
   CHECK(contains(complaint(std::invalid_argument(""), {0, 2, 4, 8}), "end with n 12"));
 }
 
+TEST_CASE("a latent call that fails half way leaves its caches as they were", "[layer]") {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(9, 29, 5);
+  for (const LatentForm form : {LatentForm::naive, LatentForm::absorbed}) {
+    std::vector<LatentCache<float>> caches(2, layer.make_cache(9));
+    layer.forward(x.topRows(4), caches[0]);
+    const Matrix<float> held = caches[0].latent();
+    const auto fails = [](const At& at) {
+      if (at.key_position == 6) throw std::runtime_error("a mask that fails");
+      return at.key_position <= at.query_position;
+    };
+    Matrix<float> out(9, 29);
+    const Index offsets[] = {0, 4, 9};
+    auto pointers = pointers_to(caches);
+    CHECK(message_of<std::runtime_error>([&] {
+            layer.forward_into(out, x, std::span<const Index>(offsets), std::span<LatentCache<float>* const>(pointers),
+                               fails, qkv::plain, {.form = form});
+          }) == "a mask that fails");
+    CHECK(caches[1].rows() == 0);
+    REQUIRE(caches[0].rows() == 4);
+    CHECK(same_bits(caches[0].latent(), held));
+  }
+}
+
 TEST_CASE("latent attention says what is wrong before the cache changes", "[layer]") {
   const auto layer = latent_layer<float>(small_mla);
   const Matrix<float> x = normals<float>(5, 29, 6);

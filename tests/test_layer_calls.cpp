@@ -1,5 +1,10 @@
 #include <qkv/multi_head_attention.hpp>
+#include <qkv/paged_cache.hpp>
+#include <qkv/ring_cache.hpp>
+#include <qkv/saved_cache.hpp>
 
+#include <sstream>
+#include <stdexcept>
 #include <thread>
 
 #include "support/catch.hpp"
@@ -31,6 +36,52 @@ TEST_CASE("what a call asks of its operands, it says before it writes", "[layer]
                         ", " + std::to_string(head_dim) + ", " + std::to_string(v_head_dim)));
     CHECK(odd.rows() == 0);
   }
+}
+
+namespace {
+
+template <class Cache>
+std::string saved(const Cache& cache) {
+  std::ostringstream out;
+  qkv::save_cache(out, cache);
+  return out.str();
+}
+
+float fails_at_six(float s, const At& at) {
+  if (at.key_position == 6) throw std::runtime_error("a score that fails");
+  return s;
+}
+
+}  // namespace
+
+TEST_CASE("a call that fails half way leaves its caches as they were", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa);
+  const Matrix<float> x = normals<float>(9, 23, 1), prompt = x.topRows(4), more = x.bottomRows(5);
+  const auto check = [&](auto cache, auto other) {
+    std::array<decltype(&cache), 2> both = {&cache, &other};
+    const Index offsets[] = {0, 2, 5};
+    layer.forward(prompt, cache), layer.forward(x, other);
+    const std::string before = saved(cache), other_before = saved(other);
+    CHECK(message_of<std::runtime_error>([&] { layer.forward(more, cache, qkv::causal, fails_at_six); }) ==
+          "a score that fails");
+    CHECK(saved(cache) == before);
+    Matrix<float> out(5, 23);
+    CHECK(message_of<std::runtime_error>([&] {
+            layer.forward_into(out, more, std::span<const Index>(offsets), std::span<decltype(&cache) const>(both),
+                               qkv::causal, fails_at_six);
+          }) == "a score that fails");
+    CHECK(saved(cache) == before);
+    CHECK(saved(other) == other_before);
+    auto twin = layer.make_cache(9);
+    layer.forward(prompt, twin);
+    CHECK(same_bits(layer.forward(more, cache), layer.forward(more, twin)));
+  };
+  check(layer.make_cache(9), layer.make_cache(12));
+  const qkv::RingCacheConfig ring{.kv_heads = 2, .head_dim = 10, .v_head_dim = 7, .window = 12};
+  check(qkv::RingCache<float>(ring), qkv::RingCache<float>(ring));
+  qkv::PagePool<float> pool({.kv_heads = 2, .head_dim = 10, .v_head_dim = 7, .page_tokens = 2, .pages = 14});
+  check(qkv::PagedCache<float>(pool), qkv::PagedCache<float>(pool));
+  CHECK(pool.free_pages() == 14);
 }
 
 TEST_CASE("x and out may be column blocks of one buffer, but share no element", "[layer]") {

@@ -242,6 +242,17 @@ TEST_CASE("another kind, storage, shape, ring or capacity is refused in words") 
   CHECK(contains(why_not(contiguous_before, narrow), "[2, 3, 5], this cache [2, 3, 4]"));
   RingCache<float> longer({.kv_heads = 2, .head_dim = 3, .v_head_dim = 5, .window = 5, .pinned = 2, .slack = 3});
   CHECK(contains(why_not(ring_before, longer), "[4, 2, 3], this cache [5, 2, 3]"));
+  RingCache<float> counting({.kv_heads = 2,
+                             .head_dim = 3,
+                             .v_head_dim = 5,
+                             .window = 4,
+                             .pinned = 2,
+                             .slack = 3,
+                             .positions_in_cache = true});
+  CHECK(contains(why_not(ring_before, counting), "of kind 2, this cache of kind 4"));
+  append_numbers(counting, 9, 4);
+  CHECK(contains(why_not(saved(counting), ring), "of kind 4, this cache of kind 2"));
+  CHECK(why_not(saved(counting), counting).empty());
   KvCache<float> small({.kv_heads = 2, .head_dim = 3, .v_head_dim = 5, .capacity = 8});
   CHECK(contains(why_not(contiguous_before, small),
                  "9 rows up to position 9, which do not fit this cache of capacity 8"));

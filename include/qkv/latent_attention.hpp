@@ -119,7 +119,7 @@ class LatentAttention {
   }
 
   /// The next tokens of the cache's sequence: a prompt, a chunk of one, or a single new token. Full caches throw
-  /// std::length_error and stay as they were.
+  /// std::length_error. Whatever throws, caches stay as they were.
   template <MatrixLike X, LatentKeySource C, class M = Window, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const X& x, C& cache, const M& mask = causal, const F& score = plain,
                     const LayerOptions& options = {}, const E& executor = serial) const {
@@ -171,6 +171,7 @@ class LatentAttention {
     }
     detail::append_all(row_offsets, caches, b.latents.leftCols(config_.latent_dim),
                        b.latents.rightCols(config_.rope_dim));
+    detail::Appended<C> appended(row_offsets, caches);
     for (std::size_t s = 0; s < caches.size(); ++s) {
       const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
       if (n > 0)
@@ -178,6 +179,7 @@ class LatentAttention {
                executor);
     }
     weights_.output.forward_into(out, b.context, executor);
+    appended.keep();
   }
 
   /// The same with the caches' addresses in a vector.

@@ -3,8 +3,8 @@
 //     absorbed    attends to the latents themselves: few queries
 //     naive       restores keys and values first: many queries
 //
-// By sizes of the call only, so that a call takes the same form on every machine, and its result the same bits; LayerOptions
-// name a form where that must not depend on the chunks of a prompt.
+// By sizes and arithmetic of the call, never by time: the same program takes the same form on every machine, and its result
+// has the same bits. LayerOptions name a form where that must not depend on the chunks of a prompt.
 //
 // Before: latent_weights.hpp   Next: latent_attention.hpp
 #pragma once

@@ -110,7 +110,7 @@ class MultiHeadAttention {
   }
 
   /// The next tokens of the cache's sequence: appends their keys and values, attends all that the cache holds. Full
-  /// caches throw std::length_error and stay as they were.
+  /// caches throw std::length_error. Whatever throws, caches stay as they were (but for a ring that has overwritten rows).
   template <MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const X& x, C& cache, const M& mask = causal, const F& score = plain,
                     const LayerOptions& options = {}, const E& executor = serial) const {
@@ -130,6 +130,9 @@ class MultiHeadAttention {
     check_cache(cache);
     detail::check_room(cache, x.rows());
     detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows(), detail::footprint(out));
+    C* const caches[] = {&cache};
+    Index offsets[] = {0, 0};  // rows appended so far
+    detail::Appended<C> appended(offsets, caches);
     // A window that slides over the cache must still see its old rows: long chunks go in pieces.
     for (Index first = 0; first < x.rows();) {
       const Index position = cache.position(), n = detail::piece(cache, position, x.rows() - first);
@@ -139,12 +142,14 @@ class MultiHeadAttention {
         turn_keys(k, position + row);
       });
       cache.append(buffers.k, buffers.v);
+      offsets[1] += n;
       Options<T> call = call_options(options, position);
       call.workspace = &cache.workspace();
       attend(buffers.context, buffers.q, cache, detail::visible(cache) & detail::as_mask(mask), score, call, executor);
       weights_.output.forward_into(detail::rows_of(result, first, n), buffers.context, executor);
       first += n;
     }
+    appended.keep();
   }
 
   /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to caches[s]. One
@@ -183,9 +188,11 @@ class MultiHeadAttention {
       });
     });
     detail::append_all(row_offsets, caches, buffers.k, buffers.v);
+    detail::Appended<C> appended(row_offsets, caches);
     const detail::Batch<T, C> batch{buffers.context, buffers.q, row_offsets, caches, heads(), call_options(options, 0)};
     detail::attend_batch(batch, options.share_prefixes, detail::as_mask(mask), score, caches[0]->workspace(), executor);
     weights_.output.forward_into(out, buffers.context, executor);
+    appended.keep();
   }
 
   /// The same with the caches' addresses in a vector.

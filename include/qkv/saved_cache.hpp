@@ -3,7 +3,8 @@
 //     bytes     little-endian, whatever the machine
 //      0   8    "qkvcache"
 //      8   4    version of the format: 1
-//     12   4    kind       1 every row from position 0 on (KvCache, PagedCache)   2 RingCache   3 latents (paged or not)
+//     12   4    kind       1 every row from position 0 on (KvCache, PagedCache)   2 RingCache, 4 with positions_in_cache
+//                          3 latents (paged or not)
 //     16   4    storage    1 float   2 double   3 half   4 bfloat16   5 int8 with scales
 //     20  24    shape      kv_heads, head_dim, v_head_dim;   latent_dim, rope_dim, 0
 //     44  24    ring       window, pinned, slack;   else 0

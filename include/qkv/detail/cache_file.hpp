@@ -95,11 +95,17 @@ struct CacheFile {
   };
 
   template <class Cache>
+  static std::uint32_t kind([[maybe_unused]] const Cache& cache) {
+    if constexpr (latent<Cache>) return 3;
+    if constexpr (ring<Cache>) return cache.positions_in_cache() ? 4 : 2;
+    return 1;
+  }
+  template <class Cache>
   static SavedHeader header(const Cache& cache) {
     using S = typename Cache::Storage;
     static_assert(storage_number<S> != 0, "qkv: caches of float, double, half, bfloat16 and int8 can be saved");
     SavedHeader h;
-    h.tags = {saved_version, latent<Cache> ? 3U : ring<Cache> ? 2U : 1U, storage_number<S>};
+    h.tags = {saved_version, kind(cache), storage_number<S>};
     if constexpr (latent<Cache>)
       h.shape = {cache.latent_dim(), cache.rope_dim(), 0};
     else
@@ -221,7 +227,7 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
   };
   if (saved.tags[1] != mine.tags[1])
     return refuse("is of kind ", saved.tags[1], ", this cache of kind ", mine.tags[1],
-                  " (1: every row, 2: ring, 3: latent)");
+                  " (1: every row, 2: ring, 3: latent, 4: ring with positions in the cache)");
   if (saved.tags[2] != mine.tags[2])
     return refuse("has storage ", saved.tags[2], ", this cache ", mine.tags[2],
                   " (1: float, 2: double, 3: half, 4: bfloat16, 5: int8)");

@@ -194,6 +194,30 @@ void append_all(std::span<const Index> row_offsets, std::span<C* const> caches, 
   }
 }
 
+/// Rows that a call has appended, n of each cache: taken back unless the call comes to its end, for a mask, a score, an
+/// executor or memory may throw. A ring whose old rows they have overwritten keeps them.
+template <class C>
+class Appended {
+ public:
+  Appended(std::span<const Index> row_offsets, std::span<C* const> caches)
+      : row_offsets_(row_offsets), caches_(caches) {}
+  Appended(const Appended&) = delete;
+  Appended& operator=(const Appended&) = delete;
+  ~Appended() {
+    for (std::size_t s = 0; s < caches_.size(); ++s) {
+      const Index position = caches_[s]->position() - (row_offsets_[s + 1] - row_offsets_[s]);
+      if constexpr (requires { caches_[s]->can_truncate(position); })
+        if (!caches_[s]->can_truncate(position)) continue;
+      caches_[s]->truncate(position);
+    }
+  }
+  void keep() { caches_ = {}; }
+
+ private:
+  std::span<const Index> row_offsets_;
+  std::span<C* const> caches_;
+};
+
 /// Independent of the standard library's distributions, so that a seed gives the same weights everywhere.
 template <class T>
 class RandomWeights {
