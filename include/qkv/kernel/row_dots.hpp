@@ -26,12 +26,18 @@ namespace qkv::inline QKV_ABI::kernel {
 
 inline constexpr bool few_registers = Simd<float>::registers < 32;  // AVX2, SSE2
 
-/// Bytes past the lines asked for that the second-level cache is asked for; 0: nothing.
+/// Bytes past the lines asked for that the second-level cache is asked for; 0: nothing. What would lie past `stretch` is
+/// `jump` bytes on: in the next page.
 struct Further {
-  std::uintptr_t further = 0;
+  std::uintptr_t further = 0, stretch = ~std::uintptr_t{0}, jump = 0;
+
+  EIGEN_ALWAYS_INLINE std::uintptr_t from(std::uintptr_t at) const {
+    return at + further + (at + further < stretch ? 0 : jump);
+  }
 };
 struct NoFurther {
   static constexpr std::uintptr_t further = 0;
+  static std::uintptr_t from(std::uintptr_t at) { return at; }
 };
 
 /// Memory that will be read next, asked for a few lines at a time, in order, while other rows are worked on. Measured from
@@ -45,7 +51,7 @@ struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
     for (Index line = 0; line < Bytes; line += 64) {
       if (this->further > 0) {
         prefetch_once(reinterpret_cast<const void*>(at));
-        prefetch(reinterpret_cast<const void*>(at + this->further));
+        prefetch(reinterpret_cast<const void*>(this->from(at)));
       } else {
         prefetch_near(reinterpret_cast<const void*>(at));
       }
