@@ -100,7 +100,8 @@ TEST_CASE("a section that a query does not see leaves the sign of its zeros", "[
         .row(0)
         .eval();
   };
-  CHECK(std::signbit(first_of(1)(0)));
+  // Without FMA the product is rounded before it is added, and 0 + -0 is 0.
+  CHECK(std::signbit(first_of(1)(0)) == kernel::Simd<float>::fused);
   CHECK(same_bits(first_of(9), first_of(1)));
 }
 
