@@ -200,20 +200,17 @@ class DecodeHead {
   /// What is read after the first `done` rows: the next block of them, or of `then`. Lines are asked for while other rows
   /// are worked on; rows with gaps between them, as in plain matrices, here and now.
   NextLines fetch(Rows<S> rows, Index done, const Rows<S>& then) const {
-    [[maybe_unused]] const Rows<S> all = rows;
+    const Rows<S> all = rows;
     rows = done < rows.count ? rows.from(done, rows.count - done) : then;
     rows.count = std::min(rows.count, block_rows(rows.width));
     const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
     NextLines next;
     if (rows.stride == rows.width) {
       next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S);
-      if constexpr (few_registers) {
-        next.further = further();
-        if (done < all.count && then.first != nullptr) {
-          next.stretch = reinterpret_cast<std::uintptr_t>(all.first + all.count * all.width);
-          next.jump = reinterpret_cast<std::uintptr_t>(then.first) - next.stretch;
-        }
-      }
+      if constexpr (few_registers) next.further = further();
+      if (few_registers && done < all.count && then.first != nullptr)
+        next.goes_on(reinterpret_cast<std::uintptr_t>(all.first + all.count * all.width),
+                     reinterpret_cast<std::uintptr_t>(then.first));
       return next;
     }
     for (Index r = 0; r < rows.count; ++r)

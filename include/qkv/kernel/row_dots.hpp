@@ -34,10 +34,13 @@ struct Further {
   EIGEN_ALWAYS_INLINE std::uintptr_t from(std::uintptr_t at) const {
     return at + further + (at + further < stretch ? 0 : jump);
   }
+  /// After `end` the rows at `then` are read.
+  void goes_on(std::uintptr_t end, std::uintptr_t then) { stretch = end, jump = then - end; }
 };
 struct NoFurther {
   static constexpr std::uintptr_t further = 0;
   static std::uintptr_t from(std::uintptr_t at) { return at; }
+  static void goes_on(std::uintptr_t, std::uintptr_t) {}
 };
 
 /// Memory that will be read next, asked for a few lines at a time, in order, while other rows are worked on. Measured from
