@@ -10,7 +10,7 @@
 // A sum is the same chain in every lane and panel: a prompt in pieces gives the same bits as at once.
 // DeepSeek-V2, arXiv:2405.04434, appendix C; blocks of keys as in Dao et al. 2022, arXiv:2205.14135.
 //
-// Before: kernel/latent_queries.hpp   Next: kernel/latent_splits.hpp
+// Before: kernel/lane_masks.hpp   Next: kernel/latent_splits.hpp
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 #include <limits>
 #include <numbers>
 
-#include "../mask.hpp"
 #include "../softmax.hpp"
+#include "lane_masks.hpp"
 #include "latent_queries.hpp"
 #include "panel_softmax.hpp"
 
@@ -66,7 +66,7 @@ class Absorbed {
       : task_(task),
         block_(carver, task.rows, parts_of<A>(task.heads)),
         q_(task, carver, first_lane, n_lanes),
-        first_(first_lane),
+        masks_(task, first_lane, n_lanes),
         n_(n_lanes) {
     s_ = carver.take<T>(n_rows * panel);
     row_ = carver.take<T>(features(task.rows));
@@ -96,50 +96,13 @@ class Absorbed {
   /// Scores are kept as ±q·c, so that what enters the exponent is a difference before it is scaled.
   T score_unit() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
 
-  // ---- masks ----
-  /// f(block of one head's queries × the keys, first lane of them) for all heads of the panel; lanes lie `heads` apart.
-  template <class F>
-  void for_each_head(Index p, const LatentRun<S>& run, Index base, Index row, Index count, F&& f) const {
-    const Index end = std::min(n_, p + panel);
-    for (Index i = p; i < std::min(end, p + task_.heads); ++i) {
-      const Index lane = first_ + i, query = lane / task_.heads, n = (end - 1 - i) / task_.heads + 1;
-      f(Block{task_.sequence, lane % task_.heads, query, n, task_.first_position + query, base + row, count,
-              run.position + row},
-        i - p);
-    }
-  }
-  Cover cover(Index p, const LatentRun<S>& run, Index base, Index row, Index count) const {
-    Cover least = Cover::all, most = Cover::none;
-    for_each_head(p, run, base, row, count, [&](const Block& block, Index) {
-      const Cover c = detail::cover(*task_.mask, block);
-      least = std::min(least, c), most = std::max(most, c);
-    });
-    return least == most ? least : Cover::some;
-  }
-  /// Calls f(run, base, row, count, column, cover) for the pieces of the block, mixed ones cut into 16 columns.
+  /// f(run, base, row, count, column, cover) for the pieces of the block as panel p sees them.
   template <class F>
   void for_each_cover(Index p, F&& f) const {
-    for_each_piece<n_rows>(task_.rows, block_.place(),
-                           [&](const LatentRun<S>& run, Index base, Index row, Index count, Index column) {
-                             const Cover all = cover(p, run, base, row, count);
-                             if (all != Cover::some) return f(run, base, row, count, column, all);
-                             for (Index i = 0; i < count;) {
-                               const Index some = std::min(count - i, 16 - (column + i) % 16);
-                               f(run, base, row + i, some, column + i, cover(p, run, base, row + i, some));
-                               i += some;
-                             }
-                           });
+    masks_.template for_each_cover<n_rows>(block_.place(), p, f);
   }
   void hide(Index begin, Index end) {
     if (begin < end) std::fill_n(s_ + begin * panel, (end - begin) * panel, detail::minus_infinity<T>);
-  }
-  void hide_key(Index p, const LatentRun<S>& run, Index base, Index row, T* s) {
-    for_each_head(p, run, base, row, 1, [&](const Block& block, Index lane) {
-      const SeenBy seen = detail::seen_by(*task_.mask, block);
-      At at{block.sequence, block.head, block.query, block.key, block.query_position, block.key_position};
-      for (Index i = 0; i < block.n_queries; ++i, ++at.query, ++at.query_position, lane += task_.heads)
-        if (seen.exact ? i < seen.begin || i >= seen.end : !task_.mask->sees(at)) s[lane] = detail::minus_infinity<T>;
-    });
   }
 
   // ---- one block, one panel ----
@@ -239,7 +202,7 @@ class Absorbed {
       next = column + count;
       if (c == Cover::none) hide(column, next);
       if (c != Cover::some) return;
-      for (Index i = 0; i < count; ++i) hide_key(p, run, base, row + i, s_ + (column + i) * panel);
+      for (Index i = 0; i < count; ++i) masks_.hide_key(p, run, base, row + i, s_ + (column + i) * panel);
     });
     hide(next, end);
   }
@@ -395,7 +358,8 @@ class Absorbed {
   const Task<T, S, M>& task_;
   BlockRows<A, T, S> block_;
   Queries<A, Vectors, T, S, M> q_;
-  Index first_, n_;
+  LaneMasks<panel, T, S, M> masks_;
+  Index n_;
   LaneState<T> state_{};
   T *s_ = nullptr, *row_ = nullptr;
   alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // in steps: what one is worth

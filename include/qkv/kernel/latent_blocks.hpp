@@ -6,6 +6,8 @@
 //     quads    rows   int8 latents, likewise; rope keys as bfloat16    values  the same, restored and rounded to bfloat16
 //     bytes    rows   as in quads                                      values  [four keys][latent_dim] words as stored, and
 //                                                                              the logarithms of their scales
+//     shorts   rows   int8 latents and float rope keys, likewise    values  [pair of keys][latent_dim] pairs of bytes as
+//                                                                           stored, and their scales
 //
 // Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
 //
