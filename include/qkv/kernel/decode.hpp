@@ -75,7 +75,7 @@ void merge_split(const Task<T, S, M, F>& task, Index kv_head, const DecodeState<
     const T top = detail::nan_max(m, state.m[i]);
     const T mine = detail::weight_of(m, top), theirs = detail::weight_of(state.m[i], top);
     m = top;
-    l = V::sum_lanes(V::fma(first_lane(theirs), first_lane(state.l[i]), V::mul(first_lane(mine), first_lane(l))));
+    l = multiply_add(theirs, state.l[i], V::first_lane(V::mul(V::broadcast(mine), V::broadcast(l))));
     for (Index x = 0; x < dv; x += V::width) {
       const Index some = std::min(V::width, dv - x);
       const auto sum = V::mul(V::broadcast(mine), V::load_n(o + x, some));

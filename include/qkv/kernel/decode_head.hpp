@@ -26,10 +26,11 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-// What must round the same wherever it is compiled is done in registers.
+// a·b + c in registers: it must round the same wherever it is compiled.
 template <class T>
-EIGEN_ALWAYS_INLINE typename Simd<T>::Vec first_lane(T x) {
-  return Simd<T>::load_n(&x, 1);
+EIGEN_ALWAYS_INLINE T multiply_add(T a, T b, T c) {
+  using V = Simd<T>;
+  return V::first_lane(V::fma(V::broadcast(a), V::broadcast(b), V::broadcast(c)));
 }
 
 /// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q.
@@ -63,10 +64,7 @@ class DecodeHead {
   }
 
   /// A chunk begins: its pieces are scored, then it is weighed, then the values of its pieces are added.
-  void begin_chunk() {
-    std::fill_n(s_.scores, n_ * decode_chunk, detail::minus_infinity<T>);
-    scored_ = 0;
-  }
+  void begin_chunk() { scored_ = 0, columns_ = 0; }
 
   /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
   void score(const Piece<S>& piece, const Rows<S>& then) {
@@ -78,6 +76,8 @@ class DecodeHead {
     }
     if (most == Cover::none) return;
     scored_ += piece.count;
+    hide_until(piece.column);
+    columns_ = piece.column + piece.count;
     if constexpr (has_row_scale<S>) fetch_scales(piece);
     const Rows<S> keys = rows<false>(*piece.run, piece.row, piece.count);
     for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
@@ -86,15 +86,18 @@ class DecodeHead {
     if (has_row_scale<S> || !std::is_same_v<F, Plain> || least != Cover::all) finish_scores(piece, least != Cover::all);
   }
 
-  /// From the scores of a chunk to weights.
+  /// From the scores of a chunk to weights: one step for all queries after the other, so that none waits for what the last
+  /// one adds up across lanes.
   void weigh() {
-    all_seen_ = scored_ == decode_chunk;
     if (scored_ == 0) return;
-    for (Index i = 0; i < n_; ++i) all_seen_ = weigh(i, all_seen_) && all_seen_;
+    hide_until(decode_chunk);
+    all_seen_ = scored_ == decode_chunk;
+    for (Index i = 0; i < n_; ++i) all_seen_ = find_top(i) && all_seen_;
+    for (Index i = 0; i < n_; ++i) weigh(i);
     if (!all_seen_) find_seen();
     if constexpr (Sums::integers) {
       for (Index i = 0; i < n_; ++i)
-        s_.top[i] = Sums::round(s_.scores + i * decode_chunk, decode_chunk, s_.weights + i * decode_chunk);
+        Sums::round(s_.scores + i * decode_chunk, decode_chunk, s_.top[i], s_.weights + i * decode_chunk);
       std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim()), 0);
     }
   }
@@ -195,7 +198,7 @@ class DecodeHead {
   std::uintptr_t further() const {
     constexpr Index from_memory = Index{32} << 20;
     const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim() + task_.v_head_dim());
-    return sizeof(S) >= 4 && numbers >= from_memory / static_cast<Index>(sizeof(S)) ? 12288 : 0;
+    return wide<S> && numbers >= from_memory / static_cast<Index>(sizeof(S)) ? 12288 : 0;
   }
   /// What is read after the first `done` rows: the next block of them, or of `then`. Lines are asked for while other rows
   /// are worked on; rows with gaps between them, as in plain matrices, here and now.
@@ -206,7 +209,7 @@ class DecodeHead {
     const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
     NextLines next;
     if (rows.stride == rows.width) {
-      next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S);
+      next.at = at;
       if constexpr (few_registers) next.further = further();
       if (few_registers && done < all.count && then.first != nullptr)
         next.goes_on(reinterpret_cast<std::uintptr_t>(all.first + all.count * all.width),
@@ -218,40 +221,66 @@ class DecodeHead {
     return next;
   }
 
-  /// The weights of one query, its sum and maximum. False where it does not see all of the chunk.
-  bool weigh(Index i, bool complete) {
-    const Vec hidden = V::broadcast(detail::minus_infinity<T>);
-    T* const s = s_.scores + i * decode_chunk;
-    Vec high[2] = {V::broadcast(state_.m[i]), V::broadcast(state_.m[i])}, low = V::load(s);
-    for (Index j = 0; j < decode_chunk; j += 2 * W) {
-      const Vec a = V::load(s + j), b = V::load(s + j + W);
-      high[0] = V::max(high[0], a), high[1] = V::max(high[1], b);
-      low = V::min(low, V::min(a, b));
-    }
+  /// Columns up to `end` that are not scored.
+  void hide_until(Index end) {
+    if (columns_ < end)
+      for (Index i = 0; i < n_; ++i)
+        std::fill(s_.scores + i * decode_chunk + columns_, s_.scores + i * decode_chunk + end,
+                  detail::minus_infinity<T>);
+  }
+
+  /// The largest score of one query so far. False where it does not see all of the chunk.
+  bool find_top(Index i) {
+    const T* const s = s_.scores + i * decode_chunk;
+    Vec high[2] = {V::broadcast(state_.m[i]), V::broadcast(state_.m[i])}, low[2] = {V::load(s), V::load(s)};
+    for (Index j = 0; j < decode_chunk; j += 2 * W)
+      for (Index u = 0; u < 2; ++u) {
+        const Vec x = V::load(s + j + u * W);
+        high[u] = V::max(high[u], x), low[u] = V::min(low[u], x);
+      }
     // A NaN may be lost here: its own weight is NaN all the same, and a query with one NaN is NaN.
     T top = V::max_lanes(V::max(high[0], high[1]));
     if (!(top > detail::minus_infinity<T>))
       for (Index j = 0; j < decode_chunk; ++j) top = detail::nan_max(top, s[j]);
-    if (top == detail::minus_infinity<T>) return false;
-    const bool all = complete && !V::any(V::less_equal(low, hidden));
+    s_.top[i] = top;
+    return !V::any(V::less_equal(V::min(low[0], low[1]), V::broadcast(detail::minus_infinity<T>)));
+  }
+
+  /// The weights of one query, its sum and maximum. With integers s_.top is the largest weight then.
+  void weigh(Index i) {
+    const T top = s_.top[i];
+    if (top == detail::minus_infinity<T>) {
+      if constexpr (Sums::integers) s_.top[i] = 0;
+      return;
+    }
     const T keep = detail::weight_of(state_.m[i], top);
+    const T added = weights(s_.scores + i * decode_chunk, s_.scale_v, all_seen_, s_.top[i]);
+    state_.m[i] = top;
+    state_.l[i] = multiply_add(keep, state_.l[i], added);
+    if (keep == T(1)) return;
+    T* const o = state_.o + i * whole_registers<T>(task_.v_head_dim());
+    for (Index x = 0; x < task_.v_head_dim(); x += W) V::store(o + x, V::mul(V::broadcast(keep), V::load(o + x)));
+  }
+
+  /// s ← e^(s - top), times the scales of the values; -inf where it was -inf. The sum without the scales. With integers
+  /// `top` is the largest weight then. A function of its own: its constants stay in registers.
+  static EIGEN_DONT_INLINE T weights(T* s, const T* scale, bool all_seen, T& top) {
     const Vec to_log2 = V::broadcast(static_cast<T>(std::numbers::log2e_v<long double>)), base = V::broadcast(top);
+    const Vec hidden = V::broadcast(detail::minus_infinity<T>);
+    [[maybe_unused]] typename Sums::Largest largest;
     Vec sum[2] = {V::zero(), V::zero()};
     for (Index j = 0; j < decode_chunk; j += 2 * W)
       for (Index u = 0; u < 2; ++u) {
         const Vec score = V::load(s + j + u * W);
         Vec p = V::weight(V::sub(score, base), to_log2);
         sum[u] = V::add(sum[u], p);
-        if constexpr (has_row_scale<S>) p = V::mul(p, V::load(s_.scale_v + j + u * W));
-        V::store(s + j + u * W, all ? p : V::select(V::less_equal(score, hidden), hidden, p));
+        if constexpr (has_row_scale<S>) p = V::mul(p, V::load(scale + j + u * W));
+        if (!all_seen) p = V::select(V::less_equal(score, hidden), hidden, p);
+        if constexpr (Sums::integers) largest.add(p, u);
+        V::store(s + j + u * W, p);
       }
-    state_.m[i] = top;
-    const T added = V::sum_lanes(V::add(sum[0], sum[1]));
-    state_.l[i] = V::sum_lanes(V::fma(first_lane(keep), first_lane(state_.l[i]), first_lane(added)));
-    if (keep == T(1)) return all;
-    T* const o = state_.o + i * whole_registers<T>(task_.v_head_dim());
-    for (Index x = 0; x < task_.v_head_dim(); x += W) V::store(o + x, V::mul(V::broadcast(keep), V::load(o + x)));
-    return all;
+    if constexpr (Sums::integers) top = largest.value();
+    return V::sum_lanes(V::add(sum[0], sum[1]));
   }
 
   /// 1 for the columns that all queries see, 0 for the others; with integers for those that some query sees.
@@ -281,6 +310,7 @@ class DecodeHead {
   DecodeScratch<D> s_;
   DecodeState<T> state_;
   Index scored_ = 0;       // keys of the chunk that some query sees
+  Index columns_ = 0;      // columns of the chunk whose scores are written
   bool all_seen_ = false;  // every query sees all of the chunk
 };
 

@@ -56,10 +56,10 @@ struct DecodeScratch {
   T* seen;     // [decode_chunk] 1: every query of the group sees this column; integers: some query does
   T* scale_k;  // [decode_chunk]: int8, of the rows
   T* scale_v;  // [decode_chunk]
+  T* top;      // [n] largest score so far; where values are multiplied in integers then the chunk's largest weight
   // Where values are multiplied in integers (kernel/pair_sums.hpp):
   std::int16_t* weights;  // [n, decode_chunk]
   std::int32_t* sums;     // [n, row(v_head_dim)] of the chunk
-  T* top;                 // [n] largest weight of the chunk
   DecodeState<T> state;
 
   DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
@@ -68,9 +68,9 @@ struct DecodeScratch {
         seen(carver.take<T>(decode_chunk)),
         scale_k(carver.take<T>(decode_chunk)),
         scale_v(carver.take<T>(decode_chunk)),
+        top(carver.take<T>(n)),
         weights(carver.take<std::int16_t>(integers ? n * decode_chunk : 0)),
         sums(carver.take<std::int32_t>(n * ValueSums<D>::row(v_head_dim))),
-        top(carver.take<T>(integers ? n : 0)),
         state(carver, n, v_head_dim) {}
 };
 

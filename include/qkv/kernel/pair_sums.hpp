@@ -30,6 +30,7 @@ namespace qkv::inline QKV_ABI::kernel {
 template <class D>
 struct ValueSums {
   static constexpr bool integers = false;
+  struct Largest {};
   static Index row(Index) { return 0; }
 };
 
@@ -47,25 +48,33 @@ class PairSums {
   /// Sums of a query.
   static constexpr Index row(Index width) { return (width + block - 1) / block * block; }
 
-  /// n weights, -inf where the value is not read, as integers; the largest, or NaN. n: whole pairs of registers.
-  static float round(const float* p, Index n, std::int16_t* to) {
-    V::Vec most[2] = {V::zero(), V::zero()}, bad[2] = {V::zero(), V::zero()};
-    for (Index j = 0; j < n; j += 2 * V::width)
-      for (Index u = 0; u < 2; ++u) {
-        const V::Vec x = RowPairs::positive(V::load(p + j + u * V::width));  // NaN stays NaN
-        most[u] = V::max(most[u], x), bad[u] = V::fma(x, V::zero(), bad[u]);
-      }
-    const float top = V::max_lanes(V::max(most[0], most[1]));
-    const bool finite = V::sum_lanes(V::add(bad[0], bad[1])) == 0;
-    if (!finite || !(top > 0)) {
+  /// The largest of weights, -inf where the value is not read.
+  class Largest {
+   public:
+    EIGEN_ALWAYS_INLINE void add(V::Vec p, Index u) {
+      const V::Vec x = RowPairs::positive(p);  // NaN stays NaN
+      most_[u] = V::max(most_[u], x), bad_[u] = V::fma(x, V::zero(), bad_[u]);
+    }
+    /// NaN where one of them is not finite.
+    float value() const {
+      const bool finite = V::sum_lanes(V::add(bad_[0], bad_[1])) == 0;
+      return finite ? V::max_lanes(V::max(most_[0], most_[1])) : std::numeric_limits<float>::quiet_NaN();
+    }
+
+   private:
+    V::Vec most_[2] = {V::zero(), V::zero()}, bad_[2] = {V::zero(), V::zero()};
+  };
+
+  /// n weights as integers, where `top` is the largest. n: whole pairs of registers.
+  static void round(const float* p, Index n, float top, std::int16_t* to) {
+    if (!(top > 0)) {
       std::fill_n(to, n, std::int16_t(0));
-      return finite ? 0.0F : std::numeric_limits<float>::quiet_NaN();
+      return;
     }
     const float up = top < 0x1p-60F ? 0x1p90F : 1.0F;  // or 32767 / top would overflow
     const V::Vec scale = V::broadcast(up), step = V::broadcast(32767 / (top * up));
     const auto rounded = [&](Index j) { return V::mul(V::mul(RowPairs::positive(V::load(p + j)), scale), step); };
     for (Index j = 0; j < n; j += 2 * V::width) RowPairs::store_rounded(to + j, rounded(j), rounded(j + V::width));
-    return top;
   }
 
   /// sum_i += Σ_r w[i, r] · v_r for n queries; `next` is asked for meanwhile. sum [n, row(width)].
@@ -140,7 +149,7 @@ class PairSums {
     const std::int8_t* row = values.first;
     Index r = 0;
     for (; r + rows <= values.count; r += rows, row += rows * values.stride) {
-      next.template fetch<rows * n_parts * lanes>();
+      next.template fetch<std::int8_t, rows * n_parts * lanes>();
       (add_pair<First>(row + 2 * Index(Step) * values.stride, row + (2 * Index(Step) + 1) * values.stride, some,
                        w + r + 2 * Index(Step), w_row, true, sum, all, queries, parts),
        ...);

@@ -25,6 +25,9 @@
 namespace qkv::inline QKV_ABI::kernel {
 
 inline constexpr bool few_registers = Simd<float>::registers < 32;  // AVX2, SSE2
+/// Storage that waits for memory more than for arithmetic.
+template <class S>
+inline constexpr bool wide = sizeof(S) >= 4;
 
 /// Bytes past the lines asked for that the second-level cache is asked for; 0: nothing. What would lie past `stretch` is
 /// `jump` bytes on: in the next page.
@@ -45,20 +48,22 @@ struct NoFurther {
 
 /// Memory that will be read next, asked for a few lines at a time, in order, while other rows are worked on. Measured from
 /// memory: whole rows in order reach the bandwidth of a bare read; halves of rows, first all left ones, three quarters of
-/// it, unless lines are asked for in order all the same.
+/// it, unless lines are asked for in order all the same. Where fewer rows follow than are worked on, lines past them are asked
+/// for as well: a block's worth at most, and asking cannot fail.
 struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
-  std::uintptr_t at = 0, end = 0;
+  std::uintptr_t at = 0;
 
-  template <Index Bytes>
+  /// The next lines of rows of storage S.
+  template <class S, Index Bytes>
   EIGEN_ALWAYS_INLINE void fetch() {
     for (Index line = 0; line < Bytes; line += 64) {
-      if (this->further > 0) {
+      if (wide<S> && this->further > 0) {
         prefetch_once(reinterpret_cast<const void*>(at));
         prefetch(reinterpret_cast<const void*>(this->from(at)));
       } else {
         prefetch_near(reinterpret_cast<const void*>(at));
       }
-      at = std::min(at + 64, end);
+      at += 64;
     }
   }
 
@@ -158,7 +163,7 @@ EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typen
   ((sum[Sum] = D::zero()), ...);
   Index x = 0;
   for (; x + steps * D::width <= keys.width; x += steps * D::width) {
-    next.template fetch<steps * bytes>();
+    next.template fetch<typename D::Key, steps * bytes>();
     dot_steps<D, Queries>(keys, x, D::width, q, sum, several, sums, queries, rows);
   }
   if constexpr (steps > 1)

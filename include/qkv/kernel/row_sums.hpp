@@ -51,7 +51,7 @@ EIGEN_ALWAYS_INLINE void add_vectors(const Rows<S>& values, const T* p, Index p_
   const S* row = values.first;
   Index r = 0;
   for (; r + steps <= values.count; r += steps, row += steps * values.stride) {
-    next.template fetch<steps * Vectors * V::width * Index(sizeof(S))>();
+    next.template fetch<S, steps * Vectors * V::width * Index(sizeof(S))>();
     (add_row<Queries, Vectors>(row + Index(Row) * values.stride, p + r + Index(Row), p_row, sum, sums, queries,
                                vectors),
      ...);
