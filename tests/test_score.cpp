@@ -68,7 +68,14 @@ TEST_CASE("scores refuse operands that do not fit, in words", "[score]") {
   };
   for (const double wrong :
        {0.0, -1.0, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()})
-    CHECK(contains(message_of([&] { soft_cap(wrong); }), "soft_cap needs a finite cap > 0"));
+    for (const std::string& text : {message_of([&] { soft_cap(wrong); }), said(SoftCap{wrong}, {}),
+                                    said(then(plain, SoftCap{wrong}), {.heads = 3})})
+      CHECK(contains(text, "soft_cap needs a finite cap > 0"));
+  CHECK(said(soft_cap(5), {}).empty());
+  for (const double cap : {1e300, std::numeric_limits<double>::infinity()}) {  // as a float, whatever it is
+    CHECK(SoftCap{cap}.cap_as<float>() == std::numeric_limits<float>::max());
+    CHECK(SoftCap{-cap}.cap_as<float>() == -std::numeric_limits<float>::max());
+  }
 
   const RowVector<float> slopes = RowVector<float>::Ones(3);
   CHECK(said(alibi(slopes), {.heads = 3}).empty());

@@ -38,14 +38,17 @@ inline constexpr Plain plain{};
 
 /// cap · tanh(score / cap): scores stay inside (-cap, cap).
 struct SoftCap {
-  double cap = 0;
+  double cap = 0;  // a call refuses what is not finite and above 0
 
   /// The cap as a finite T.
   template <class T>
   T cap_as() const {
-    return std::numeric_limits<T>::is_specialized && cap > static_cast<double>(std::numeric_limits<T>::max())
-               ? std::numeric_limits<T>::max()
-               : static_cast<T>(cap);
+    if constexpr (std::numeric_limits<T>::is_specialized) {
+      constexpr T most = std::numeric_limits<T>::max();
+      if (cap > static_cast<double>(most)) return most;
+      if (cap < -static_cast<double>(most)) return -most;
+    }
+    return static_cast<T>(cap);
   }
 
   template <class T>
@@ -54,10 +57,15 @@ struct SoftCap {
     const T c = cap_as<T>();
     return c * tanh(score / c);
   }
+  void check(const CallShape&) const {
+    detail::require(cap > 0 && cap <= std::numeric_limits<double>::max(), "soft_cap needs a finite cap > 0; given ",
+                    cap);
+  }
 };
 inline SoftCap soft_cap(double cap) {
-  detail::require(cap > 0 && cap <= std::numeric_limits<double>::max(), "soft_cap needs a finite cap > 0; given ", cap);
-  return {cap};
+  const SoftCap made{cap};
+  made.check({});
+  return made;
 }
 
 /// A head-dependent penalty on distance; slopes from alibi_slopes(heads), one per head.
