@@ -29,7 +29,7 @@ struct Explanation {
   Index blocks_all = 0, blocks_some = 0, blocks_none = 0;  // of tile_queries × tile_keys, over all heads
   double flops = 0;                                        // of the blocks that are not skipped
   double bytes = 0;                                        // of q, k, v and out, each once
-  std::size_t workspace_bytes = 0;                         // scratch with the serial executor
+  Index workspace_bytes = 0;                               // scratch with the serial executor
 
   std::string text() const {
     const double blocks = static_cast<double>(blocks_all + blocks_some + blocks_none);

@@ -151,7 +151,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   }
 
   /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
-  Index overhead_bytes() const { return this->table_bytes() + static_cast<Index>(workspace_.bytes()); }
+  Index overhead_bytes() const { return this->table_bytes() + workspace_.bytes(); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>

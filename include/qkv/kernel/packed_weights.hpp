@@ -79,7 +79,7 @@ class PackedWeights {
   /// int8 only: w = number · scale, [panels · panel].
   const T* scales() const { return scales_.data(); }
   /// Bytes held: the numbers with their padding, and the scales.
-  std::size_t bytes() const { return numbers_.size() * sizeof(S) + scales_.size() * sizeof(T); }
+  Index bytes() const { return static_cast<Index>(numbers_.size() * sizeof(S) + scales_.size() * sizeof(T)); }
   /// W [in, out] as these products see it: rounded to S.
   Matrix<T> unpacked() const {
     Matrix<T> w(in_, out_);
