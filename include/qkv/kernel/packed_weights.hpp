@@ -13,7 +13,6 @@
 
 #include "../detail/huge_pages.hpp"
 #include "../storage.hpp"
-#include "../workspace.hpp"
 #include "register_tile.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
