@@ -230,11 +230,12 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
   const auto task = make_task(q, keys, heads, mask, score, options, 0);
   check_call(mask, score, keys, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
   Matrix<T> weights(checked_product(heads.heads, q.rows()), keys.rows);
-  for (Index h = 0; h < heads.heads; ++h)
-    for (Index i = 0; i < q.rows(); ++i)
-      kernel::reference_weights(task, h, i,
-                                options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
-                                stage, weights.data() + (h * q.rows() + i) * keys.rows);
+  for (Index row = 0; row < weights.rows(); ++row) {
+    const Index h = row / q.rows(), i = row % q.rows();
+    kernel::reference_weights(task, h, i,
+                              options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
+                              stage, weights.data() + row * keys.rows);
+  }
   return weights;
 }
 

@@ -90,7 +90,7 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
                                       &mask,
                                       &score};
   double pairs = 0;
-  for (Index h = 0; h < heads.heads; ++h)
+  for (Index h = 0; h < heads.heads && n_queries > 0; ++h)
     for (Index q = 0; q < n_queries; q += kernel::tile_queries) {
       const Index n = std::min(kernel::tile_queries, n_queries - q);
       kernel::for_each_chunk(keys, kernel::tile_keys, [&](Index grid, std::size_t r, Index base, Index row) {
