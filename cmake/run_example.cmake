@@ -25,7 +25,7 @@ if(EXPECTED AND EXISTS "${EXPECTED}")
 endif()
 
 if(args MATCHES "@CONFORMANCE_DIR@" AND NOT IS_DIRECTORY "${CONFORMANCE_DIR}")
-  message(STATUS "skipped: the run needs the conformance folder, and '${CONFORMANCE_DIR}' is not there")
+  message(STATUS "skipped: '${CONFORMANCE_DIR}' is not there; name the conformance cases by cmake -DQKV_CONFORMANCE_DIR=DIR")
   return()
 endif()
 string(CONFIGURE "${args}" args @ONLY)

@@ -53,6 +53,12 @@ struct Recorder {
 
 }  // namespace
 
+TEST_CASE("a window or a cap made by hand is checked like one of window() and soft_cap()", "[attention][errors]") {
+  CHECK(contains(error_with(Window{-3, 1}, plain, {}), "window(left, right) needs left >= 0 and right >= 0"));
+  CHECK(contains(error_with(causal | Window{infinite, -1}, plain, {}), "window(left, right) needs left >= 0"));
+  CHECK(contains(error_with(full, SoftCap{}, {}), "soft_cap needs a finite cap > 0; given 0"));
+}
+
 TEST_CASE("shapes that do not fit are refused, with the rule and the numbers", "[attention][errors]") {
   CHECK(error_with(q, k, v, heads, n, 11).find("out must be [3, 12]; given [3, 11]") == 0);
   CHECK(error_with(q, k, v, heads, 4, 12).find("out must be [3, 12]; given [4, 12]") == 0);

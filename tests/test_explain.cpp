@@ -103,6 +103,14 @@ TEST_CASE("explain takes calls of any size", "[explain]") {
   CHECK(contains(explain(q, k.topRows(0), v.topRows(0), heads).text(), "(0% skipped)"));
 }
 
+TEST_CASE("no queries of any number of heads are explained, and their weights given, at once", "[explain]") {
+  const Matrix<float> none(0, 0);
+  const Heads absurd{Index{1} << 60, 1};
+  CHECK(explain(none, none, none, absurd).flops == 0);
+  CHECK(attention_weights(none, none, absurd).size() == 0);
+  CHECK(attention(none, none, none, absurd).size() == 0);
+}
+
 TEST_CASE("explain refuses what the call would refuse", "[explain]") {
   const std::vector<Index> ids = {0, 0, 1}, two = {1, 2}, offsets = {0, 1000};
   const std::vector<float> sinks = {1};

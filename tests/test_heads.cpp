@@ -57,4 +57,6 @@ TEST_CASE("repeat_kv_heads gives every query head its own copy", "[heads]") {
                  }),
                  "kv_heads 3 must divide the columns of [3, 10]"));
   CHECK(contains(message_of([&] { qkv::repeat_kv_heads(x, {5, 2}); }), "positive multiple"));
+  const qkv::Matrix<float> none(3, 0);
+  CHECK(qkv::repeat_kv_heads(none, {Index{1} << 60, 2}).size() == 0);  // at once
 }

@@ -82,6 +82,39 @@ TEST_CASE("a window sees left + right + 1 keys", "[mask]") {
   CHECK(contains(message_of([] { window(0, -3); }), "given 0 and -3"));
 }
 
+TEST_CASE("a window made by hand is refused by a call where window() refuses it, and is defined for any numbers",
+          "[mask]") {
+  CHECK(contains(message_of([] { Window{-3, 1}.check({}); }), "left >= 0 and right >= 0"));
+  CHECK(contains(message_of([] { (causal & Window{1, -1}).check({}); }), "given 1 and -1"));
+  CHECK(message_of([] { Window{}.check({}); }).empty());
+  CHECK(picture(Window{-3, 1}, 3, 6) == "......\n......\n......\n");
+  CHECK(picture(Window{-1, 2}, 3, 6) == ".xx...\n..xx..\n...xx.\n");
+  CHECK(picture(Window{infinite, -1}, 3, 3) == "...\nx..\nxx.\n");
+
+  // No number of any field overflows. (Positions from ±2⁶² on are refused by a call.)
+  constexpr Index most = std::numeric_limits<Index>::max(), least = std::numeric_limits<Index>::min();
+  const Index ends[] = {least, least + 1, least / 2, -3, -1, 0, 1, 3, most / 2, most - 1, most};
+  for (const Index left : ends)
+    for (const Index right : ends)
+      for (const Index query : ends)
+        for (const Index key : ends) {
+          const Window w{left, right};
+          const auto wide = [](Index i) { return static_cast<long double>(i); };
+          const bool sees = (left == infinite || wide(query) - wide(left) <= wide(key)) &&
+                            (right == infinite || wide(key) <= wide(query) + wide(right));
+          if (std::abs(wide(query)) > 0x1p62L || std::abs(wide(key)) > 0x1p62L) {
+            w.sees(pair(query, key));
+            continue;
+          }
+          const Block block{.query_position = query, .key_position = key};
+          CHECK(w.sees(pair(query, key)) == sees);
+          CHECK(w.cover(block) == (sees ? Cover::all : Cover::none));
+          CHECK(w.seen_by(block).end - w.seen_by(block).begin == (sees ? 1 : 0));
+        }
+  CHECK(!Prefix{least}.sees(pair(0, 0)));
+  CHECK(Prefix{most}.sees(pair(0, 3)));
+}
+
 TEST_CASE("windows and prefixes look at positions, not at rows", "[mask]") {
   const At at{.sequence = 1, .head = 2, .query = 0, .key = 1, .query_position = 100, .key_position = 90};
   CHECK(window(10, 0).sees(at));

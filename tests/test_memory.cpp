@@ -1,15 +1,31 @@
 #include "support/catch.hpp"
 
-#include <qkv/kv_cache.hpp>
-#include <qkv/latent_cache.hpp>
 #include <qkv/memory.hpp>
+#include <qkv/qkv.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <limits>
 #include <stdexcept>
 
 using namespace qkv;
+
+// Bytes are an Index wherever they are asked for, so that they add up and compare without casts.
+template <class X>
+concept CountsBytes = requires(const X& x) {
+  { x.bytes() } -> std::same_as<Index>;
+};
+template <class X>
+concept CountsOverhead = CountsBytes<X> && requires(const X& x) {
+  { x.overhead_bytes() } -> std::same_as<Index>;
+};
+static_assert(CountsOverhead<KvCache<half>> && CountsOverhead<RingCache<float>> && CountsOverhead<LatentCache<float>>);
+static_assert(CountsOverhead<PagedCache<float>> && CountsOverhead<PagedLatentCache<float>>);
+static_assert(CountsOverhead<PagePool<float>> && CountsOverhead<LatentPagePool<float>>);
+static_assert(CountsBytes<Projection<float>> && CountsBytes<kernel::PackedWeights<float>> && CountsBytes<Workspace>);
+static_assert(std::same_as<decltype(required_bytes<float>(Kernel::tiled, 1, 1, Heads{}, 1, 1)), Index>);
+static_assert(std::same_as<decltype(Explanation{}.workspace_bytes), Index>);
 
 TEST_CASE("MLA keeps 576 numbers per token: 56.9 times fewer than MHA, 71.1 than its naive form, 3.6 than GQA-8") {
   constexpr Index mla = elements_per_token(deepseek_v3);

@@ -123,6 +123,14 @@ TEST_CASE("norms refuse what does not fit, before they write", "[norm]") {
   REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain.leftCols(5), 1e-6); }), "[1, 12]"));
   REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain, 1e-6, 3); }), "[1, 4]"));
   REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain, 1e-6, 5); }), "heads 5"));
+  // Every number divides 0 columns; a head has a feature all the same.
+  const qkv::Matrix<float> none(3, 0), tall(Index{1} << 60, 0);
+  const qkv::RowVector<float> no_gain(0);
+  REQUIRE(
+      contains(message_of([&] { qkv::rms_norm(none, no_gain, 1e-6, Index{1} << 60); }), "a feature or more for each"));
+  REQUIRE(qkv::rms_norm(none, no_gain, 1e-6).rows() == 3);
+  REQUIRE(qkv::rms_norm(tall, no_gain, 1e-6).size() == 0);  // at once
+  REQUIRE(qkv::layer_norm(tall, no_gain, no_gain, 1e-6).size() == 0);
   REQUIRE_THROWS_AS(qkv::rms_norm(x, gain, -1.0), std::invalid_argument);
   REQUIRE(contains(message_of([&] { qkv::rms_norm(x, gain, -1e-9); }), "eps must be >= 0; given -1e-09"));
   REQUIRE_THROWS_AS(qkv::rms_norm(x, gain, std::nan("")), std::invalid_argument);

@@ -4,12 +4,20 @@
 
 #include <qkv/memory.hpp>
 #include <qkv/paged_cache.hpp>
+#include <qkv/paged_latent_cache.hpp>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
+
+#if __has_include(<sys/wait.h>)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 using namespace qkv;
 using support::append_ids;
@@ -373,3 +381,64 @@ TEMPLATE_TEST_CASE("pool and sequences account for every byte, and appending all
   });
   REQUIRE(used.count == 0);
 }
+
+TEST_CASE("a pool counts its sequences: forks, those that hold no page, not what was moved from") {
+  PagePool<float> pool(sizes);
+  REQUIRE(pool.sequences() == 0);
+  PagedCache<float> a(pool);
+  REQUIRE(pool.sequences() == 1);
+  append_ids(a, ids(0, 5));
+  {
+    const PagedCache<float> b = a.fork(), c = a.fork(0);
+    REQUIRE(pool.sequences() == 3);
+  }
+  REQUIRE(pool.sequences() == 1);
+  PagedCache<float> d(std::move(a));
+  REQUIRE(pool.sequences() == 1);
+  const PagedCache<float> of_nothing = a.fork();  // NOLINT(bugprone-use-after-move): it is of no pool
+  REQUIRE(of_nothing.capacity() == 0);
+  REQUIRE(pool.sequences() == 1);
+  a = d.fork();
+  REQUIRE(pool.sequences() == 2);
+  a = std::move(d);
+  REQUIRE(pool.sequences() == 1);
+  REQUIRE_THROWS_AS(PagedCache<float>(pool, 25), std::invalid_argument);
+  REQUIRE(pool.sequences() == 1);
+}
+
+#if __has_include(<sys/wait.h>)
+namespace {
+
+/// What a program does that ends in f(): 0 where the error handler is called with the rule, 1 with something else, 2 never.
+template <class F>
+int handled(F&& f) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    set_error_handler([](const char* message) {
+      const char* const rule = "a page pool must outlive its sequences; it is destroyed while there are still 1";
+      std::_Exit(std::strcmp(message, rule) == 0 ? 0 : 1);
+    });
+    f();
+    std::_Exit(2);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 3;
+}
+
+}  // namespace
+
+TEST_CASE("a pool that is destroyed before its sequences stops the program with the rule") {
+  std::optional<PagePool<float>> pool(sizes);
+  std::optional<PagedCache<float>> cache(*pool);
+  REQUIRE(handled([&] { pool.reset(); }) == 0);  // without a page, too
+  append_ids(*cache, ids(0, 5));
+  REQUIRE(handled([&] { pool.reset(); }) == 0);
+  REQUIRE(handled([&] { cache.reset(), pool.reset(); }) == 2);
+
+  constexpr LatentPagePoolConfig small{.latent_dim = 3, .rope_dim = 2, .page_tokens = 4, .pages = 5};
+  std::optional<LatentPagePool<float>> latents(small);
+  const PagedLatentCache<float> of_latents(*latents);
+  REQUIRE(handled([&] { latents.reset(); }) == 0);
+}
+#endif

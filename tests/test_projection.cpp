@@ -122,7 +122,7 @@ TEST_CASE("weights are handed back as they came, and copies share them", "[proje
   qkv::Projection<float> projection(w, b), copy = projection;
   REQUIRE(same_bits(projection.weight(), w));
   REQUIRE(same_bits(qkv::Projection<float>::from_out_in(w.transpose()).weight(), w));
-  REQUIRE(projection.bytes() == 3 * 32 * 19 * sizeof(float));  // 71 columns in panels of 32
+  REQUIRE(projection.bytes() == 3 * 32 * 19 * 4);  // 71 columns in panels of 32
   const qkv::Projection<float> moved = std::move(copy);
   REQUIRE(same_bits(copy.forward(w.transpose()), moved.forward(w.transpose())));
   projection = qkv::Projection<float>();

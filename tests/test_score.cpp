@@ -27,6 +27,12 @@ concept CanBeAlibi = requires(X&& x) {
 static_assert(CanBeBias<Matrix<float>&> && CanBeBias<const Matrix<double>&> && !CanBeBias<Matrix<float>>);
 static_assert(!CanBeBias<const Matrix<float>> && !CanBeAlibi<const RowVector<float>>);
 static_assert(CanBeAlibi<RowVector<float>&> && CanBeAlibi<Eigen::VectorXf&> && !CanBeAlibi<RowVector<float>>);
+// What looks at memory of someone else may be a temporary; what may look at a temporary may not.
+static_assert(CanBeBias<ConstView<float>> && CanBeBias<View<float>> && CanBeBias<const Eigen::Map<Matrix<float>>>);
+static_assert(CanBeBias<Eigen::Block<View<float>>> && CanBeBias<Eigen::Block<const Eigen::Block<ConstView<float>>>>);
+static_assert(CanBeAlibi<Eigen::VectorBlock<Eigen::Map<RowVector<float>>>>);
+static_assert(CanBeBias<const Eigen::Block<const Matrix<float>>> && !CanBeBias<Eigen::Block<Matrix<float>>>);
+static_assert(!CanBeBias<Eigen::Block<Eigen::Block<Matrix<float>>>> && !CanBeBias<Eigen::Ref<const Matrix<float>>>);
 
 const At somewhere{.sequence = 0, .head = 1, .query = 2, .key = 3, .query_position = 12, .key_position = 5};
 
@@ -48,6 +54,8 @@ TEST_CASE("each score is its formula", "[score]") {
   const Matrix<double> m = numbers<double>(6, 4, 1);
   CHECK(bias(m)(1.5, somewhere) == 1.5 + m(2, 3));
   CHECK(bias_per_head(m, 2)(1.5, somewhere) == 1.5 + m(3 + 2, 3));
+  CHECK(bias(view(m).bottomRows(5))(1.5, somewhere) == 1.5 + m(3, 3));
+  CHECK(bias(m.bottomRows(4))(1.5, somewhere) == 1.5 + m(4, 3));
 }
 
 TEST_CASE("then applies scores from left to right", "[score]") {
@@ -68,7 +76,14 @@ TEST_CASE("scores refuse operands that do not fit, in words", "[score]") {
   };
   for (const double wrong :
        {0.0, -1.0, std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()})
-    CHECK(contains(message_of([&] { soft_cap(wrong); }), "soft_cap needs a finite cap > 0"));
+    for (const std::string& text : {message_of([&] { soft_cap(wrong); }), said(SoftCap{wrong}, {}),
+                                    said(then(plain, SoftCap{wrong}), {.heads = 3})})
+      CHECK(contains(text, "soft_cap needs a finite cap > 0"));
+  CHECK(said(soft_cap(5), {}).empty());
+  for (const double cap : {1e300, std::numeric_limits<double>::infinity()}) {  // as a float, whatever it is
+    CHECK(SoftCap{cap}.cap_as<float>() == std::numeric_limits<float>::max());
+    CHECK(SoftCap{-cap}.cap_as<float>() == -std::numeric_limits<float>::max());
+  }
 
   const RowVector<float> slopes = RowVector<float>::Ones(3);
   CHECK(said(alibi(slopes), {.heads = 3}).empty());

@@ -6,8 +6,10 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/numbers.hpp"
 
 using qkv::Workspace;
+using support::contains, support::message_of;
 
 TEST_CASE("leases are aligned, writable and distinct while they are out", "[workspace]") {
   Workspace workspace;
@@ -39,6 +41,8 @@ TEST_CASE("reserve holds its bytes before the first call", "[workspace]") {
   workspace.reserve(4096);
   CHECK(workspace.bytes() == 4096);
   { const auto lease = workspace.lease(4096); }
+  CHECK(workspace.bytes() == 4096);
+  CHECK(contains(message_of([&] { workspace.reserve(-1); }), "bytes >= 0; given -1"));
   CHECK(workspace.bytes() == 4096);
 }
 

@@ -35,8 +35,7 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 /// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
 /// and values in T: the decode kernel may hold more for an int8 cache.
 template <class T>
-std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim,
-                           Index v_head_dim) {
+Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim, Index v_head_dim) {
   check(heads);
   detail::require(n_queries >= 0 && n_keys >= 0 && head_dim >= 0 && v_head_dim >= 0,
                   "a call needs n_queries, n_keys, head_dim and v_head_dim >= 0; given ", n_queries, ", ", n_keys, ", ",
@@ -47,7 +46,7 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
     case Kernel::tiled: {
       const std::size_t per_head = kernel::panel_bytes<kernel::Exact<T>>(
           (n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
-      return state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim);
+      return static_cast<Index>(state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim));
     }
     case Kernel::decode: {
       using Dot = kernel::WidenedDot<T, T>;
@@ -55,10 +54,11 @@ std::size_t required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads h
       const Index at_once = kernel::decode_heads_at_once(
           head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
           kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
-      return state + kernel::Decode<Dot, T, T, Full, Plain>::bytes(at_once, n, head_dim, v_head_dim);
+      return static_cast<Index>(state +
+                                kernel::Decode<Dot, T, T, Full, Plain>::bytes(at_once, n, head_dim, v_head_dim));
     }
     default:
-      return state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim);
+      return static_cast<Index>(state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim));
   }
 }
 
@@ -230,11 +230,12 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
   const auto task = make_task(q, keys, heads, mask, score, options, 0);
   check_call(mask, score, keys, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
   Matrix<T> weights(checked_product(heads.heads, q.rows()), keys.rows);
-  for (Index h = 0; h < heads.heads; ++h)
-    for (Index i = 0; i < q.rows(); ++i)
-      kernel::reference_weights(task, h, i,
-                                options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
-                                stage, weights.data() + (h * q.rows() + i) * keys.rows);
+  for (Index row = 0; row < weights.rows(); ++row) {
+    const Index h = row / q.rows(), i = row % q.rows();
+    kernel::reference_weights(task, h, i,
+                              options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
+                              stage, weights.data() + row * keys.rows);
+  }
   return weights;
 }
 

@@ -5,7 +5,9 @@
 //     boolean(matrix)    matrix(query, key), true = may see; boolean_per_head: one matrix per head
 //
 // They compose with all others. They hold views of their operands, which must outlive the call; a temporary that would not
-// is a compile error. Operands that do not fit the call, or that it would overwrite, are refused before anything is written.
+// is a compile error, and so is m.topRows(n) of a matrix that is not const, which could be one: write
+// std::as_const(m).topRows(n). Operands that do not fit the call, or that it would overwrite, are refused before anything is
+// written.
 //
 // Before: mask.hpp   Next: score.hpp
 #pragma once
@@ -127,7 +129,7 @@ Boolean boolean(const X& matrix) {
   return {view(matrix), 0};
 }
 template <detail::DyingOperand X>
-Boolean boolean(X&& matrix) = delete;  // the mask holds a view: the matrix must outlive it
+Boolean boolean(X&&) = delete;  // a view: write boolean(m), boolean(std::as_const(m).topRows(n)); m outlives it
 
 /// [heads·n_queries, n_keys]: head h uses rows h·n_queries …
 template <MatrixLike X>
@@ -138,6 +140,6 @@ Boolean boolean_per_head(const X& matrix, Index heads) {
   return {view(matrix), matrix.rows() / heads};
 }
 template <detail::DyingOperand X>
-Boolean boolean_per_head(X&& matrix, Index heads) = delete;
+Boolean boolean_per_head(X&&, Index) = delete;  // a view: boolean_per_head(std::as_const(m).topRows(n), heads)
 
 }  // namespace qkv::inline QKV_ABI

@@ -29,7 +29,7 @@ struct Explanation {
   Index blocks_all = 0, blocks_some = 0, blocks_none = 0;  // of tile_queries × tile_keys, over all heads
   double flops = 0;                                        // of the blocks that are not skipped
   double bytes = 0;                                        // of q, k, v and out, each once
-  std::size_t workspace_bytes = 0;                         // scratch with the serial executor
+  Index workspace_bytes = 0;                               // scratch with the serial executor
 
   std::string text() const {
     const double blocks = static_cast<double>(blocks_all + blocks_some + blocks_none);
@@ -90,7 +90,7 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
                                       &mask,
                                       &score};
   double pairs = 0;
-  for (Index h = 0; h < heads.heads; ++h)
+  for (Index h = 0; h < heads.heads && n_queries > 0; ++h)
     for (Index q = 0; q < n_queries; q += kernel::tile_queries) {
       const Index n = std::min(kernel::tile_queries, n_queries - q);
       kernel::for_each_chunk(keys, kernel::tile_keys, [&](Index grid, std::size_t r, Index base, Index row) {

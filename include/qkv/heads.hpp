@@ -51,7 +51,7 @@ Matrix<ScalarOf<X>> repeat_kv_heads(const X& x, Heads h) {
                   detail::Shape{x.rows(), x.cols()});
   const Index width = x.cols() / h.kv_heads;
   Matrix<ScalarOf<X>> out(x.rows(), h.heads * width);
-  for (Index head = 0; head < h.heads; ++head)
+  for (Index head = 0; head < h.heads && out.size() > 0; ++head)
     out.middleCols(head * width, width) = x.middleCols(h.kv_head(head) * width, width);
   return out;
 }

@@ -245,8 +245,8 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   }
   /// Bytes of tables and workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
   Index overhead_bytes() const {
-    return static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0]) +
-                              this->workspace_.bytes());
+    return static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0])) +
+           this->workspace_.bytes();
   }
 
   /// For kernels; valid until the next change of the cache.

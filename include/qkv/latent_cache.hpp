@@ -107,7 +107,7 @@ class LatentCache {
   /// Bytes of latents, rope keys and scales at capacity.
   Index bytes() const { return memory_.bytes(); }
   /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
-  Index overhead_bytes() const { return static_cast<Index>(workspace_.bytes()); }
+  Index overhead_bytes() const { return workspace_.bytes(); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>

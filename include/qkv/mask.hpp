@@ -128,7 +128,22 @@ inline constexpr Full full{};
 
 inline constexpr Index infinite = std::numeric_limits<Index>::max();
 
-/// Sees left keys before its own position, its own, and right keys after: left + right + 1 in all.
+namespace detail {
+
+/// a + b and a - b, or the end of the range that they lie beyond.
+constexpr Index clamped_sum(Index a, Index b) {
+  constexpr Index least = std::numeric_limits<Index>::min(), most = std::numeric_limits<Index>::max();
+  return b > 0 ? (a > most - b ? most : a + b) : a < least - b ? least : a + b;
+}
+constexpr Index clamped_difference(Index a, Index b) {
+  constexpr Index least = std::numeric_limits<Index>::min(), most = std::numeric_limits<Index>::max();
+  return b > 0 ? (a < least + b ? least : a - b) : a > most + b ? most : a - b;
+}
+
+}  // namespace detail
+
+/// Sees left keys before its own position, its own, and right keys after: left + right + 1 in all. A call refuses a left
+/// or a right below 0.
 struct Window {
   Index left = infinite, right = infinite;
 
@@ -144,25 +159,30 @@ struct Window {
   }
   /// A key at position k is seen from k - right to k + left.
   constexpr SeenBy seen_by(const Block& b) const {
-    const Index from = right == infinite ? least : b.key_position < least + right ? least : b.key_position - right;
-    const Index to = left == infinite || b.key_position > infinite - left ? infinite : b.key_position + left;
-    const Index begin = from <= b.query_position ? 0 : std::min(from - b.query_position, b.n_queries);
-    const Index end = to >= b.last_query_position() ? b.n_queries : std::max<Index>(to - b.query_position + 1, 0);
+    const Index from = right == infinite ? least : detail::clamped_difference(b.key_position, right);
+    const Index to = left == infinite ? infinite : detail::clamped_sum(b.key_position, left);
+    const Index first = b.query_position, last = b.last_query_position();
+    const Index begin = from <= first ? 0 : from > last ? b.n_queries : from - first;
+    const Index end = to >= last ? b.n_queries : to < first ? 0 : to - first + 1;
     return {begin, std::max(begin, end)};
+  }
+  void check(const CallShape&) const {
+    detail::require(left >= 0 && right >= 0,
+                    "window(left, right) needs left >= 0 and right >= 0 (`infinite` for no bound); given ", left,
+                    " and ", right);
   }
 
  private:
   static constexpr Index least = std::numeric_limits<Index>::min();
-  constexpr Index low(Index p) const { return left == infinite || p < least + left ? least : p - left; }
-  constexpr Index high(Index p) const { return right == infinite || p > infinite - right ? infinite : p + right; }
+  constexpr Index low(Index p) const { return left == infinite ? least : detail::clamped_difference(p, left); }
+  constexpr Index high(Index p) const { return right == infinite ? infinite : detail::clamped_sum(p, right); }
 };
 
 /// window(left, right) with left, right >= 0; `infinite` means no bound on that side.
 inline Window window(Index left, Index right) {
-  detail::require(left >= 0 && right >= 0,
-                  "window(left, right) needs left >= 0 and right >= 0 (`infinite` for no bound); given ", left, " and ",
-                  right);
-  return {left, right};
+  const Window made{left, right};
+  made.check({});
+  return made;
 }
 
 inline constexpr Window causal{infinite, 0};

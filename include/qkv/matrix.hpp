@@ -87,10 +87,22 @@ template <class X>
 concept DyingMatrix = MatrixLike<X> && !std::is_lvalue_reference_v<X> && requires(const std::remove_cvref_t<X>& x) {
   detail::accept_owner(x);
 };
-/// The same, or a temporary that may hold a copy (an expression, a Ref). Blocks of a const matrix come as const
-/// temporaries, and only look.
+/// A map, or a part of one: it looks at memory that is someone else's, even where it is a temporary itself.
 template <class X>
-concept DyingOperand = DyingMatrix<X> ||(MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X>);
+inline constexpr bool looks_elsewhere = false;
+template <class X, int Options, class Stride>
+inline constexpr bool looks_elsewhere<Eigen::Map<X, Options, Stride>> = true;
+template <class X, int Rows, int Columns, bool Inner>
+inline constexpr bool looks_elsewhere<Eigen::Block<X, Rows, Columns, Inner>> = looks_elsewhere<std::remove_const_t<X>>;
+template <class X, int Size>
+inline constexpr bool looks_elsewhere<Eigen::VectorBlock<X, Size>> = looks_elsewhere<std::remove_const_t<X>>;
+
+/// The same, or a temporary that may hold a copy (an expression, a Ref). A block of a const matrix comes as a const
+/// temporary, and only looks. A block of one that is not const may look at a temporary: m.topRows(2) and f().topRows(2)
+/// are of one type. So it is refused, and std::as_const(m).topRows(2) is taken: of f() there is no as_const.
+template <class X>
+concept DyingOperand = DyingMatrix<X> ||
+    (MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X> && !looks_elsewhere<X>);
 
 /// Elements from one row to the next.
 template <MatrixLike X>

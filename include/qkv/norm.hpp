@@ -46,8 +46,9 @@ SumOf<T> ordered_sum(const T* x, Index n, F&& f) {
 /// What both norms ask of their operands.
 template <MatrixLike Out, MatrixLike X, MatrixLike G>
 void check_norm(const Out& out, const X& x, const G& gain, double eps, Index heads, const char* name) {
-  require(heads >= 1 && x.cols() % heads == 0, name, ": heads must divide the columns of x; x is ",
-          Shape{x.rows(), x.cols()}, ", heads ", heads);
+  require(heads >= 1 && x.cols() % heads == 0 && (heads == 1 || x.cols() > 0), name,
+          ": heads must divide the columns of x, with a feature or more for each; x is ", Shape{x.rows(), x.cols()},
+          ", heads ", heads);
   require(gain.rows() == 1 && gain.cols() == x.cols() / heads, name, ": gain and bias must be [1, ", x.cols() / heads,
           "] for x ", Shape{x.rows(), x.cols()}, " in ", heads, " head(s); given ", Shape{gain.rows(), gain.cols()});
   require(out.rows() == x.rows() && out.cols() == x.cols(), name, ": out must have the shape of x, ",
@@ -69,8 +70,8 @@ void rms_norm_into(Out&& out, const X& x, const G& gain, double eps, Index heads
   const auto from = view(x);
   auto to = writable_view(out);
   const T* const g = view(gain).data();
-  const Index width = x.cols() / heads;
-  for (Index row = 0; row < x.rows(); ++row)
+  const Index width = x.cols() / heads, rows = width > 0 ? x.rows() : 0;  // rows of nothing may be any number
+  for (Index row = 0; row < rows; ++row)
     for (Index head = 0; head < heads; ++head) {
       const T* const a = from.data() + row * from.outerStride() + head * width;
       T* const y = to.data() + row * to.outerStride() + head * width;
@@ -99,8 +100,8 @@ void layer_norm_into(Out&& out, const X& x, const G& gain, const B& bias, double
   const auto from = view(x);
   auto to = writable_view(out);
   const T *const g = view(gain).data(), *const b = view(bias).data();
-  const Index width = x.cols();
-  for (Index row = 0; row < x.rows(); ++row) {
+  const Index width = x.cols(), rows = width > 0 ? x.rows() : 0;
+  for (Index row = 0; row < rows; ++row) {
     const T* const a = from.data() + row * from.outerStride();
     T* const y = to.data() + row * to.outerStride();
     const S mean = detail::ordered_sum(a, width, [](S sum, S v) { return sum + v; }) / static_cast<S>(width);

@@ -5,13 +5,15 @@
 //
 // When a sequence needs more pages than are free, the pool asks its owner (`on_exhausted`), who may give up sequences.
 //
-// The pool owns the bytes and must outlive its sequences.
+// The pool owns the bytes and must outlive its sequences: one that is destroyed while there are any stops the program, with
+// this rule as its message (set_error_handler, which prints and aborts unless another is set).
 //
 // Before: ring_cache.hpp   Next: paged_cache.hpp
 #pragma once
 
 #include <functional>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -40,6 +42,8 @@ class PageUse {
   Index page_tokens() const { return page_tokens_; }
   Index pages() const { return static_cast<Index>(references_.size()); }
   Index free_pages() const { return static_cast<Index>(free_.size()); }
+  /// How many sequences there are that take pages from here, also those that hold none at present.
+  Index sequences() const { return sequences_; }
   /// Bytes of the tables. A pool's bytes() + overhead_bytes() is everything it has allocated.
   Index overhead_bytes() const {
     return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
@@ -109,9 +113,22 @@ class PageUse {
   }
   PageUse(const PageUse&) = delete;  // sequences point here
   PageUse& operator=(const PageUse&) = delete;
-  ~PageUse() = default;
+  ~PageUse() {
+    if (sequences_ > 0) [[unlikely]]
+      outlived();
+  }
 
  private:
+  template <class>
+  friend class detail::PagedRows;
+  void join() { ++sequences_; }
+  void leave() { --sequences_; }
+  [[noreturn]] void outlived() const {
+    std::string message;
+    detail::append(message, "a page pool must outlive its sequences; it is destroyed while there are still ");
+    detail::append(message, sequences_);
+    detail::give_up(message);
+  }
   void require_used(Index page) const {
     detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");
   }
@@ -120,6 +137,7 @@ class PageUse {
   std::vector<Index> references_, free_;
   std::function<void(Index)> evict_;
   bool evicting_ = false;
+  Index sequences_ = 0;
 };
 
 /// Pages of keys and values.

@@ -76,7 +76,7 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
   }
 
   /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
-  Index overhead_bytes() const { return this->table_bytes() + static_cast<Index>(this->workspace_.bytes()); }
+  Index overhead_bytes() const { return this->table_bytes() + this->workspace_.bytes(); }
 
   /// For kernels, one run per page; valid until the next change of the cache.
   KeyRows<S> key_rows() const { return detail::key_rows_of<S>(this->shape_, page_tokens(), this->runs_, this->rows()); }

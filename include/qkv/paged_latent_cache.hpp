@@ -7,7 +7,7 @@
 // Rows are stored as in latent_cache.hpp, and a sequence gives the same bits from either.
 // PagedAttention: Kwon et al. 2023, arXiv:2309.06180.
 //
-// The pool owns the bytes and must outlive its sequences; it and they belong to one thread at a time.
+// The pool owns the bytes and must outlive its sequences (page_pool.hpp); it and they belong to one thread at a time.
 //
 // Before: latent_cache.hpp   Next: saved_cache.hpp
 #pragma once
@@ -151,7 +151,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   }
 
   /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
-  Index overhead_bytes() const { return this->table_bytes() + static_cast<Index>(workspace_.bytes()); }
+  Index overhead_bytes() const { return this->table_bytes() + workspace_.bytes(); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>

@@ -26,7 +26,7 @@ template <class T>
 Matrix<T> sinusoidal_positions(std::span<const Index> positions, Index model_dim) {
   detail::require(model_dim >= 1, "sinusoidal positions need model_dim >= 1; given ", model_dim);
   Matrix<T> table(static_cast<Index>(positions.size()), model_dim);
-  for (Index i = 0; i < model_dim; ++i) {
+  for (Index i = 0; i < model_dim && table.rows() > 0; ++i) {
     // Vaswani's exponent 2i/d is the even feature below this one, over d.
     const double frequency = std::pow(10000.0, -static_cast<double>(i - i % 2) / static_cast<double>(model_dim));
     for (Index row = 0; row < table.rows(); ++row) {

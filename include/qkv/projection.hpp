@@ -39,7 +39,7 @@ template <class T>
 class AnyWeights {
  public:
   virtual ~AnyWeights() = default;
-  virtual std::size_t bytes() const = 0;
+  virtual Index bytes() const = 0;
   virtual Matrix<T> unpacked() const = 0;
   virtual void run(View<T> out, const ConstView<T>& x, const T* bias, Index item) const = 0;
 };
@@ -48,7 +48,7 @@ template <class T, StorageType S>
 class WeightsIn final : public AnyWeights<T> {
  public:
   explicit WeightsIn(kernel::PackedWeights<T, S> weights) : weights_(std::move(weights)) {}
-  std::size_t bytes() const override { return weights_.bytes(); }
+  Index bytes() const override { return weights_.bytes(); }
   Matrix<T> unpacked() const override { return weights_.unpacked(); }
   void run(View<T> out, const ConstView<T>& x, const T* bias, Index item) const override {
     kernel::packed_product_item(out, x, weights_, bias, item);
@@ -94,7 +94,7 @@ class Projection {
   const RowVector<T>& bias() const { return bias_; }  // [out_dim] or empty
   bool has_bias() const { return bias_.size() > 0; }
   /// Bytes of the packed weights, shared with all copies.
-  std::size_t bytes() const { return weights_ ? weights_->bytes() : 0; }
+  Index bytes() const { return weights_ ? weights_->bytes() : 0; }
 
   /// x [n, in_dim] -> [n, out_dim].
   template <MatrixLike X, Executor E = Serial>

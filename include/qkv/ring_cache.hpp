@@ -123,7 +123,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   /// Bytes of keys, values and scales at capacity.
   Index bytes() const { return block_.bytes(); }
   /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
-  Index overhead_bytes() const { return static_cast<Index>(this->workspace_.bytes()); }
+  Index overhead_bytes() const { return this->workspace_.bytes(); }
 
   /// For kernels; valid until the next change of the cache. One run until the first row is forgotten, then up to three:
   /// pinned, tail and head of the ring.

@@ -74,6 +74,7 @@ template <class T, class Angles>
 void turn_rows(View<T> out, const ConstView<T>& x, Index heads, Index begin, Index dim, Pairing pairing,
                Angles&& angles) {
   const Index head_dim = x.cols() / heads, pairs = dim / 2, end = begin + dim;
+  if (head_dim == 0) return;  // heads of nothing may be any number
   if (out.data() != x.data() && dim < head_dim)
     for (Index row = 0; row < x.rows(); ++row)
       for (Index head = 0; head < heads; ++head) {

@@ -8,7 +8,8 @@
 //
 // The order is ONNX's (Attention, opset 25): scale, scores from left to right, mask, softmax. A score of -inf is masked.
 // A function may be called for pairs that the mask hides too (the result is dropped): it must be defined for them.
-// Scores hold views of slopes and matrices: those must outlive the call.
+// Scores hold views of slopes and matrices: those must outlive the call. Of a part of a matrix that is not const write
+// bias(std::as_const(m).topRows(n)): m.topRows(n) could be of a temporary as well, and does not compile.
 //
 // Before: data_masks.hpp   Next: softmax.hpp
 #pragma once
@@ -38,14 +39,17 @@ inline constexpr Plain plain{};
 
 /// cap · tanh(score / cap): scores stay inside (-cap, cap).
 struct SoftCap {
-  double cap = 0;
+  double cap = 0;  // a call refuses what is not finite and above 0
 
   /// The cap as a finite T.
   template <class T>
   T cap_as() const {
-    return std::numeric_limits<T>::is_specialized && cap > static_cast<double>(std::numeric_limits<T>::max())
-               ? std::numeric_limits<T>::max()
-               : static_cast<T>(cap);
+    if constexpr (std::numeric_limits<T>::is_specialized) {
+      constexpr T most = std::numeric_limits<T>::max();
+      if (cap > static_cast<double>(most)) return most;
+      if (cap < -static_cast<double>(most)) return -most;
+    }
+    return static_cast<T>(cap);
   }
 
   template <class T>
@@ -54,10 +58,15 @@ struct SoftCap {
     const T c = cap_as<T>();
     return c * tanh(score / c);
   }
+  void check(const CallShape&) const {
+    detail::require(cap > 0 && cap <= std::numeric_limits<double>::max(), "soft_cap needs a finite cap > 0; given ",
+                    cap);
+  }
 };
 inline SoftCap soft_cap(double cap) {
-  detail::require(cap > 0 && cap <= std::numeric_limits<double>::max(), "soft_cap needs a finite cap > 0; given ", cap);
-  return {cap};
+  const SoftCap made{cap};
+  made.check({});
+  return made;
 }
 
 /// A head-dependent penalty on distance; slopes from alibi_slopes(heads), one per head.
@@ -89,7 +98,7 @@ Alibi<T> alibi(std::span<const T> slopes) {
   return {slopes};
 }
 template <detail::DyingOperand X>
-Alibi<ScalarOf<X>> alibi(X&& slopes) = delete;  // the score holds a view: the slopes must outlive it
+Alibi<ScalarOf<X>> alibi(X&&) = delete;  // a view: write alibi(x), alibi(std::as_const(x).head(n)); x outlives it
 
 /// Adds matrix(query, key); rows and columns of the call. [n_queries, n_keys], or [heads·n_queries, n_keys] per head.
 template <class T>
@@ -119,7 +128,7 @@ Bias<ScalarOf<X>> bias(const X& matrix) {
   return {view(matrix), 0};
 }
 template <detail::DyingOperand X>
-Bias<ScalarOf<X>> bias(X&& matrix) = delete;  // the score holds a view: the matrix must outlive it
+Bias<ScalarOf<X>> bias(X&&) = delete;  // a view: write bias(m), bias(std::as_const(m).topRows(n)); m outlives it
 
 /// [heads·n_queries, n_keys]: head h uses rows h·n_queries …
 template <MatrixLike X>
@@ -129,7 +138,7 @@ Bias<ScalarOf<X>> bias_per_head(const X& matrix, Index heads) {
   return {view(matrix), matrix.rows() / heads};
 }
 template <detail::DyingOperand X>
-Bias<ScalarOf<X>> bias_per_head(X&& matrix, Index heads) = delete;
+Bias<ScalarOf<X>> bias_per_head(X&&, Index) = delete;  // a view: bias_per_head(std::as_const(m).topRows(n), heads)
 
 /// a, then b. ONNX Attention with both is then(soft_cap(c), bias(m)).
 template <class A, class B>

@@ -76,7 +76,7 @@ Matrix<ScalarOf<X>> softmax(const X& scores) {
   using T = ScalarOf<X>;
   using std::exp;
   Matrix<T> p = scores;
-  for (Index i = 0; i < p.rows(); ++i) {
+  for (Index i = 0; i < p.rows() && p.cols() > 0; ++i) {
     T m = detail::minus_infinity<T>, l = 0;
     for (Index j = 0; j < p.cols(); ++j) m = detail::nan_max(m, p(i, j));
     if (m == detail::minus_infinity<T>) {

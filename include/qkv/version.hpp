@@ -69,6 +69,7 @@
 #define QKV_DETAIL_EXCEPTIONS _noexcept
 #endif
 
+// QKV_ABI is put together anew wherever it stands: these and the parts above must stay defined.
 #define QKV_DETAIL_JOIN2(a, b, c, d, e, f) abi_##a##b##c##d##e##f
 #define QKV_DETAIL_JOIN(a, b, c, d, e, f) QKV_DETAIL_JOIN2(a, b, c, d, e, f)
 #define QKV_ABI                                                                                      \
@@ -94,3 +95,6 @@ inline constexpr const char* build_name = QKV_DETAIL_TEXT(QKV_ABI);
 inline constexpr const char* isa_name = QKV_DETAIL_TEXT(QKV_DETAIL_ISA);
 
 }  // namespace qkv::inline QKV_ABI
+
+#undef QKV_DETAIL_TEXT
+#undef QKV_DETAIL_TEXT2

@@ -105,13 +105,16 @@ class Workspace {
   }
 
   /// Allocates `bytes` for one lease now. A call may hold two or three at once: one call of the same sizes warms them all.
-  void reserve(std::size_t bytes) { lease(bytes); }
+  void reserve(Index bytes) {
+    detail::require(bytes >= 0, "a workspace reserves bytes >= 0; given ", bytes);
+    lease(static_cast<std::size_t>(bytes));
+  }
 
   /// Bytes held at present. Not to be called while leases are out.
-  std::size_t bytes() const {
+  Index bytes() const {
     std::size_t sum = 0;
     for (const Slot& slot : slots_) sum += slot.size;
-    return sum;
+    return static_cast<Index>(sum);
   }
 
  private:

@@ -7,6 +7,7 @@
 #include <qkv/rope.hpp>
 
 #include <array>
+#include <utility>
 #include <vector>
 
 using namespace qkv;
@@ -36,7 +37,18 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   documents(std::array<Index, 2>{3, 4});                  // refused: delete
   boolean(Matrix<bool>(2, 2));                            // refused: delete
   bias(Matrix<float>(2, 2));                              // refused: delete
+  bias(out.topRows(2));                                   // refused: write bias(m), bias(std::as_const(m).topRows(n))
+  bias_per_head(out.topRows(2), 1);                       // refused: bias_per_head(std::as_const(m).topRows(n)
+  boolean(Matrix<bool>(2, 2).topRows(1));                 // refused: write boolean(m), boolean(std::as_const
+  boolean_per_head(Matrix<bool>(2, 2).topRows(1), 1);     // refused: boolean_per_head(std::as_const(m).topRows
+  alibi(RowVector<float>(4).head(2));                     // refused: write alibi(x), alibi(std::as_const(x).head(n))
   alibi(alibi_slopes<float>(4));                          // refused: delete
   alibi(x.col(0));                                        // refused: qkv: alibi(slopes) needs a vector in memory
   head_columns(Matrix<float>(2, 2), Index{0}, Index{1});  // refused: delete
+
+  // … and what must: parts of a const matrix, and of a map, look at what is there.
+  bias(std::as_const(out).topRows(2));
+  bias_per_head(view(out).topRows(2).leftCols(1), 1);
+  alibi(std::as_const(out).row(0));
+  alibi(view(out).row(0).head(2));
 }

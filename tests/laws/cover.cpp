@@ -152,6 +152,7 @@ TEST_CASE("cover of a block equals brute force for windows, prefixes and lengths
     check_block(window(pick(0, 25), pick(0, 25)), block, true);
     check_block(window(infinite, pick(0, 25)), block, true);
     check_block(window(pick(0, 25), infinite), block, true);
+    check_block(Window{pick(-30, 25), pick(-30, 25)}, block);
     check_block(prefix(pick(0, n_positions + 5)), block, true);
     check_block(lengths(o.valid), block, true);
   }
@@ -210,8 +211,9 @@ TEST_CASE("the queries that see a key are the interval that a mask names", "[mas
   for (int trial = 0; trial < 6000; ++trial) {
     const Operands o(pick);
     const Block low = random_block(pick, -20), block = random_block(pick, 0);
-    for (const Window& w : {causal, window(pick(0, 25), pick(0, 25)), window(infinite, pick(0, 25)),
-                            window(pick(0, 25), infinite), window(infinite, infinite)})
+    for (const Window& w :
+         {causal, window(pick(0, 25), pick(0, 25)), window(infinite, pick(0, 25)), window(pick(0, 25), infinite),
+          window(infinite, infinite), Window{pick(-30, 25), pick(-30, 25)}, Window{infinite, pick(-30, -1)}})
       REQUIRE(check_interval(w, low));
     REQUIRE(check_interval(full, low));
     REQUIRE(check_interval(prefix(pick(0, n_positions)), low));

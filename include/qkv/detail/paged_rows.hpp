@@ -67,10 +67,15 @@ class PagedRows {
             capacity);
     table_.reserve(static_cast<std::size_t>(pages_for(capacity)));
     runs_.reserve(table_.capacity());
+    pool_->join();
   }
   PagedRows(const PagedRows&) = delete;
   PagedRows& operator=(const PagedRows&) = delete;
-  ~PagedRows() { release_from(0); }
+  ~PagedRows() {
+    if (!pool_) return;
+    release_from(0);
+    pool_->leave();
+  }
 
   void check_fork(Index position) const {
     require<std::out_of_range>(can_truncate(position), "fork(position) needs 0 <= position <= ", rows_, "; given ",
@@ -78,7 +83,9 @@ class PagedRows {
   }
   /// Takes the rows before `position` of another sequence, in the same pages.
   void share(const PagedRows& other, Index position) {
+    if (!other.pool_) return;
     pool_ = other.pool_;
+    pool_->join();
     capacity_ = other.capacity_;
     table_.reserve(other.table_.capacity());
     runs_.reserve(other.runs_.capacity());

@@ -15,7 +15,8 @@
 
 namespace qkv::inline QKV_ABI {
 
-/// Called instead of a throw when the program is compiled without exceptions. It must not return.
+/// Called instead of a throw when the program is compiled without exceptions, and for an error in a destructor, where none
+/// can be thrown. It must not return.
 using ErrorHandler = void (*)(const char* message);
 
 namespace detail {
@@ -30,13 +31,18 @@ inline std::atomic<ErrorHandler>& error_handler() {
   return handler;
 }
 
+/// For an error where nothing can be thrown.
+[[noreturn]] inline void give_up(const std::string& message) {
+  error_handler().load()(message.c_str());
+  print_and_abort("the error handler returned");
+}
+
 template <class Error>
 [[noreturn]] void raise(const std::string& message) {
 #if defined(__cpp_exceptions) || defined(_CPPUNWIND)
   throw Error(message);
 #else
-  error_handler().load()(message.c_str());
-  print_and_abort("the error handler returned");
+  give_up(message);
 #endif
 }
 
@@ -91,8 +97,8 @@ constexpr std::ptrdiff_t checked_sum(std::ptrdiff_t a, std::ptrdiff_t b) {
 
 }  // namespace detail
 
-/// Installs the handler used under -fno-exceptions, on any thread, and returns the previous one. The default, which null
-/// stands for, prints and aborts.
+/// Installs the handler used under -fno-exceptions and in destructors, on any thread, and returns the previous one. The
+/// default, which null stands for, prints and aborts.
 inline ErrorHandler set_error_handler(ErrorHandler handler) {
   return detail::error_handler().exchange(handler ? handler : detail::print_and_abort);
 }

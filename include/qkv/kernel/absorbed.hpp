@@ -15,14 +15,22 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <numbers>
+#include <utility>
 
 #include "../softmax.hpp"
+#include "../workspace.hpp"
 #include "lane_masks.hpp"
+#include "latent_blocks.hpp"
+#include "latent_grid.hpp"
 #include "latent_queries.hpp"
+#include "latent_tiles.hpp"
 #include "panel_softmax.hpp"
+#include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -22,11 +22,18 @@
 // Before: kernel/decode_head.hpp   Next: attention.hpp
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <span>
 #include <type_traits>
 
+#include "../softmax.hpp"
+#include "../workspace.hpp"
 #include "decode_head.hpp"
+#include "decode_scratch.hpp"
+#include "row_dots.hpp"
+#include "task.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 

@@ -18,6 +18,7 @@
 #include "decode_scratch.hpp"
 #include "pair_sums.hpp"
 #include "row_sums.hpp"
+#include "task.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -6,10 +6,13 @@
 // Before: kernel/pair_sums.hpp   Next: kernel/decode_head.hpp
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
+#include "../key_rows.hpp"
 #include "../workspace.hpp"
 #include "pair_sums.hpp"
 #include "row_dots.hpp"
-#include "task.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -25,6 +26,7 @@
 #include "../detail/multiply_add.hpp"
 #include "../detail/overlap.hpp"
 #include "../parallel.hpp"
+#include "../workspace.hpp"
 #include "packed_weights.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {

@@ -10,8 +10,10 @@
 
 #include <algorithm>
 
+#include "../detail/latent_rows.hpp"
 #include "../mask.hpp"
 #include "../softmax.hpp"
+#include "latent_grid.hpp"
 #include "latent_queries.hpp"
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {

@@ -9,7 +9,7 @@
 // Before: kernel/query_panels.hpp   Next: kernel/panel_mask.hpp
 #pragma once
 
-#include <numbers>
+#include <type_traits>
 
 #include "../mask.hpp"
 #include "../score.hpp"

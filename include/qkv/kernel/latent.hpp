@@ -13,9 +13,16 @@
 // Before: kernel/latent_splits.hpp   Next: latent_weights.hpp
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+
+#include "../detail/latent_rows.hpp"
+#include "../detail/launch.hpp"
 #include "../detail/layer.hpp"
-#include "../latent_cache.hpp"
+#include "../options.hpp"
 #include "../projection.hpp"
+#include "../softmax.hpp"
+#include "../workspace.hpp"
 #include "latent_splits.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {

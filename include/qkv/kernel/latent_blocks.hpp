@@ -17,11 +17,17 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
+#include "../detail/latent_rows.hpp"
+#include "../storage.hpp"
 #include "../workspace.hpp"
 #include "latent_grid.hpp"
+#include "latent_tiles.hpp"
+#include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

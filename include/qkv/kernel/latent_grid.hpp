@@ -12,8 +12,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 
-#include "../latent_cache.hpp"
+#include "../detail/latent_rows.hpp"
 #include "latent_tiles.hpp"
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {

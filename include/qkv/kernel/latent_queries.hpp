@@ -19,10 +19,15 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#include "latent_blocks.hpp"
+#include "../detail/latent_rows.hpp"
+#include "../workspace.hpp"
+#include "lane_parts.hpp"
+#include "latent_grid.hpp"
+#include "latent_tiles.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -11,12 +11,16 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <optional>
 #include <type_traits>
 
 #include "../parallel.hpp"
 #include "../score.hpp"
+#include "../softmax.hpp"
+#include "../workspace.hpp"
 #include "absorbed.hpp"
+#include "latent_grid.hpp"
 #include "task.hpp"
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {

@@ -12,11 +12,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "lane_parts.hpp"
 #include "value_tile.hpp"
+#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

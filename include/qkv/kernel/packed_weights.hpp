@@ -13,7 +13,6 @@
 
 #include "../detail/huge_pages.hpp"
 #include "../storage.hpp"
-#include "../workspace.hpp"
 #include "register_tile.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
@@ -79,7 +78,7 @@ class PackedWeights {
   /// int8 only: w = number · scale, [panels · panel].
   const T* scales() const { return scales_.data(); }
   /// Bytes held: the numbers with their padding, and the scales.
-  std::size_t bytes() const { return numbers_.size() * sizeof(S) + scales_.size() * sizeof(T); }
+  Index bytes() const { return static_cast<Index>(numbers_.size() * sizeof(S) + scales_.size() * sizeof(T)); }
   /// W [in, out] as these products see it: rounded to S.
   Matrix<T> unpacked() const {
     Matrix<T> w(in_, out_);

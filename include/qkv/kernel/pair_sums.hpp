@@ -11,11 +11,18 @@
 // Before: kernel/row_pairs.hpp   Next: kernel/decode_scratch.hpp
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
+#include "dots.hpp"
+#include "row_dots.hpp"
 #include "row_pairs.hpp"
 #include "row_sums.hpp"
+#include "shorts.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -12,10 +12,15 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
-#include "panels.hpp"
+#include "../workspace.hpp"
+#include "arithmetic.hpp"
+#include "simd.hpp"
+#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -10,10 +10,10 @@
 #pragma once
 
 #include <cmath>
-#include <span>
 
 #include "../options.hpp"
 #include "../softmax.hpp"
+#include "../workspace.hpp"
 #include "task.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {

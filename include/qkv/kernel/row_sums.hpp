@@ -7,6 +7,10 @@
 // Before: kernel/row_dots.hpp   Next: kernel/row_pairs.hpp
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+#include <utility>
+
 #include "row_dots.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -19,7 +19,6 @@
 // Before: workspace.hpp   Next: kernel/register_tile.hpp
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstddef>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "../heads.hpp"
 #include "../key_rows.hpp"

@@ -12,9 +12,15 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
+#include <type_traits>
+#include <utility>
 
 #include "arithmetic.hpp"
 #include "register_tile.hpp"
+#include "shorts.hpp"
+#include "simd.hpp"
+#include "words.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push

@@ -12,11 +12,15 @@
 // Before: kernel/gemm.hpp   Next: kernel/shorts.hpp
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "register_tile.hpp"
+#include "simd.hpp"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
 #define QKV_DETAIL_WORDS 1
