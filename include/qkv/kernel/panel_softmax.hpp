@@ -84,22 +84,26 @@ class PanelSoftmax {
 #ifdef QKV_DETAIL_SHORTS
   /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite.
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
-    const Vec sum = PanelSoftmax<Exact<T>, lanes>::weigh(s, begin, end, base, to_log2);
-    const auto product = [&](Index c) { return V::mul(V::load(s + c * lanes), V::broadcast(scales[c])); };
-    Vec even = V::zero(), odd = even;
-    for (Index c = begin; c < end; c += 2) {
-      even = V::max(even, product(c));
-      if (c + 1 < end) odd = V::max(odd, product(c + 1));
-    }
+    const auto put = [&](Index c, Vec& total, Vec& largest) {
+      const Vec weight = V::weight(V::sub(V::load(s + c * lanes), base), to_log2);
+      const Vec product = V::mul(weight, V::broadcast(scales[c]));
+      V::store(s + c * lanes, product);
+      total = V::add(total, weight), largest = V::max(largest, product);
+    };
+    Vec w = V::zero(), x = w, y = w, z = w, even = w, odd = w;
+    Index c = begin;
+    for (; c + 4 <= end; c += 4) put(c, w, even), put(c + 1, x, odd), put(c + 2, y, even), put(c + 3, z, odd);
+    if (c < end) put(c, w, even);
+    if (c + 1 < end) put(c + 1, x, odd);
+    if (c + 2 < end) put(c + 2, y, even);
+    const Vec sum = V::add(V::add(w, x), V::add(y, z));
     // Not less than 2⁻¹²⁰, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
     Vec step = V::max(V::mul(V::max(even, odd), V::broadcast(1.0F / 32767)), V::broadcast(0x1p-120F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
-    for (Index c = begin; c < end; c += 2) {
-      const Words low = round_to_words(V::mul(product(c), inverse));
-      const Words high = c + 1 < end ? round_to_words(V::mul(product(c + 1), inverse)) : broadcast_word(0);
-      store_words(s + c / 2 * lanes, to_pairs(low, high));
-    }
+    const auto rounded = [&](Index at) { return round_to_words(V::mul(V::load(s + at * lanes), inverse)); };
+    for (c = begin; c + 2 <= end; c += 2) store_words(s + c / 2 * lanes, to_pairs(rounded(c), rounded(c + 1)));
+    if (c < end) store_words(s + c / 2 * lanes, to_pairs(rounded(c), broadcast_word(0)));
     return {step, sum};
   }
 #endif
