@@ -85,7 +85,7 @@ class PanelSoftmax {
   /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite.
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     const auto put = [&](Index c, Vec& total, Vec& largest) {
-      const Vec weight = V::weight(V::sub(V::load(s + c * lanes), base), to_log2);
+      const Vec weight = weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
       const Vec product = V::mul(weight, V::broadcast(scales[c]));
       V::store(s + c * lanes, product);
       total = V::add(total, weight), largest = V::max(largest, product);
