@@ -84,26 +84,31 @@ class PanelSoftmax {
 #ifdef QKV_DETAIL_SHORTS
   /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite.
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
-    const auto put = [&](Index c, Vec& total, Vec& largest) {
-      const Vec weight = weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
-      const Vec product = V::mul(weight, V::broadcast(scales[c]));
-      V::store(s + c * lanes, product);
-      total = V::add(total, weight), largest = V::max(largest, product);
+    Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
+    const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
+      const Vec weight = weight_short(V::sub(V::load(at), base), to_log2);
+      const Vec product = V::mul(weight, V::broadcast(scale));
+      V::store(at, product);
+      total = V::add(total, weight), top = V::max(top, product);
     };
-    Vec w = V::zero(), x = w, y = w, z = w, even = w, odd = w;
-    Index c = begin;
-    for (; c + 4 <= end; c += 4) put(c, w, even), put(c + 1, x, odd), put(c + 2, y, even), put(c + 3, z, odd);
-    if (c < end) put(c, w, even);
-    if (c + 1 < end) put(c + 1, x, odd);
-    if (c + 2 < end) put(c + 2, y, even);
-    const Vec sum = V::add(V::add(w, x), V::add(y, z));
+    const Index pairs = (end - begin) / 2;
+    const bool rest = (end - begin) % 2 == 1;
+    T* at = s + begin * lanes;
+    const float* scale = scales + begin;
+    for (Index i = pairs; i > 0; --i, at += 2 * lanes, scale += 2)
+      put(at, scale[0], even, even_top), put(at + lanes, scale[1], odd, odd_top);
+    if (rest) put(at, scale[0], even, even_top);
+    const Vec sum = V::add(even, odd), top = V::max(even_top, odd_top);
     // Not less than 2⁻¹²⁰, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
-    Vec step = V::max(V::mul(V::max(even, odd), V::broadcast(1.0F / 32767)), V::broadcast(0x1p-120F));
+    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-120F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
-    const auto rounded = [&](Index at) { return round_to_words(V::mul(V::load(s + at * lanes), inverse)); };
-    for (c = begin; c + 2 <= end; c += 2) store_words(s + c / 2 * lanes, to_pairs(rounded(c), rounded(c + 1)));
-    if (c < end) store_words(s + c / 2 * lanes, to_pairs(rounded(c), broadcast_word(0)));
+    const auto rounded = [&](const T* product) { return round_to_words(V::mul(V::load(product), inverse)); };
+    at = s + begin * lanes;
+    T* to = s + begin / 2 * lanes;
+    for (Index i = pairs; i > 0; --i, at += 2 * lanes, to += lanes)
+      store_words(to, to_pairs(rounded(at), rounded(at + lanes)));
+    if (rest) store_words(to, to_pairs(rounded(at), broadcast_word(0)));
     return {step, sum};
   }
 #endif
