@@ -99,8 +99,8 @@ class PanelSoftmax {
       put(at, scale[0], even, even_top), put(at + lanes, scale[1], odd, odd_top);
     if (rest) put(at, scale[0], even, even_top);
     const Vec sum = V::add(even, odd), top = V::max(even_top, odd_top);
-    // Not less than 2⁻¹²⁰, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
-    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-120F));
+    // Not less than 2⁻¹²⁶, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
+    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-126F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
     const auto rounded = [&](const T* product) { return round_to_words(V::mul(V::load(product), inverse)); };

@@ -54,7 +54,7 @@ EIGEN_ALWAYS_INLINE Words add_words(Words a, Words b) { return _mm256_add_epi32(
 EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm256_madd_epi16(a, b); }
 EIGEN_ALWAYS_INLINE __m256 words_to_float(Words v) { return _mm256_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m256 v) { return _mm256_cvtps_epi32(v); }
-EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }  // the same bits
+EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }        // the same bits
 EIGEN_ALWAYS_INLINE __m256 at_least(__m256 x, __m256 low) { return _mm256_max_ps(low, x); }  // NaN stays NaN
 /// Words (low, high) of numbers from 0 to 32767.
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
@@ -233,8 +233,7 @@ inline void pack_shorts(const std::int8_t* from, Index stride, Index rows, Index
   for (Index w = 0; w < words; w += word_lanes) {
     V::Vec block[V::lanes];
     for (Index r = 0; r < word_lanes; ++r)
-      block[r] =
-          r < rows ? words_as_float(widen_bytes(load_bytes_n(from + r * stride + 2 * w, d - 2 * w))) : V::zero();
+      block[r] = r < rows ? words_as_float(widen_bytes(load_bytes_n(from + r * stride + 2 * w, d - 2 * w))) : V::zero();
     V::transpose(block);
     for (Index i = 0; i < std::min(word_lanes, words - w); ++i)
       V::store(reinterpret_cast<float*>(to + (w + i) * rows), block[i]);

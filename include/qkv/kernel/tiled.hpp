@@ -262,7 +262,7 @@ class Tiled {
       const Columns& columns = mask.columns(v);
       if (columns.empty()) {
         V::store(keep + v * V::width, V::broadcast(T(1)));
-        if constexpr (A::steps) V::store(take_ + v * V::width, V::broadcast(T(-0.0)));  // o + 0 · -0 is o, bit by bit
+        if constexpr (A::steps) V::store(take_ + v * V::width, V::zero());
         continue;
       }
       T* const s = scratch_.s + v * V::width;
@@ -297,8 +297,8 @@ class Tiled {
 #endif
 #ifdef QKV_DETAIL_SHORTS
           if constexpr (A::shorts) {
-        const auto w = Softmax::weigh_shorts(s, columns.begin, columns.end, base, to_log2,
-                                             panels_.value_scales + b * tile_keys);
+        const auto w =
+            Softmax::weigh_shorts(s, columns.begin, columns.end, base, to_log2, panels_.value_scales + b * tile_keys);
         sum = w.sum;
         V::store(take_ + v * V::width, w.step);
       } else
