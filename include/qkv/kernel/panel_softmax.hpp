@@ -7,7 +7,7 @@
 //
 // In 8 bits (Bytes) what is rounded is the weight times the scale of the value row, in steps of 1/255 of the largest such
 // product of the block and lane, top = max_c (s(c)·to_log2 + log2 scale(c)): a sink with a small value costs no precision.
-// In 15 bits (Shorts) likewise, in steps of 1/32767 of it.
+// In 15 bits (Shorts) likewise, in steps of 1/32767 of it; two partial sums, by column modulo 2.
 //
 // Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
@@ -82,7 +82,8 @@ class PanelSoftmax {
     Vec step, sum;
   };
 #ifdef QKV_DETAIL_SHORTS
-  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite.
+  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite. First the products with them take the place of the
+  /// scores, then whole steps that of the products.
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
     const auto put = [&](T* at, T scale, Vec& total, Vec& top) {

@@ -6,6 +6,10 @@
 // largest_short(n), so that a sum of n products fits: to 2⁻¹⁶ of its largest number for n <= 512, 2⁻¹² for n = 8192.
 // Zen 3 does 1.64 of the pairs of instructions per cycle: 1.64 times as many multiply-adds as in float.
 //
+//     rows where they lie    a lane is a register of sums        short_scores: absorbed attention
+//     panels                 a word of a row is broadcast        short_tile: the tiled kernel, also for values, where a
+//                                                                word is two keys of a feature (kernel/value_tile.hpp)
+//
 // AVX2 and SSE2; elsewhere `shorts_available` is false.
 //
 // Before: kernel/words.hpp   Next: kernel/arithmetic.hpp
