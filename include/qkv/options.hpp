@@ -58,8 +58,8 @@ enum class Arithmetic {
               // q·k in int8 and values in int16 where the CPU can. With AVX2 and SSE2 all three kernels multiply
               // an int8 cache in int16, errors 1e-5 to 1e-4
   exact,      // everything widened to the scalar of q
-  int8,  // as automatic, but an int8 cache in int8 throughout where the CPU has int8 products: softmax weights in 8
-         // bits; faster and coarser
+  int8,       // as automatic, but where the CPU has int8 products an int8 cache in int8 throughout: weights in 8 bits,
+              // faster and coarser
 };
 
 /// The two ways of latent attention; see kernel/latent.hpp.
