@@ -335,7 +335,8 @@ class Tiled {
   T weight(Index c, Index lane) const {
     if constexpr (A::steps) {
       constexpr Index bits = 32 / A::keys;
-      const Word several = reinterpret_cast<const Word*>(scratch_.s)[c / A::keys * lanes + lane];
+      Word several;
+      std::memcpy(&several, scratch_.s + c / A::keys * lanes + lane, sizeof several);
       return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
     } else if constexpr (A::words) {
       const Word pair = reinterpret_cast<const Word*>(scratch_.s)[c / 2 * lanes + lane];
