@@ -36,6 +36,10 @@ TEST_CASE("explain says in which numbers a narrow cache is multiplied", "[explai
   const PagedKeys<bfloat16> bf16(k, v, 2, consecutive_pages(1300, {100}));
   const bool narrow = kernel::words_available;
   CHECK(contains(explain(q, int8, heads).text(), "int8 keys multiplied in int8, values in bf16;") == narrow);
+  CHECK(contains(explain(q, int8, heads).text(), "int8 keys multiplied in int16;") == kernel::shorts_available);
+  CHECK(contains(explain(q, int8, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(), "int8 keys;"));
+  CHECK(contains(explain(q, int8, heads, causal, plain, {.arithmetic = Arithmetic::int8}).text(),
+                 "int8 keys multiplied in int16;") == kernel::shorts_available);
   CHECK(contains(explain(q, bf16, heads).text(), "bf16 keys multiplied in bf16;") == narrow);
   CHECK(contains(explain(q, bf16, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(), "bf16 keys;"));
   CHECK(contains(explain(q.topRows(1), bf16, heads).text(), "bf16 keys;"));

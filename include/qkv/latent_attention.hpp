@@ -235,7 +235,7 @@ class LatentAttention {
     using S = typename C::Storage;
     const auto& c = config_;
     const LatentRows<S> rows = cache.latent_rows();
-    using Narrow = kernel::LatentArithmetic<T, S>;
+    using Narrow = kernel::NarrowArithmetic<T, S>;
     constexpr double cost = Narrow::shorts ? short_absorbed_cost : Narrow::words ? narrow_absorbed_cost : 1.0;
     const LatentForm form =
         choose_latent_form(options.form, c, q.rows(), rows.rows, options.arithmetic != Arithmetic::exact ? cost : 1.0);

@@ -34,7 +34,8 @@ constexpr const char* name(Kernel kernel) {
 }
 
 /// Up to this many queries of one sequence are served by the decode kernel. Measured: with 8 it takes 0.3 to 0.85 of the
-/// time of the tiled kernel, for one to 32 query heads per key head; with 12 it is slower where 32 share one.
+/// time of the tiled kernel, for one to 32 query heads per key head; with 12 it is slower where 32 share one. Of int8 with
+/// AVX2 8 take 0.6 to 1.3.
 inline constexpr Index decode_max_queries = 8;
 /// The same for the queries of several sequences on a prefix that they share: every query head is a query of its own there,
 /// one to a key head. Measured with AVX2: 16 take 0.75 of the tiled kernel's time, 32 as long.
@@ -54,10 +55,11 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries, Index decode_most 
 enum class Arithmetic {
   automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
               // has the instructions and q is float; otherwise exact. Decode: int8 alone; for groups of heads
-              // q·k in int8 and values in int16 where the CPU can, with AVX2 and SSE2 both in int16; so is
-              // absorbed attention of int8 there
+              // q·k in int8 and values in int16 where the CPU can. With AVX2 and SSE2 all three kernels multiply
+              // an int8 cache in int16, errors 1e-5 to 1e-4
   exact,      // everything widened to the scalar of q
-  int8,       // as automatic, but an int8 cache in int8 throughout: softmax weights in 8 bits; faster and coarser
+  int8,       // as automatic, but where the CPU has int8 products an int8 cache in int8 throughout: weights in 8 bits,
+              // faster and coarser
 };
 
 /// The two ways of latent attention; see kernel/latent.hpp.

@@ -63,11 +63,9 @@ struct Shorts {  // int16 throughout; weights in 15 bits: kernel/panel_softmax.h
 /// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
 template <class T, StorageType S>
 using NarrowArithmetic = std::conditional_t<
-    !words_available || !std::is_same_v<T, float>, Exact<T>,
-    std::conditional_t<std::is_same_v<S, bfloat16>, Pairs, std::conditional_t<has_row_scale<S>, Quads, Exact<T>>>>;
-/// The same of latent rows.
-template <class T, StorageType S>
-using LatentArithmetic = std::conditional_t<shorts_available && std::is_same_v<T, float> && has_row_scale<S>, Shorts,
-                                            NarrowArithmetic<T, S>>;
+    !std::is_same_v<T, float>, Exact<T>,
+    std::conditional_t<words_available && std::is_same_v<S, bfloat16>, Pairs,
+                       std::conditional_t<words_available && has_row_scale<S>, Quads,
+                                          std::conditional_t<shorts_available && has_row_scale<S>, Shorts, Exact<T>>>>>;
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -155,7 +155,7 @@ void run(const Task<T, S, M>& task, Arithmetic arithmetic, const StateView<T>& s
       if (task.lanes() <= Simd<T>::width) return run<A, 1>(task, state, workspace, executor);
     run<A, 2>(task, state, workspace, executor);
   };
-  using Narrow = LatentArithmetic<T, S>;
+  using Narrow = NarrowArithmetic<T, S>;
   if constexpr (std::is_same_v<Narrow, Quads>)
     if (arithmetic == Arithmetic::int8) return in(std::type_identity<Bytes>{});
   if constexpr (Narrow::words)

@@ -33,10 +33,8 @@ class BlockPacker {
     block_.not_finite = 0;
     if (block_.gaps) {
       std::fill_n(panels_.block_keys(b_), panels_.key_stride(), 0);
-      if constexpr (A::quads) {
-        std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
-        std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
-      }
+      if constexpr (A::scaled) std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
+      if constexpr (A::quads) std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
     }
     Source sources[std::size_t(tile_keys)];
     for_each_piece(
@@ -54,6 +52,9 @@ class BlockPacker {
         panels_.value_logs[b_ * tile_keys + c] = std::log2(scale);
         panels_.value_inverses[b_ * tile_keys + c] = 1 / scale;
       }
+    if constexpr (A::shorts)
+      for (Index c = 0; c < block_.count; ++c)
+        panels_.value_scales[b_ * tile_keys + c] = sources[c].row ? sources[c].scale : 0.0F;
     pack_values(sources);
     block_.packed = true;
   }
@@ -89,6 +90,21 @@ class BlockPacker {
       return some;
     }
 #endif
+#ifdef QKV_DETAIL_SHORTS
+    if constexpr (A::shorts) {
+      if (some == height) {
+        pack_shorts(from, stride, height, d, to);
+      } else {  // a tile whose rows lie in several runs
+        for (Index j = 0; j < some; ++j)
+          for (Index x = 0; x < d; x += 2) {
+            const S* const two = from + j * stride + x;
+            to[x / 2 * height + c + j - tile * R] = word_of_shorts(two[0], x + 1 < d ? two[1] : S(0));
+          }
+      }
+      for (Index j = 0; j < some; ++j)
+        panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j);
+    }
+#endif
     if constexpr (!A::words) {
       if (some == height && !has_row_scale<S>) {
         pack_rows(from, stride, height, d, to);
@@ -116,6 +132,17 @@ class BlockPacker {
     return has_row_scale<S> ? V::mul(v, V::broadcast(static_cast<T>(from.scale))) : v;
   }
 
+#ifdef QKV_DETAIL_SHORTS
+  /// word_lanes features of two rows, side by side.
+  Words pairs(const Source& first, const Source& second, Index x) const {
+    const Index left = panels_.v_head_dim - x;
+    const auto bytes = [&](const Source& from) {
+      if (!from.row) return _mm_setzero_si128();
+      return left >= word_lanes ? load_few_bytes(from.row + x) : load_bytes_n(from.row + x, left);
+    };
+    return widen_bytes(_mm_unpacklo_epi8(bytes(first), bytes(second)));
+  }
+#endif
 #ifdef QKV_DETAIL_WORDS
   __m128i bytes(const Source& from, Index x) const {
     const Index left = panels_.v_head_dim - x;
@@ -159,6 +186,9 @@ class BlockPacker {
       for (Index k = 0; k < depth; ++k, to += height)
         for (Index x = 0; x < height; x += V::width) {
           if constexpr (!A::words) V::store(to + x, value(sources[k], slice + x));
+#ifdef QKV_DETAIL_SHORTS
+          if constexpr (A::shorts) store_words(to + x, pairs(sources[2 * k], sources[2 * k + 1], slice + x));
+#endif
 #ifdef QKV_DETAIL_WORDS
           if constexpr (A::bytes)  // columns 4k … 4k + 3 side by side
             store_words(to + x, to_quads(bytes(sources[4 * k], slice + x), bytes(sources[4 * k + 1], slice + x),

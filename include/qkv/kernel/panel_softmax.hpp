@@ -7,7 +7,7 @@
 //
 // In 8 bits (Bytes) what is rounded is the weight times the scale of the value row, in steps of 1/255 of the largest such
 // product of the block and lane, top = max_c (s(c)·to_log2 + log2 scale(c)): a sink with a small value costs no precision.
-// In 15 bits (Shorts) likewise, in steps of 1/32767 of it.
+// In 15 bits (Shorts) likewise, in steps of 1/32767 of it; two partial sums, by column modulo 2.
 //
 // Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
@@ -82,24 +82,34 @@ class PanelSoftmax {
     Vec step, sum;
   };
 #ifdef QKV_DETAIL_SHORTS
-  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite.
+  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite. First the products with them take the place of the
+  /// scores, then whole steps that of the products.
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
-    const Vec sum = PanelSoftmax<Exact<T>, lanes>::weigh(s, begin, end, base, to_log2);
-    const auto product = [&](Index c) { return V::mul(V::load(s + c * lanes), V::broadcast(scales[c])); };
-    Vec even = V::zero(), odd = even;
-    for (Index c = begin; c < end; c += 2) {
-      even = V::max(even, product(c));
-      if (c + 1 < end) odd = V::max(odd, product(c + 1));
-    }
-    // Not less than 2⁻¹²⁰, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
-    Vec step = V::max(V::mul(V::max(even, odd), V::broadcast(1.0F / 32767)), V::broadcast(0x1p-120F));
+    Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
+    const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
+      const Vec weight = weight_short(V::sub(V::load(at), base), to_log2);
+      const Vec product = V::mul(weight, V::broadcast(scale));
+      V::store(at, product);
+      total = V::add(total, weight), top = V::max(top, product);
+    };
+    const Index pairs = (end - begin) / 2;
+    const bool rest = (end - begin) % 2 == 1;
+    T* at = s + begin * lanes;
+    const float* scale = scales + begin;
+    for (Index i = pairs; i > 0; --i, at += 2 * lanes, scale += 2)
+      put(at, scale[0], even, even_top), put(at + lanes, scale[1], odd, odd_top);
+    if (rest) put(at, scale[0], even, even_top);
+    const Vec sum = V::add(even, odd), top = V::max(even_top, odd_top);
+    // Not less than 2⁻¹²⁶, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
+    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-126F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
-    for (Index c = begin; c < end; c += 2) {
-      const Words low = round_to_words(V::mul(product(c), inverse));
-      const Words high = c + 1 < end ? round_to_words(V::mul(product(c + 1), inverse)) : broadcast_word(0);
-      store_words(s + c / 2 * lanes, to_pairs(low, high));
-    }
+    const auto rounded = [&](const T* product) { return round_to_words(V::mul(V::load(product), inverse)); };
+    at = s + begin * lanes;
+    T* to = s + begin / 2 * lanes;
+    for (Index i = pairs; i > 0; --i, at += 2 * lanes, to += lanes)
+      store_words(to, to_pairs(rounded(at), rounded(at + lanes)));
+    if (rest) store_words(to, to_pairs(rounded(at), broadcast_word(0)));
     return {step, sum};
   }
 #endif

@@ -5,8 +5,9 @@
 //       keys    [tile][head_dim][height]     tile t holds columns t·R … t·R + height-1;   height ≤ R rows of registers
 //       values  [slice][count][height]       slice x holds features x·R … x·R + height-1
 //
-// In narrow arithmetic (kernel/arithmetic.hpp) a word takes the place of a number: 2 (bfloat16) or 4 (int8) features of a
-// key, two keys of a value. Values of int8 are restored and rounded to bfloat16, or stay as they are, four keys to a word.
+// In narrow arithmetic (kernel/arithmetic.hpp) a word takes the place of a number: 2 (bfloat16, int16) or 4 (int8) features
+// of a key, two keys of a value. Values of int8 are restored and rounded to bfloat16, or stay whole numbers: four keys to a
+// word of bytes, two to one of int16.
 //
 // The broadcast operand of both products then lies in memory in the order in which it is read. Columns that hold no row
 // (gaps between runs) are zeros. A value row that is not finite is packed as zeros and listed, because a weight of zero
@@ -51,9 +52,10 @@ struct Panels {
   KeyBlock* blocks = nullptr;
   Number *keys = nullptr, *values = nullptr;
   Index* not_finite = nullptr;                             // [blocks][tile_keys]: columns
-  float* key_scales = nullptr;                             // Quads [blocks][tile_keys]
+  float* key_scales = nullptr;                             // scaled [blocks][tile_keys]
   std::int32_t* key_offsets = nullptr;                     // Quads [blocks][tile_keys]: -128·Σ row
   float *value_logs = nullptr, *value_inverses = nullptr;  // Bytes [blocks][tile_keys]: log2 and inverse of the scale
+  float* value_scales = nullptr;                           // Shorts [blocks][tile_keys]: zero where not finite
   Index head_dim = 0, v_head_dim = 0;
 
   /// Scratch for `n_blocks` blocks; a carver without memory only counts.
@@ -64,14 +66,13 @@ struct Panels {
     p.keys = carver.take<Number>(n_blocks * p.key_stride());
     p.values = carver.take<Number>(n_blocks * p.value_stride());
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
-    if constexpr (A::quads) {
-      p.key_scales = carver.take<float>(n_blocks * tile_keys);
-      p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
-      if constexpr (A::bytes) {
-        p.value_logs = carver.take<float>(n_blocks * tile_keys);
-        p.value_inverses = carver.take<float>(n_blocks * tile_keys);
-      }
+    if constexpr (A::scaled) p.key_scales = carver.take<float>(n_blocks * tile_keys);
+    if constexpr (A::quads) p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
+    if constexpr (A::bytes) {
+      p.value_logs = carver.take<float>(n_blocks * tile_keys);
+      p.value_inverses = carver.take<float>(n_blocks * tile_keys);
     }
+    if constexpr (A::shorts) p.value_scales = carver.take<float>(n_blocks * tile_keys);
     return p;
   }
 

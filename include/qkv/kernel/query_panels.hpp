@@ -5,6 +5,7 @@
 //     Quads, Bytes
 //              [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; the factor goes
 //              to `unit`, so that a score in these numbers times unit is the score
+//     Shorts   [head_dim / 2][lanes] of words, two int16 each: q ≈ short · max|q| / largest_short(head_dim), likewise
 //
 // The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
 //
@@ -126,6 +127,38 @@ inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index la
 }
 inline void pack_queries(Bytes, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
   pack_queries(Quads{}, from, to, lanes, unit);
+}
+#endif
+
+#ifdef QKV_DETAIL_SHORTS
+inline void pack_queries(Shorts, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
+  using V = Simd<float>;
+  const Index depth = (from.head_dim + 1) / 2;
+  const auto most = static_cast<float>(largest_short(from.head_dim));
+  float inverse[V::lanes];
+  for (Index i = 0; i < V::width; ++i) {
+    V::Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the query is not finite
+    for (Index k = 0; k < from.head_dim; k += V::width) {
+      const V::Vec x = from.part(i, k);
+      largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
+      nothing = V::fma(V::zero(), x, nothing);
+    }
+    const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
+    const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
+    inverse[i] = zeros ? 0 : most / amax;
+    if (!zeros || nan != 0) unit[i] *= amax / most + nan;
+    unit[i] = std::max(unit[i], std::numeric_limits<float>::min());  // keeps NaN
+  }
+  for (Index w = 0; w < depth; w += word_lanes) {
+    V::Vec block[V::lanes];
+    for (Index i = 0; i < V::width; ++i) {
+      const auto whole = [&](Index k) { return round_to_words(V::mul(from.part(i, k), V::broadcast(inverse[i]))); };
+      block[i] = words_as_float(to_shorts(whole(2 * w), whole(2 * w + V::width)));
+    }
+    V::transpose(block);
+    for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
+      V::store(reinterpret_cast<float*>(to + (w + i) * lanes), block[i]);
+  }
 }
 #endif
 

@@ -226,6 +226,18 @@ class Tiled {
       op.a = a + last * depth, op.b = q(p), op.c = scratch_.s + last * lanes;
       if (rest > 0) packed_tile_of<T>(rest, op);
     }
+#ifdef QKV_DETAIL_SHORTS
+    if constexpr (A::shorts) {
+      const auto at = [&](Index column, Index vector) {
+        ShortOperands op{.depth = depth, .a = a + column * depth, .b = q(p) + vector * V::width, .b_step = lanes};
+        op.c = scratch_.s + column * lanes + vector * V::width, op.c_row = lanes;
+        op.scale = panels_.key_scales + b * tile_keys + column;
+        return op;
+      };
+      short_tiles<rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch_);
+      if (rest > 0) short_tile_of(rest, at(last, 0), fetch_);
+    }
+#endif
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::words) {
       using Dot = std::conditional_t<A::quads, QuadDot, PairDot>;
@@ -250,7 +262,7 @@ class Tiled {
       const Columns& columns = mask.columns(v);
       if (columns.empty()) {
         V::store(keep + v * V::width, V::broadcast(T(1)));
-        if constexpr (A::bytes) V::store(take_ + v * V::width, V::zero());
+        if constexpr (A::steps) V::store(take_ + v * V::width, V::zero());
         continue;
       }
       T* const s = scratch_.s + v * V::width;
@@ -283,6 +295,14 @@ class Tiled {
         V::store(take_ + v * V::width, w.step);
       } else
 #endif
+#ifdef QKV_DETAIL_SHORTS
+          if constexpr (A::shorts) {
+        const auto w =
+            Softmax::weigh_shorts(s, columns.begin, columns.end, base, to_log2, panels_.value_scales + b * tile_keys);
+        sum = w.sum;
+        V::store(take_ + v * V::width, w.step);
+      } else
+#endif
         sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
       V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(l, V::fma(V::load(l), factor, sum));
@@ -306,15 +326,18 @@ class Tiled {
     op.a = panels_.block_values(b);
     op.b = reinterpret_cast<const Number*>(scratch_.s), op.b_step = lanes;
     op.o = o(p), op.o_row = lanes;
-    if constexpr (A::bytes) op.take = take_;
-    value_tiles<ValueDot<A>, rows>(op, full, count * rows, fetch_);
+    if constexpr (A::steps) op.take = take_;
+    value_tiles<TileDot<A>, rows>(op, full, count * rows, fetch_);
     op.a += full * rows * count, op.o += full * rows * lanes;
-    if (rest > 0) value_tile_of<ValueDot<A>, rows>(rest, op, fetch_);
+    if (rest > 0) value_tile_of<TileDot<A>, rows>(rest, op, fetch_);
   }
   /// The weight of one pair, as it was multiplied; what it multiplies here is not finite.
   T weight(Index c, Index lane) const {
-    if constexpr (A::bytes) {
-      return static_cast<T>(reinterpret_cast<const Word*>(scratch_.s)[c / 4 * lanes + lane] >> (8 * (c % 4)) & 255U);
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, scratch_.s + c / A::keys * lanes + lane, sizeof several);
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
     } else if constexpr (A::words) {
       const Word pair = reinterpret_cast<const Word*>(scratch_.s)[c / 2 * lanes + lane];
       const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
@@ -360,7 +383,7 @@ class Tiled {
   detail::Carver carver_;
   TiledScratch<T> scratch_;
   FetchList fetch_;
-  alignas(detail::cache_line) T take_[std::size_t(A::bytes ? lanes : 1)];
+  alignas(detail::cache_line) T take_[std::size_t(A::steps ? lanes : 1)];  // in steps: what one is worth
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -43,7 +43,7 @@ struct ValueOperands {
   Index b_step = 0;
   typename std::conditional_t<std::is_same_v<Number, Word>, float, Number>* o = nullptr;  // [Rows][o_row]
   Index o_row = 0;
-  const float* take = nullptr;  // weights in 8 bits: what a step is worth, [lanes]
+  const float* take = nullptr;  // weights in whole steps: what one is worth, [lanes]
 };
 
 /// How numbers are multiplied: T by T.
@@ -95,6 +95,20 @@ struct ShortDot {
   static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
   static EIGEN_ALWAYS_INLINE auto to_float(Sum s) { return words_to_float(s); }
 };
+/// Values that are broadcast are widened already.
+struct ShortTileDot {
+  using Number = Word;
+  using Sum = Words;
+  static constexpr Index width = word_lanes;
+  static EIGEN_ALWAYS_INLINE Words load(const Word* p) { return load_words(p); }
+  static EIGEN_ALWAYS_INLINE Words broadcast(Word x) { return broadcast_word(x); }
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
+  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
+  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
+    using V = Simd<float>;
+    V::store(o, V::fma(words_to_float(s), V::load(take), V::load(o)));
+  }
+};
 #endif
 
 template <class A>
@@ -106,6 +120,14 @@ using ValueDot =
     std::conditional_t<A::shorts, ShortDot, NumberDot<typename A::Scalar>>;
 #else
     NumberDot<typename A::Scalar>;
+#endif
+/// The same where values are broadcast.
+template <class A>
+using TileDot =
+#ifdef QKV_DETAIL_SHORTS
+    std::conditional_t<A::shorts, ShortTileDot, ValueDot<A>>;
+#else
+    ValueDot<A>;
 #endif
 
 // Constant indices and folds, as in kernel/register_tile.hpp: the sums stay in registers.
