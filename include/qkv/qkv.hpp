@@ -50,7 +50,8 @@
 #include "kernel/row_sums.hpp"          // … and p·v
 #include "kernel/row_pairs.hpp"         // int8 rows two at a time, as pairs of 16 bits
 #include "kernel/pair_sums.hpp"         // … and p·v of them
-#include "kernel/decode_scratch.hpp"    // chunks of keys, and what one kv head keeps
+#include "kernel/decode_scratch.hpp"    // chunks of keys, and states of queries
+#include "kernel/decode_weights.hpp"    // from the scores of a chunk to weights
 #include "kernel/decode_head.hpp"       // one kv head, a chunk of keys at a time
 #include "kernel/decode.hpp"            // few queries: decode
 #include "attention.hpp"                // the front door

@@ -6,16 +6,15 @@
 // The two halves are separate so that whoever calls may let many heads have the first one before the second: rows are then
 // read in the order in which they lie (kernel/decode.hpp).
 //
-// Before: kernel/decode_scratch.hpp   Next: kernel/decode.hpp
+// Before: kernel/decode_weights.hpp   Next: kernel/decode.hpp
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <numbers>
 
 #include "../score.hpp"
-#include "../softmax.hpp"
 #include "decode_scratch.hpp"
+#include "decode_weights.hpp"
 #include "pair_sums.hpp"
 #include "row_sums.hpp"
 #include "task.hpp"
@@ -27,11 +26,28 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
-// a·b + c in registers: it must round the same wherever it is compiled.
-template <class T>
-EIGEN_ALWAYS_INLINE T multiply_add(T a, T b, T c) {
-  using V = Simd<T>;
-  return V::first_lane(V::fma(V::broadcast(a), V::broadcast(b), V::broadcast(c)));
+/// Scratch of one kv head; D says how q·k is multiplied.
+template <class D>
+struct DecodeScratch {
+  using T = typename D::Scalar;
+  PackedQueries<D> q;
+  ChunkWeights<D> chunk;
+  std::int32_t*
+      sums;  // [n, row(v_head_dim)] of the chunk, where values are multiplied in integers (kernel/pair_sums.hpp)
+  DecodeState<T> state;
+
+  DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
+      : q(carver, n, head_dim),
+        chunk(carver, n),
+        sums(carver.take<std::int32_t>(n * ValueSums<D>::row(v_head_dim))),
+        state(carver, n, v_head_dim) {}
+};
+
+template <class D>
+std::size_t decode_scratch_bytes(Index n, Index head_dim, Index v_head_dim) {
+  detail::Carver carver(nullptr);
+  DecodeScratch<D>(carver, n, head_dim, v_head_dim);
+  return carver.used();
 }
 
 /// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q.
@@ -65,7 +81,7 @@ class DecodeHead {
   }
 
   /// A chunk begins: its pieces are scored, then it is weighed, then the values of its pieces are added.
-  void begin_chunk() { scored_ = 0, columns_ = 0; }
+  void begin_chunk() { s_.chunk.begin(); }
 
   /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
   void score(const Piece<S>& piece, const Rows<S>& then) {
@@ -76,62 +92,51 @@ class DecodeHead {
       least = std::min(least, c), most = std::max(most, c);
     }
     if (most == Cover::none) return;
-    scored_ += piece.count;
-    hide_until(piece.column);
-    columns_ = piece.column + piece.count;
+    s_.chunk.begin_scores(piece.column, piece.count);
     if constexpr (has_row_scale<S>) fetch_scales(piece);
     const Rows<S> keys = rows<false>(*piece.run, piece.row, piece.count);
     for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
       dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), s_.q, fetch(keys, k + block, then),
-                  s_.scores + piece.column + k, decode_chunk);
+                  s_.chunk.scores(0, piece.column + k), decode_chunk);
     if (has_row_scale<S> || !std::is_same_v<F, Plain> || least != Cover::all) finish_scores(piece, least != Cover::all);
   }
 
-  /// From the scores of a chunk to weights: one step for all queries after the other, so that none waits for what the last
-  /// one adds up across lanes.
+  /// From the scores of a chunk to weights.
   void weigh() {
-    if (scored_ == 0) return;
-    hide_until(decode_chunk);
-    all_seen_ = scored_ == decode_chunk;
-    for (Index i = 0; i < n_; ++i) all_seen_ = find_top(i) && all_seen_;
-    for (Index i = 0; i < n_; ++i) weigh(i);
-    if (!all_seen_) find_seen();
-    if constexpr (Sums::integers) {
-      for (Index i = 0; i < n_; ++i)
-        Sums::round(s_.scores + i * decode_chunk, decode_chunk, s_.top[i], s_.weights + i * decode_chunk);
-      std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim()), 0);
-    }
+    if (s_.chunk.empty()) return;
+    s_.chunk.weigh(state_, task_.v_head_dim());
+    if constexpr (Sums::integers) std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim()), 0);
   }
 
   /// The values of a piece. Rows `then` will be read next.
   void add_values(const Piece<S>& piece, const Rows<S>& then) {
-    if (scored_ == 0) return;
+    if (s_.chunk.empty()) return;
     const Rows<S> values = rows<true>(*piece.run, piece.row, piece.count);
     const Index block = block_rows(values.width);
     for (Index k = 0, some = 0; k < piece.count; k += std::max<Index>(some, 1)) {
-      const Index most = std::min(block, piece.count - k);
-      some = all_seen_ ? most : 0;
-      while (some < most && s_.seen[piece.column + k + some] != T(0)) ++some;
+      const Index most = std::min(block, piece.count - k), column = piece.column + k;
+      some = s_.chunk.all_seen() ? most : 0;
+      while (some < most && s_.chunk.seen(column + some)) ++some;
       if constexpr (Sums::integers) {
         if (some > 0)
-          Sums::add(values.from(k, some), s_.weights + piece.column + k, decode_chunk, n_,
-                    fetch(values, k + some, then), s_.sums);
+          Sums::add(values.from(k, some), s_.chunk.steps(column), decode_chunk, n_, fetch(values, k + some, then),
+                    s_.sums);
       } else if (some > 0)
-        add_rows(values.from(k, some), s_.scores + piece.column + k, decode_chunk, n_, fetch(values, k + some, then),
+        add_rows(values.from(k, some), s_.chunk.scores(0, column), decode_chunk, n_, fetch(values, k + some, then),
                  state_.o);
       else
-        add_seen(values.from(k, 1), piece.column + k);
+        add_seen(values.from(k, 1), column);
     }
   }
 
   /// A chunk ends: all its values have been added.
   void end_chunk() {
     if constexpr (Sums::integers) {
-      if (scored_ == 0) return;
+      if (s_.chunk.empty()) return;
       const Index dv = task_.v_head_dim();
       for (Index i = 0; i < n_; ++i)
-        if (s_.top[i] != T(0))
-          Sums::finish(s_.sums + i * Sums::row(dv), s_.top[i], dv, state_.o + i * whole_registers<T>(dv));
+        if (const T largest = s_.chunk.largest(i); largest != T(0))
+          Sums::finish(s_.sums + i * Sums::row(dv), largest, dv, state_.o + i * whole_registers<T>(dv));
     }
   }
 
@@ -147,27 +152,32 @@ class DecodeHead {
   Index query(Index i) const { return i / task_.heads.group_size(); }
   Index head(Index i) const { return kv_head_ * task_.heads.group_size() + i % task_.heads.group_size(); }
 
-  /// What is left to do to q·k: the scales of the rows, the score function, the mask.
+  /// What is left to do to q·k: the scales of the rows, the score function, the mask. Scales are multiplied with here only
+  /// where something else follows.
   void finish_scores(const Piece<S>& piece, bool mixed) {
-    T* const scale_k = s_.scale_k + piece.column;
+    const bool all = mixed || !std::is_same_v<F, Plain>;
     if constexpr (has_row_scale<S>) {
+      T* const scale_k = s_.chunk.key_scales(piece.column);
+      T* const scale_v = s_.chunk.value_scales(piece.column);
       const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
       const float *const k = piece.run->key_scales + at, *const v = piece.run->value_scales + at;
       if (stride == 1) {
         std::copy_n(k, piece.count, scale_k);
-        std::copy_n(v, piece.count, s_.scale_v + piece.column);
+        std::copy_n(v, piece.count, scale_v);
       } else {
         for (Index j = 0; j < piece.count; ++j)
-          scale_k[j] = static_cast<T>(k[j * stride]), s_.scale_v[piece.column + j] = static_cast<T>(v[j * stride]);
+          scale_k[j] = static_cast<T>(k[j * stride]), scale_v[j] = static_cast<T>(v[j * stride]);
+      }
+      if (all) {
+        for (Index i = 0; i < n_; ++i) {
+          T* const s = s_.chunk.scores(i, piece.column);
+          for (Index j = 0; j < piece.count; ++j) s[j] *= scale_k[j];
+        }
+        std::fill_n(scale_k, piece.count, T(1));
       }
     }
-    for (Index i = 0; i < n_; ++i) {
-      T* const s = s_.scores + i * decode_chunk + piece.column;
-      if constexpr (has_row_scale<S>) {
-        Index j = 0;
-        for (; j + W <= piece.count; j += W) V::store(s + j, V::mul(V::load(s + j), V::load(scale_k + j)));
-        for (; j < piece.count; ++j) s[j] *= scale_k[j];
-      }
+    for (Index i = 0; all && i < n_; ++i) {
+      T* const s = s_.chunk.scores(i, piece.column);
       if constexpr (!std::is_same_v<F, Plain>)
         for (Index j = 0; j < piece.count; ++j) s[j] = (*task_.score)(s[j], at(i, piece, j));
       if (mixed)
@@ -210,7 +220,7 @@ class DecodeHead {
     const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
     NextLines next;
     if (rows.stride == rows.width) {
-      next.at = at;
+      next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S);
       if constexpr (few_registers) next.further = further();
       if (few_registers && done < all.count && then.first != nullptr)
         next.goes_on(reinterpret_cast<std::uintptr_t>(all.first + all.count * all.width),
@@ -222,86 +232,11 @@ class DecodeHead {
     return next;
   }
 
-  /// Columns up to `end` that are not scored.
-  void hide_until(Index end) {
-    if (columns_ < end)
-      for (Index i = 0; i < n_; ++i)
-        std::fill(s_.scores + i * decode_chunk + columns_, s_.scores + i * decode_chunk + end,
-                  detail::minus_infinity<T>);
-  }
-
-  /// The largest score of one query so far. False where it does not see all of the chunk.
-  bool find_top(Index i) {
-    const T* const s = s_.scores + i * decode_chunk;
-    Vec high[2] = {V::broadcast(state_.m[i]), V::broadcast(state_.m[i])}, low[2] = {V::load(s), V::load(s)};
-    for (Index j = 0; j < decode_chunk; j += 2 * W)
-      for (Index u = 0; u < 2; ++u) {
-        const Vec x = V::load(s + j + u * W);
-        high[u] = V::max(high[u], x), low[u] = V::min(low[u], x);
-      }
-    // A NaN may be lost here: its own weight is NaN all the same, and a query with one NaN is NaN.
-    T top = V::max_lanes(V::max(high[0], high[1]));
-    if (!(top > detail::minus_infinity<T>))
-      for (Index j = 0; j < decode_chunk; ++j) top = detail::nan_max(top, s[j]);
-    s_.top[i] = top;
-    return !V::any(V::less_equal(V::min(low[0], low[1]), V::broadcast(detail::minus_infinity<T>)));
-  }
-
-  /// The weights of one query, its sum and maximum. With integers s_.top is the largest weight then.
-  void weigh(Index i) {
-    const T top = s_.top[i];
-    if (top == detail::minus_infinity<T>) {
-      if constexpr (Sums::integers) s_.top[i] = 0;
-      return;
-    }
-    const T keep = detail::weight_of(state_.m[i], top);
-    const T added = weights(s_.scores + i * decode_chunk, s_.scale_v, all_seen_, s_.top[i]);
-    state_.m[i] = top;
-    state_.l[i] = multiply_add(keep, state_.l[i], added);
-    if (keep == T(1)) return;
-    T* const o = state_.o + i * whole_registers<T>(task_.v_head_dim());
-    for (Index x = 0; x < task_.v_head_dim(); x += W) V::store(o + x, V::mul(V::broadcast(keep), V::load(o + x)));
-  }
-
-  /// s ← e^(s - top), times the scales of the values; -inf where it was -inf. The sum without the scales. With integers
-  /// `top` is the largest weight then. A function of its own: its constants stay in registers.
-  static EIGEN_DONT_INLINE T weights(T* s, const T* scale, bool all_seen, T& top) {
-    const Vec to_log2 = V::broadcast(static_cast<T>(std::numbers::log2e_v<long double>)), base = V::broadcast(top);
-    const Vec hidden = V::broadcast(detail::minus_infinity<T>);
-    [[maybe_unused]] typename Sums::Largest largest;
-    Vec sum[2] = {V::zero(), V::zero()};
-    for (Index j = 0; j < decode_chunk; j += 2 * W)
-      for (Index u = 0; u < 2; ++u) {
-        const Vec score = V::load(s + j + u * W);
-        Vec p = V::weight(V::sub(score, base), to_log2);
-        sum[u] = V::add(sum[u], p);
-        if constexpr (has_row_scale<S>) p = V::mul(p, V::load(scale + j + u * W));
-        if (!all_seen) p = V::select(V::less_equal(score, hidden), hidden, p);
-        if constexpr (Sums::integers) largest.add(p, u);
-        V::store(s + j + u * W, p);
-      }
-    if constexpr (Sums::integers) top = largest.value();
-    return V::sum_lanes(V::add(sum[0], sum[1]));
-  }
-
-  /// 1 for the columns that all queries see, 0 for the others; with integers for those that some query sees.
-  void find_seen() {
-    std::fill_n(s_.seen, decode_chunk, Sums::integers ? T(0) : T(1));
-    for (Index i = 0; i < n_; ++i)
-      for (Index j = 0; j < decode_chunk; j += W) {
-        const auto mask =
-            V::less_equal(V::load(s_.scores + i * decode_chunk + j), V::broadcast(detail::minus_infinity<T>));
-        const Vec seen = V::load(s_.seen + j);
-        V::store(s_.seen + j,
-                 Sums::integers ? V::select(mask, seen, V::broadcast(T(1))) : V::select(mask, V::zero(), seen));
-      }
-  }
-
   /// One row that some of the queries see; nobody, and it is not read.
   void add_seen(const Rows<S>& value, Index column) {
     const Index width = whole_registers<T>(value.width);
     for (Index i = 0; i < n_; ++i) {
-      const T* const p = s_.scores + i * decode_chunk + column;
+      const T* const p = s_.chunk.scores(i, column);
       if (*p != detail::minus_infinity<T>) add_rows(value, p, decode_chunk, 1, {}, state_.o + i * width);
     }
   }
@@ -310,9 +245,6 @@ class DecodeHead {
   detail::Carver carver_;
   DecodeScratch<D> s_;
   DecodeState<T> state_;
-  Index scored_ = 0;       // keys of the chunk that some query sees
-  Index columns_ = 0;      // columns of the chunk whose scores are written
-  bool all_seen_ = false;  // every query sees all of the chunk
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel

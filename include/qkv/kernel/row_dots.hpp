@@ -48,10 +48,10 @@ struct NoFurther {
 
 /// Memory that will be read next, asked for a few lines at a time, in order, while other rows are worked on. Measured from
 /// memory: whole rows in order reach the bandwidth of a bare read; halves of rows, first all left ones, three quarters of
-/// it, unless lines are asked for in order all the same. Where fewer rows follow than are worked on, lines past them are asked
-/// for as well: a block's worth at most, and asking cannot fail.
+/// it, unless lines are asked for in order all the same. Narrow storage is bound by arithmetic, so it does without `end`: where
+/// fewer rows follow than are worked on, it asks for lines past them, a block's worth at most.
 struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
-  std::uintptr_t at = 0;
+  std::uintptr_t at = 0, end = 0;
 
   /// The next lines of rows of storage S.
   template <class S, Index Bytes>
@@ -63,7 +63,7 @@ struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
       } else {
         prefetch_near(reinterpret_cast<const void*>(at));
       }
-      at += 64;
+      at = wide<S> ? std::min(at + 64, end) : at + 64;
     }
   }
 
