@@ -143,7 +143,7 @@ TEST_CASE("prefill of int8 keeps the error of its integers at every width, and n
       };
       INFO("head_dim " << d << ", largest " << largest << ": " << error(Arithmetic::automatic));
       CHECK(error(Arithmetic::exact) <= 2e-6);
-      CHECK(error(Arithmetic::automatic) <= narrow_error<std::int8_t>);
+      CHECK(error(Arithmetic::automatic) <= (kernel::shorts_available ? 1.5e-4 : 1e-2));
     }
 }
 

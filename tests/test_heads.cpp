@@ -59,4 +59,5 @@ TEST_CASE("repeat_kv_heads gives every query head its own copy", "[heads]") {
   CHECK(contains(message_of([&] { qkv::repeat_kv_heads(x, {5, 2}); }), "positive multiple"));
   const qkv::Matrix<float> none(3, 0);
   CHECK(qkv::repeat_kv_heads(none, {Index{1} << 60, 2}).size() == 0);  // at once
+  CHECK_THROWS_AS(qkv::repeat_kv_heads(x, {Index{1} << 62, 1}), std::length_error);
 }

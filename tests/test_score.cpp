@@ -84,6 +84,8 @@ TEST_CASE("scores refuse operands that do not fit, in words", "[score]") {
     CHECK(SoftCap{cap}.cap_as<float>() == std::numeric_limits<float>::max());
     CHECK(SoftCap{-cap}.cap_as<float>() == -std::numeric_limits<float>::max());
   }
+  CHECK(soft_cap(1e-50).cap_as<float>() == std::numeric_limits<float>::min());
+  CHECK(soft_cap(1e-50)(0.0F, At{}) == 0);
 
   const RowVector<float> slopes = RowVector<float>::Ones(3);
   CHECK(said(alibi(slopes), {.heads = 3}).empty());

@@ -1,5 +1,7 @@
+#include "qkv/kernel/shorts.hpp"
 #include "qkv/kernel/simd.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -209,6 +211,25 @@ TEST_CASE("2^x keeps NaN whatever its payload", "[simd]") {
     CHECK(std::isnan(exp2_of(std::bit_cast<float>(bits | 0x80000000U))));
   }
 }
+
+#ifdef QKV_DETAIL_SHORTS
+TEST_CASE("a softmax weight for int16 is 2^(d c)", "[simd]") {
+  using S = Simd<float>;
+  const auto weight = [](float d, float c) {
+    return S::first_lane(qkv::kernel::weight_short(S::broadcast(d), S::broadcast(c)));
+  };
+  double worst = 0;
+  for (float d = 0; d > -87; d -= 0.0137F) {
+    const double want = std::exp2(static_cast<double>(d * 1.44269504F));
+    worst = std::max(worst, std::abs(static_cast<double>(weight(d, 1.44269504F)) - want) / want);
+  }
+  INFO(worst);
+  CHECK(worst <= (S::fused ? 2.5e-7 : 3.5e-7));  // the polynomial 9.1e-8, the rest roundings
+  CHECK(weight(0, 3) == 1.0F);
+  CHECK(weight(-inf<float>, 0.1F) == 0.0F);
+  CHECK(std::isnan(weight(not_a_number<float>, 1)));
+}
+#endif
 
 TEMPLATE_TEST_CASE("a softmax weight is 2^(d c), to 1.5 ulp where the product is not rounded", "[simd]", float,
                    double) {

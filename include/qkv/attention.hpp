@@ -33,7 +33,7 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 /// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
 /// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
 /// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
-/// and values in T: the decode kernel may hold more for an int8 cache.
+/// and values in T: for an int8 cache decode may hold more, and with heads of one feature prefill.
 template <class T>
 Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim, Index v_head_dim) {
   check(heads);

@@ -50,7 +50,7 @@ Matrix<ScalarOf<X>> repeat_kv_heads(const X& x, Heads h) {
   detail::require(x.cols() % h.kv_heads == 0, "kv_heads ", h.kv_heads, " must divide the columns of ",
                   detail::Shape{x.rows(), x.cols()});
   const Index width = x.cols() / h.kv_heads;
-  Matrix<ScalarOf<X>> out(x.rows(), h.heads * width);
+  Matrix<ScalarOf<X>> out(x.rows(), detail::checked_product(h.heads, width));
   for (Index head = 0; head < h.heads && out.size() > 0; ++head)
     out.middleCols(head * width, width) = x.middleCols(h.kv_head(head) * width, width);
   return out;

@@ -99,7 +99,8 @@ inline constexpr bool looks_elsewhere<Eigen::VectorBlock<X, Size>> = looks_elsew
 
 /// The same, or a temporary that may hold a copy (an expression, a Ref). A block of a const matrix comes as a const
 /// temporary, and only looks. A block of one that is not const may look at a temporary: m.topRows(2) and f().topRows(2)
-/// are of one type. So it is refused, and std::as_const(m).topRows(2) is taken: of f() there is no as_const.
+/// are of one type. So it is refused, and std::as_const(m).topRows(2) is taken. Parts of a const temporary, as eval() gives
+/// one, cannot be told from that: nobody stops those.
 template <class X>
 concept DyingOperand = DyingMatrix<X> ||
     (MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X> && !looks_elsewhere<X>);
@@ -121,6 +122,8 @@ ConstView<ScalarOf<X>> view(const X& x) {
                 "qkv::Matrix<T> first");
   return {x.derived().data(), x.rows(), x.cols(), Eigen::OuterStride<>(detail::row_stride(x.derived()))};
 }
+template <detail::DyingMatrix X>
+ConstView<ScalarOf<X>> view(X&&) = delete;  // the matrix must outlive its view
 
 /// The same for something to be written.
 template <MatrixLike X>

@@ -41,13 +41,15 @@ inline constexpr Plain plain{};
 struct SoftCap {
   double cap = 0;  // a call refuses what is not finite and above 0
 
-  /// The cap as a finite T.
+  /// The cap as a finite T, not 0 where it is above.
   template <class T>
   T cap_as() const {
     if constexpr (std::numeric_limits<T>::is_specialized) {
       constexpr T most = std::numeric_limits<T>::max();
       if (cap > static_cast<double>(most)) return most;
       if (cap < -static_cast<double>(most)) return -most;
+      constexpr T least = std::numeric_limits<T>::min();
+      if (cap > 0 && cap < static_cast<double>(least)) return least;
     }
     return static_cast<T>(cap);
   }

@@ -37,6 +37,7 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   documents(std::array<Index, 2>{3, 4});                  // refused: delete
   boolean(Matrix<bool>(2, 2));                            // refused: delete
   bias(Matrix<float>(2, 2));                              // refused: delete
+  bias(view(Matrix<float>(2, 2)));                        // refused: delete
   bias(out.topRows(2));                                   // refused: write bias(m), bias(std::as_const(m).topRows(n))
   bias_per_head(out.topRows(2), 1);                       // refused: bias_per_head(std::as_const(m).topRows(n)
   boolean(Matrix<bool>(2, 2).topRows(1));                 // refused: write boolean(m), boolean(std::as_const

@@ -218,7 +218,8 @@ class DecodeHead {
     rows = done < rows.count ? rows.from(done, rows.count - done) : then;
     rows.count = std::min(rows.count, block_rows(rows.width));
     const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
-    NextLines next;
+    NextLines next = NextLines::none(all.first);
+    if (rows.first == nullptr) return next;
     if (rows.stride == rows.width) {
       next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S);
       if constexpr (few_registers) next.further = further();
@@ -237,7 +238,8 @@ class DecodeHead {
     const Index width = whole_registers<T>(value.width);
     for (Index i = 0; i < n_; ++i) {
       const T* const p = s_.chunk.scores(i, column);
-      if (*p != detail::minus_infinity<T>) add_rows(value, p, decode_chunk, 1, {}, state_.o + i * width);
+      if (*p != detail::minus_infinity<T>)
+        add_rows(value, p, decode_chunk, 1, NextLines::none(value.first), state_.o + i * width);
     }
   }
   const Task<T, S, M, F>& task_;

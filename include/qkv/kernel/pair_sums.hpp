@@ -88,7 +88,7 @@ class PairSums {
   static void add(const Rows<std::int8_t>& values, const std::int16_t* w, Index w_row, Index n, NextLines next,
                   std::int32_t* sum) {
     const Index sum_row = row(values.width);
-    for (Index i = 0, tile = 0; i < n; i += tile, next = {}) {
+    for (Index i = 0, tile = 0; i < n; i += tile, next = NextLines::none(values.first)) {
       tile = n - i >= 4 ? 4 : n - i >= 2 ? 2 : 1;
       if (tile == 4)
         add_tile<4>(values, w + i * w_row, w_row, next, sum + i * sum_row, sum_row);

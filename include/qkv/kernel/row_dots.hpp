@@ -10,7 +10,11 @@
 // Before: kernel/dots.hpp   Next: kernel/row_sums.hpp
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../workspace.hpp"
 #include "dots.hpp"
@@ -52,6 +56,13 @@ struct NoFurther {
 /// fewer rows follow than are worked on, it asks for lines past them, a block's worth at most.
 struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
   std::uintptr_t at = 0, end = 0;
+
+  /// Nothing is read next: what is there is asked for.
+  static NextLines none(const void* there) {
+    NextLines next;
+    next.at = next.end = reinterpret_cast<std::uintptr_t>(there);
+    return next;
+  }
 
   /// The next lines of rows of storage S.
   template <class S, Index Bytes>
@@ -214,7 +225,7 @@ EIGEN_DONT_INLINE void dot_tile(const Rows<typename D::Key>& keys, const PackedQ
 template <class D>
 void dot_rows(const Rows<typename D::Key>& keys, const PackedQueries<D>& q, NextLines next, typename D::Scalar* to,
               Index to_row) {
-  for (Index i = 0, tile = 0; i < q.n; i += tile, next = {}) {
+  for (Index i = 0, tile = 0; i < q.n; i += tile, next = NextLines::none(keys.first)) {
     tile = queries_at_once<D>(q.n - i);
     if constexpr (D::lanes >= 4)
       if (tile == 4) dot_tile<D, 4>(keys, q, i, next, to + i * to_row, to_row);

@@ -98,7 +98,7 @@ EIGEN_DONT_INLINE void add_tile(const Rows<S>& values, const T* p, Index p_row, 
 template <class T, class S>
 void add_rows(const Rows<S>& values, const T* p, Index p_row, Index n, NextLines next, T* o) {
   const Index o_row = whole_registers<T>(values.width);
-  for (Index i = 0, tile = 0; i < n; i += tile, next = {}) {
+  for (Index i = 0, tile = 0; i < n; i += tile, next = NextLines::none(values.first)) {
     tile = n - i >= 4 ? 4 : n - i >= 2 ? 2 : 1;
     if (tile == 4)
       add_tile<4>(values, p + i * p_row, p_row, next, o + i * o_row, o_row);

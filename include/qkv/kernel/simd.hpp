@@ -13,7 +13,7 @@
 //                                 from x = 127.5 (double: 1023.5) on it may be +inf.
 //     weight(d, c) = 2^(d·c)      for d <= 0: what a softmax needs, in fewer steps. AVX-512, float: n in steps of 1/32 with
 //                                 a table, degree 2, d·c not rounded; 1.5 ulp. Elsewhere with FMA, float: degree 6 in pairs
-//                                 of terms, d·c not rounded; 1.1 ulp. Else exp2 of the rounded product. weight(0, c) = 1,
+//                                 of terms, d·c not rounded; 1.2 ulp. Else exp2 of the rounded product. weight(0, c) = 1,
 //                                 weight(-inf, c) = +0 and NaN stays NaN, exactly.
 //
 // Before: workspace.hpp   Next: kernel/register_tile.hpp
