@@ -2,6 +2,9 @@
 //
 //     m' = max(m, max s)     p = e^(s-m')     l ← e^(m-m') l + Σ p     o ← e^(m-m') o
 //
+// Scores [n, 256] of n = n_queries · group_size queries become weights in place, -inf where a query does not see a key. The
+// running maximum and sum: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
+//
 // One step for all queries after the other, all maxima before all weights: what one query adds up across lanes is not waited
 // for. int8: s times the scale of its key before, p times that of its value after; where values are multiplied in integers,
 // p as whole steps (kernel/pair_sums.hpp).

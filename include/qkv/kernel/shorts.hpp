@@ -161,7 +161,7 @@ void short_scores(ShortRows rows, Index n, const Word* q, const float* unit, flo
 // As in kernel/simd.hpp, to r⁵ … r¹: error 9.1e-8.
 inline constexpr float short_exp2_coefficients[] = {0x1.5bba18p-10F, 0x1.3cea8ap-7F, 0x1.c6b752p-5F, 0x1.ebf9bcp-3F,
                                                     0x1.62e42ap-1F};
-/// Simd<float>::weight in three quarters of the instructions: 0 below 2⁻¹²⁶·⁵, since 2⁻¹²⁷ has the bits of zero.
+/// Simd<float>::weight in fewer instructions, for weights that are rounded to 15 bits anyway: 0 below 2⁻¹²⁶·⁵, since 2⁻¹²⁷ has the bits of zero.
 EIGEN_ALWAYS_INLINE Simd<float>::Vec weight_short(Simd<float>::Vec d, Simd<float>::Vec c) {
   using V = Simd<float>;
   const auto x = at_least(V::mul(d, c), V::broadcast(-127)), shifted = V::add(x, V::broadcast(0x1.8p23F + 127));
