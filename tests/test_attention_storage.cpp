@@ -53,6 +53,40 @@ template <class Q, class K>
   return attention(q, k, v, c.heads, causal, plain, {.kernel = kernel});
 }
 
+/// Inputs; `largest`: every product as large as it can be, of either sign, and as good as equal weights. Sums that do not fit
+/// would wrap around.
+Inputs<float> inputs(const Case& c, bool largest) {
+  Inputs<float> in(c);
+  if (!largest) return in;
+  in.q = in.q.array().sign() * 0.01F;
+  in.k.setConstant(1);
+  in.q.row(0).setConstant(0.01F);
+  for (Index r = 0; r < c.n_keys; r += 2) in.k.row(r).setConstant(-1);
+  return in;
+}
+
+/// An int8 cache in pages, and what attention over it is by the formula on the rows as they are stored.
+class StoredAsInt8 {
+ public:
+  StoredAsInt8(const Case& c, const Inputs<float>& in)
+      : c_(c),
+        in_(in),
+        cache_(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3})),
+        expected_(attention_by_formula(
+            in.q, stored<std::int8_t>(in.k, c.heads.kv_heads), stored<std::int8_t>(in.v, c.heads.kv_heads),
+            {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged)) {}
+  double error(Kernel kernel, Arithmetic arithmetic) const {
+    return relative_rms(attention(in_.q, cache_, c_.heads, causal, plain, {.kernel = kernel, .arithmetic = arithmetic}),
+                        expected_.out);
+  }
+
+ private:
+  const Case& c_;
+  const Inputs<float>& in_;
+  PagedKeys<std::int8_t> cache_;
+  Expected expected_;
+};
+
 }  // namespace
 
 TEMPLATE_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8", "[attention][storage]", half,
@@ -125,22 +159,9 @@ TEST_CASE("prefill of int8 keeps the error of its integers at every width, and n
     for (const bool largest : {false, true}) {
       const Case c{
           .n_queries = 19, .n_keys = 207, .heads = {2, 1}, .head_dim = d, .v_head_dim = std::min<Index>(d, 131)};
-      Inputs<float> in(c);
-      if (largest) {  // every product as large as it can be, of either sign, and as good as equal weights
-        in.q = in.q.array().sign() * 0.01F;
-        in.k.setConstant(1);
-        in.q.row(0).setConstant(0.01F);
-        for (Index r = 0; r < c.n_keys; r += 2) in.k.row(r).setConstant(-1);
-      }
-      const PagedKeys<std::int8_t> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
-      const Expected expected = attention_by_formula(
-          in.q, stored<std::int8_t>(in.k, c.heads.kv_heads), stored<std::int8_t>(in.v, c.heads.kv_heads),
-          {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged);
-      const auto error = [&](Arithmetic arithmetic) {
-        return relative_rms(
-            attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::tiled, .arithmetic = arithmetic}),
-            expected.out);
-      };
+      const Inputs<float> in = inputs(c, largest);
+      const StoredAsInt8 rows(c, in);
+      const auto error = [&](Arithmetic arithmetic) { return rows.error(Kernel::tiled, arithmetic); };
       INFO("head_dim " << d << ", largest " << largest << ": " << error(Arithmetic::automatic));
       CHECK(error(Arithmetic::exact) <= 2e-6);
       CHECK(error(Arithmetic::automatic) <= (kernel::shorts_available ? 1.5e-4 : 1e-2));
@@ -154,22 +175,9 @@ TEST_CASE("decode of int8 keys keeps the error of its integers at every width, a
   for (const Index d : {1, 7, 40, 129, 511, 513, 1100}) {
     for (const bool largest : {false, true}) {
       const Case c{.n_queries = 2, .n_keys = 83, .heads = {6, 2}, .head_dim = d, .v_head_dim = 19};
-      Inputs<float> in(c);
-      if (largest) {  // every product as large as it can be, of either sign: sums that do not fit would wrap around
-        in.q = in.q.array().sign() * 0.01F;
-        in.k.setConstant(1);
-        in.q.row(0).setConstant(0.01F);
-        for (Index r = 0; r < c.n_keys; r += 2) in.k.row(r).setConstant(-1);
-      }
-      const PagedKeys<std::int8_t> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
-      const Expected expected = attention_by_formula(
-          in.q, stored<std::int8_t>(in.k, c.heads.kv_heads), stored<std::int8_t>(in.v, c.heads.kv_heads),
-          {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged);
-      const auto error = [&](Arithmetic arithmetic) {
-        return relative_rms(
-            attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::decode, .arithmetic = arithmetic}),
-            expected.out);
-      };
+      const Inputs<float> in = inputs(c, largest);
+      const StoredAsInt8 rows(c, in);
+      const auto error = [&](Arithmetic arithmetic) { return rows.error(Kernel::decode, arithmetic); };
       INFO("head_dim " << d << ", largest " << largest << ": " << error(Arithmetic::automatic));
       CHECK(error(Arithmetic::exact) <= 1e-6);
       CHECK(error(Arithmetic::automatic) <= (in_int16 ? 1e-4 : 1e-2));
@@ -186,15 +194,8 @@ TEST_CASE("decode of int8 values keeps the error of its integers at every width 
     for (const Index group : {1, 2, 3, 4, 7}) {
       const Case c{.n_queries = 1, .n_keys = 531, .heads = {2 * group, 2}, .head_dim = 23, .v_head_dim = d};
       const Inputs<float> in(c);
-      const PagedKeys<std::int8_t> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
-      const Expected expected = attention_by_formula(
-          in.q, stored<std::int8_t>(in.k, c.heads.kv_heads), stored<std::int8_t>(in.v, c.heads.kv_heads),
-          {.heads = c.heads, .first_position = c.n_keys - c.n_queries}, before, unchanged);
-      const auto error = [&](Arithmetic arithmetic) {
-        return relative_rms(
-            attention(in.q, cache, c.heads, causal, plain, {.kernel = Kernel::decode, .arithmetic = arithmetic}),
-            expected.out);
-      };
+      const StoredAsInt8 rows(c, in);
+      const auto error = [&](Arithmetic arithmetic) { return rows.error(Kernel::decode, arithmetic); };
       INFO("v_head_dim " << d << ", group " << group << ": " << error(Arithmetic::automatic));
       CHECK(error(Arithmetic::exact) <= 1e-6);
       CHECK(error(Arithmetic::automatic) <= (in_int16 ? 1e-4 : 1e-2));
