@@ -20,6 +20,7 @@
 #include <cstring>
 #include <limits>
 #include <numbers>
+#include <tuple>
 #include <utility>
 
 #include "../softmax.hpp"
@@ -170,7 +171,7 @@ class Absorbed {
       T* const to = s_ + c * panel + lane - p;
       if constexpr (!A::scaled)
         score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
-                                                              q_.at(lane), to);
+                                                              q_.at(lane), to, stream_);
 #ifdef QKV_DETAIL_WORDS
       if constexpr (A::quads) {
         const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
@@ -183,7 +184,7 @@ class Absorbed {
         const ShortRows rows{q_.steps() / word_lanes, block_.row(c), block_.stride(), block_.scales(c)};
         short_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
         score_tiles<RopeDot, Rows, Vectors, 1, panel, true>(tiles, q_.rope_steps(), block_.rope(c),
-                                                            block_.rope_stride(), q_.rope(lane), to);
+                                                            block_.rope_stride(), q_.rope(lane), to, stream_);
       }
 #endif
     }
@@ -276,7 +277,7 @@ class Absorbed {
 
   void multiply_values(Index p, Index begin, Index end) {
     using N = typename Value::Number;
-    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors(A::shorts);
+    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
     if (begin >= end) return;
     begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
     const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
@@ -289,9 +290,7 @@ class Absorbed {
                                  .o_row = state_.o_step,
                                  .take = take_};
     for (Index x = 0; x < width;) {
-      if (!stream_.pending()) std::swap(stream_, later_), later_ = {};
-      Index some = std::min(vectors, (width - x) / W);
-      if (Shape<T>::even_end && vectors > 2 && width - x == 4 * W) some = 2;
+      const Index some = std::min(vectors, (width - x) / W);
       if (some == vectors)
         feature_tiles<Value, vectors>(lanes, op, stream_);
       else if (some == 2)
@@ -351,16 +350,17 @@ class Absorbed {
 
   /// The rows of the block to come, for the second-level cache.
   void follow(const Place* next) {
-    stream_ = later_ = {};
+    stream_ = {};
     if (next == nullptr) return;
     const LatentRun<S>& run = task_.rows.runs[next->run];
     const Index count = std::min(next->count - next->begin, run.rows - next->row);
-    const auto stream = [&](const auto* from, Index step) {
+    const auto range = [&](const auto* from, Index step) {
       const auto at = reinterpret_cast<std::uintptr_t>(from);
-      return Stream{at, at + static_cast<std::uintptr_t>(count * step * Index(sizeof(*from)))};
+      return std::pair{at, at + static_cast<std::uintptr_t>(count * step * Index(sizeof(*from)))};
     };
-    stream_ = stream(task_.rows.latent(run, next->row), task_.rows.latent_row_stride);
-    if constexpr (has_row_scale<S>) later_ = stream(task_.rows.rope(run, next->row), task_.rows.rope_row_stride);
+    std::tie(stream_.at, stream_.end) = range(task_.rows.latent(run, next->row), task_.rows.latent_row_stride);
+    if constexpr (has_row_scale<S>)
+      std::tie(stream_.next, stream_.next_end) = range(task_.rows.rope(run, next->row), task_.rows.rope_row_stride);
   }
 
   const Task<T, S, M>& task_;
@@ -372,7 +372,7 @@ class Absorbed {
   T *s_ = nullptr, *row_ = nullptr;
   alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // in steps: what one is worth
   bool* hidden_ = nullptr;                                       // [n_rows, panel]; written where a score is not finite
-  Stream stream_, later_;
+  Stream stream_;
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel::absorbed

@@ -53,10 +53,7 @@ struct Shape {
     return vectors == 1 ? (wide ? 24 : 12) : wide ? 12 : Simd<T>::fused ? 6 : 4;
   }
   static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
-  static constexpr Index value_vectors(bool products) {  // a product that is not added at once needs a register
-    return wide || (Simd<T>::fused && !products) ? 3 : 2;
-  }
-  static constexpr bool even_end = !wide;  // values end in 2 + 2 vectors, not 3 + 1: 4 sums do not hide the latency
+  static constexpr Index value_vectors = wide ? 3 : 2;
 };
 
 /// Hides a number from the optimiser, which would otherwise keep one address for each row, in memory.
@@ -92,17 +89,37 @@ struct RowAddress {
   }
 };
 
+/// Memory that will be read next, asked for step by step while tiles are multiplied: rows read in order stream well. Value
+/// tiles leave load slots free. With AVX2, where a step does a quarter of the work and would wait for what comes in a
+/// burst, fewer bytes with every step, and score tiles, which take longer over their operands, begin with it.
+struct Stream {
+  static constexpr bool in_scores = !Shape<float>::wide;
+  static constexpr std::uintptr_t step = Shape<float>::wide ? 128 : 32;  // bytes
+  std::uintptr_t at = 0, end = 0, next = 0, next_end = 0;                // then [next, next_end)
+
+  bool pending() {
+    if (at >= end) at = next, end = next_end, next = next_end = 0;
+    return at < end;
+  }
+  static EIGEN_ALWAYS_INLINE void ask(std::uintptr_t& from) {
+    prefetch(reinterpret_cast<const void*>(from));
+    if constexpr (step > 64) prefetch(reinterpret_cast<const void*>(from + 64));
+    from += step;
+  }
+};
+
 /// sum(r, v) += Σ_k rows(r, k)·lanes(k, v), k ascending in steps of Parts numbers. By constant indices only, as in
-/// kernel/register_tile.hpp.
-template <class D, Index Vectors, Index Parts, std::size_t... Sum, std::size_t... Vector>
+/// kernel/register_tile.hpp. Ahead: with every step some memory from `ahead` on is asked for.
+template <class D, Index Vectors, Index Parts, bool Ahead = false, std::size_t... Sum, std::size_t... Vector>
 EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], Index steps, RowAddress rows,
                                        const typename D::Number* lanes, std::index_sequence<Sum...>,
-                                       std::index_sequence<Vector...>) {
+                                       std::index_sequence<Vector...>, [[maybe_unused]] std::uintptr_t ahead = 0) {
   using Vec = decltype(D::load(lanes));
   for (; steps > 0; --steps) {
     const Vec lane[] = {D::load(lanes + Index(Vector) * D::width)...};
     ((sum[Sum] = D::dot(sum[Sum], repeat<D, Parts>(rows.template row<Index(Sum) / Vectors>()), lane[Sum % Vectors])),
      ...);
+    if constexpr (Ahead) Stream::ask(ahead);
     rows.move(sizeof(typename D::Number) * Parts);
     lanes += Vectors * D::width;
   }
@@ -110,24 +127,34 @@ EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], I
 
 /// Scores of `Rows` rows for Vectors registers of lanes, or of parts of lanes: s [Rows][row], Vectors·width / Parts of a row.
 /// Continued: s has begun.
-template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued, class T, std::size_t... I>
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued, bool Ahead, class T,
+          std::size_t... I>
 EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
-                                    std::index_sequence<I...> all) {
+                                    std::uintptr_t ahead, std::index_sequence<I...> all) {
   typename D::Sum sum[sizeof...(I)];
   if constexpr (Continued)
     ((sum[I] = Simd<T>::load(s + Index(I) / Vectors * Row + Index(I) % Vectors * Simd<T>::width)), ...);
   else
     ((sum[I] = Simd<T>::zero()), ...);
-  multiply_rows<D, Vectors, Parts>(sum, steps, rows, lanes, all, std::make_index_sequence<std::size_t(Vectors)>{});
+  multiply_rows<D, Vectors, Parts, Ahead>(sum, steps, rows, lanes, all,
+                                          std::make_index_sequence<std::size_t(Vectors)>{}, ahead);
   (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (Simd<T>::width / Parts), sum[I]), ...);
 }
 
 /// `tiles` of them, one after another; rows lie `stride` bytes apart.
 template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued = false, class T>
-void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s) {
+void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s,
+                 [[maybe_unused]] Stream& stream) {
+  const auto tile = [&](auto ahead, std::uintptr_t from) {
+    score_tile<D, Rows, Vectors, Parts, Row, Continued, decltype(ahead)::value>(
+        steps, RowAddress(rows, stride), lanes, s, from, std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+  };
   for (; tiles > 0; --tiles) {
-    score_tile<D, Rows, Vectors, Parts, Row, Continued>(steps, RowAddress(rows, stride), lanes, s,
-                                                        std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    if (Stream::in_scores && stream.pending())
+      tile(std::bool_constant<Stream::in_scores>{}, stream.at),
+          stream.at += static_cast<std::uintptr_t>(steps) * Stream::step;
+    else
+      tile(std::false_type{}, 0);
     rows = static_cast<const char*>(rows) + Rows * stride;
     s += Rows * Row;
   }
@@ -177,15 +204,6 @@ void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word*
 }
 #endif
 
-/// Memory that will be read next, asked for while values are multiplied: their tiles leave load slots free, and rows
-/// read in order stream well. `step` bytes with every step of a tile. Fewer with AVX2, where a step does a quarter of the
-/// work, and would wait for what comes in a burst (16 heads: 0.81 of the peak for 0.72).
-struct Stream {
-  static constexpr std::uintptr_t step = Shape<float>::wide ? 128 : 32;
-  std::uintptr_t at = 0, end = 0;
-  bool pending() const { return at < end; }
-};
-
 /// o(lane, x) += Σ_j p(j, lane)·c(j, x)
 template <class D, class T>
 struct FeatureOperands {
@@ -207,7 +225,7 @@ EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]
     D::finish(o, sum, nullptr);
 }
 template <class D, Index Vectors, bool Ahead, class T, std::size_t... Sum, std::size_t... Vector>
-EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] Stream& stream,
+EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] std::uintptr_t ahead,
                                       std::index_sequence<Sum...>, std::index_sequence<Vector...>) {
   typename D::Sum sum[] = {D::start(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width)...};
   const typename D::Number* p = op.p;
@@ -216,11 +234,7 @@ EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_u
   for (Index k = op.depth; k > 0; --k) {
     Vec row[] = {D::load(c + Index(Vector) * D::width)...};
     if constexpr (!Shape<T>::wide) (detail::hold(row[Vector]), ...);  // or g++ loads them again for every lane
-    if constexpr (Ahead) {
-      prefetch(reinterpret_cast<const void*>(stream.at));
-      if constexpr (Stream::step > 64) prefetch(reinterpret_cast<const void*>(stream.at + 64));
-      stream.at += Stream::step;
-    }
+    if constexpr (Ahead) Stream::ask(ahead);
     ((sum[Sum] = D::dot(sum[Sum], row[Sum % Vectors], D::broadcast(p[Index(Sum) / Vectors]))), ...);
     p += op.p_step;
     c += op.c_step;
@@ -237,9 +251,10 @@ void feature_tiles(Index lanes, FeatureOperands<D, T> op, Stream& stream) {
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
   for (; lanes > 0; lanes -= rows) {
     if (stream.pending())
-      feature_tile<D, Vectors, true>(op, stream, sums, vectors);
+      feature_tile<D, Vectors, true>(op, stream.at, sums, vectors),
+          stream.at += static_cast<std::uintptr_t>(op.depth) * Stream::step;
     else
-      feature_tile<D, Vectors, false>(op, stream, sums, vectors);
+      feature_tile<D, Vectors, false>(op, 0, sums, vectors);
     op.p += rows;
     op.o += rows * op.o_row;
     op.take += rows;
