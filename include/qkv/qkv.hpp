@@ -10,6 +10,8 @@
 #include "storage.hpp"                  // float, half, bfloat16 and int8 rows
 #include "parallel.hpp"                 // executors: serial, OpenMP, a pool, yours
 #include "workspace.hpp"                // scratch memory that belongs to the caller
+#include "kernel/packets.hpp"           // Eigen's registers of numbers, and what they lack
+#include "kernel/powers.hpp"            // 2ˣ of them
 #include "kernel/simd.hpp"              // a register of numbers on every instruction set
 #include "kernel/register_tile.hpp"     // the one inner loop of every product
 #include "kernel/packed_weights.hpp"    // weights laid out to stream, in any storage

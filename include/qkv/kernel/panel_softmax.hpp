@@ -87,7 +87,7 @@ class PanelSoftmax {
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
     const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
-      const Vec weight = weight_short(V::sub(V::load(at), base), to_log2);
+      const Vec weight = V::weight_short(V::sub(V::load(at), base), to_log2);
       const Vec product = V::mul(weight, V::broadcast(scale));
       V::store(at, product);
       total = V::add(total, weight), top = V::max(top, product);
@@ -168,8 +168,8 @@ class PanelSoftmax {
   }
 #ifdef QKV_DETAIL_WORDS
   static EIGEN_ALWAYS_INLINE __m512i put_pair(float* s, Index c, bool second, Vec base, Vec to_log2) {
-    const Vec low = weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
-    const Vec high = second ? weight_short(V::sub(V::load(s + (c + 1) * lanes), base), to_log2) : V::zero();
+    const Vec low = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
+    const Vec high = second ? V::weight_short(V::sub(V::load(s + (c + 1) * lanes), base), to_log2) : V::zero();
     const __m512i pair = to_pairs(low, high);
     store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
     return pair;
@@ -182,7 +182,7 @@ class PanelSoftmax {
   template <int Byte>
   static EIGEN_ALWAYS_INLINE __m512i byte_of(const Products& in, Index c, Vec& sum) {
     const Vec log = V::sub(V::broadcast(in.logs[c + Byte]), in.bottom);
-    const Vec weight = weight_short(V::fma(V::load(in.s + (c + Byte) * lanes), in.to_log2, log), V::broadcast(1));
+    const Vec weight = V::weight_short(V::fma(V::load(in.s + (c + Byte) * lanes), in.to_log2, log), V::broadcast(1));
     sum = V::fma(weight, V::broadcast(in.inverses[c + Byte]), sum);
     return _mm512_slli_epi32(_mm512_cvtps_epi32(weight), 8 * Byte);
   }

@@ -58,8 +58,7 @@ EIGEN_ALWAYS_INLINE Words add_words(Words a, Words b) { return _mm256_add_epi32(
 EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm256_madd_epi16(a, b); }
 EIGEN_ALWAYS_INLINE __m256 words_to_float(Words v) { return _mm256_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m256 v) { return _mm256_cvtps_epi32(v); }
-EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }        // the same bits
-EIGEN_ALWAYS_INLINE __m256 at_least(__m256 x, __m256 low) { return _mm256_max_ps(low, x); }  // NaN stays NaN
+EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }  // the same bits
 /// Words (low, high) of numbers from 0 to 32767.
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
 /// Words to int16, in order.
@@ -85,7 +84,6 @@ EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm_madd_ep
 EIGEN_ALWAYS_INLINE __m128 words_to_float(Words v) { return _mm_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m128 v) { return _mm_cvtps_epi32(v); }
 EIGEN_ALWAYS_INLINE __m128 words_as_float(Words v) { return _mm_castsi128_ps(v); }
-EIGEN_ALWAYS_INLINE __m128 at_least(__m128 x, __m128 low) { return _mm_max_ps(low, x); }
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm_or_si128(low, _mm_slli_epi32(high, 16)); }
 EIGEN_ALWAYS_INLINE Words to_shorts(Words first, Words second) { return _mm_packs_epi32(first, second); }
 EIGEN_ALWAYS_INLINE Words sum_each(Words (&rows)[4]) {
@@ -156,19 +154,6 @@ void short_scores(ShortRows rows, Index n, const Word* q, const float* unit, flo
                                            std::make_index_sequence<std::size_t(word_lanes)>{});
       V::store(s, V::mul(words_to_float(sum), V::mul(V::broadcast(*rows.scale), V::load(unit + v * word_lanes))));
     }
-}
-
-// As in kernel/simd.hpp, to r⁵ … r¹: error 9.1e-8.
-inline constexpr float short_exp2_coefficients[] = {0x1.5bba18p-10F, 0x1.3cea8ap-7F, 0x1.c6b752p-5F, 0x1.ebf9bcp-3F,
-                                                    0x1.62e42ap-1F};
-/// Simd<float>::weight in fewer instructions, for weights that are rounded to 15 bits anyway: 0 below 2⁻¹²⁶·⁵, since 2⁻¹²⁷ has the bits of zero.
-EIGEN_ALWAYS_INLINE Simd<float>::Vec weight_short(Simd<float>::Vec d, Simd<float>::Vec c) {
-  using V = Simd<float>;
-  const auto x = at_least(V::mul(d, c), V::broadcast(-127)), shifted = V::add(x, V::broadcast(0x1.8p23F + 127));
-  const auto r = V::sub(x, V::sub(shifted, V::broadcast(0x1.8p23F + 127)));
-  auto y = V::broadcast(short_exp2_coefficients[0]);
-  for (int i = 1; i < 5; ++i) y = V::fma(y, r, V::broadcast(short_exp2_coefficients[i]));
-  return V::mul(V::fma(y, r, V::broadcast(1)), detail::low_bits_to_exponent(shifted));
 }
 
 /// A tile of words: c(r, j) = scale(r)·Σ_k a(k, r)·b(k, j), sums in whole numbers.

@@ -150,13 +150,6 @@ inline void pack_words(const void* from, Index stride, Index rows, Index bytes, 
   }
 }
 
-/// Simd<float>::weight to 6e-5, enough before rounding to bfloat16: one step of the series after the table.
-EIGEN_ALWAYS_INLINE __m512 weight_short(__m512 d, __m512 c) {
-  const detail::TablePower power(d, c);
-  const __m512 slope = _mm512_mul_ps(power.step, _mm512_set1_ps(0.693147181F));
-  return _mm512_maskz_fmadd_ps(power.normal, slope, power.rest, power.step);
-}
-
 /// Lane l of the result holds (low[l], high[l]) as bfloat16, each rounded to nearest even.
 EIGEN_ALWAYS_INLINE __m512i to_pairs(__m512 low, __m512 high) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
