@@ -18,6 +18,7 @@
 #include "kernel/gemm.hpp"              // matrix products with one order of summation
 #include "kernel/words.hpp"             // products of bfloat16 and int8, 32 bits at a time
 #include "kernel/shorts.hpp"            // products of int16, two at a time
+#include "kernel/word_tile.hpp"         // the inner loop with words for numbers
 #include "kernel/arithmetic.hpp"        // in which numbers a kernel multiplies
 
 // Into attention

@@ -10,7 +10,7 @@
 // `Number` is what is broadcast and what a lane holds: a T, or a word of `features` features of a key, of `keys` keys of a
 // value (kernel/words.hpp, kernel/shorts.hpp). Both the tiled and the absorbed kernel are written once for all of them.
 //
-// Before: kernel/shorts.hpp   Next: embedding.hpp
+// Before: kernel/word_tile.hpp   Next: embedding.hpp
 #pragma once
 
 #include <concepts>
@@ -67,5 +67,14 @@ using NarrowArithmetic = std::conditional_t<
     std::conditional_t<words_available && std::is_same_v<S, bfloat16>, Pairs,
                        std::conditional_t<words_available && has_row_scale<S>, Quads,
                                           std::conditional_t<shorts_available && has_row_scale<S>, Shorts, Exact<T>>>>>;
+
+/// How words of keys are multiplied.
+#if defined(QKV_DETAIL_WORDS)
+template <class A>
+using ScoreDot = std::conditional_t<A::quads, QuadDot, PairDot>;
+#elif defined(QKV_DETAIL_SHORTS)
+template <class A>
+using ScoreDot = ShortDot;
+#endif
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -32,6 +32,7 @@
 #include "register_tile.hpp"
 #include "task.hpp"
 #include "value_tile.hpp"
+#include "word_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -226,26 +227,13 @@ class Tiled {
       op.a = a + last * depth, op.b = q(p), op.c = scratch_.s + last * lanes;
       if (rest > 0) packed_tile_of<T>(rest, op);
     }
-#ifdef QKV_DETAIL_SHORTS
-    if constexpr (A::shorts) {
-      const auto at = [&](Index column, Index vector) {
-        ShortOperands op{.depth = depth, .a = a + column * depth, .b = q(p) + vector * V::width, .b_step = lanes};
-        op.c = scratch_.s + column * lanes + vector * V::width, op.c_row = lanes;
-        op.scale = panels_.key_scales + b * tile_keys + column;
-        return op;
-      };
-      short_tiles<rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch_);
-      if (rest > 0) short_tile_of(rest, at(last, 0), fetch_);
-    }
-#endif
-#ifdef QKV_DETAIL_WORDS
+#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
     if constexpr (A::words) {
-      using Dot = std::conditional_t<A::quads, QuadDot, PairDot>;
+      using Dot = ScoreDot<A>;
       const auto at = [&](Index column, Index vector) {
         WordOperands op{.depth = depth, .a = a + column * depth, .b = q(p) + vector * V::width, .b_step = lanes};
+        op.row = b * tile_keys + column, op.offset = panels_.key_offsets, op.scale = panels_.key_scales;
         op.c = scratch_.s + column * lanes + vector * V::width, op.c_row = lanes;
-        if constexpr (A::quads) op.offset = panels_.key_offsets + b * tile_keys + column;
-        if constexpr (A::quads) op.scale = panels_.key_scales + b * tile_keys + column;
         return op;
       };
       word_tiles<Dot, rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch_);
@@ -327,9 +315,9 @@ class Tiled {
     op.b = reinterpret_cast<const Number*>(scratch_.s), op.b_step = lanes;
     op.o = o(p), op.o_row = lanes;
     if constexpr (A::steps) op.take = take_;
-    value_tiles<TileDot<A>, rows>(op, full, count * rows, fetch_);
+    value_tiles<ValueDot<A>, rows>(op, full, count * rows, fetch_);
     op.a += full * rows * count, op.o += full * rows * lanes;
-    if (rest > 0) value_tile_of<TileDot<A>, rows>(rest, op, fetch_);
+    if (rest > 0) value_tile_of<ValueDot<A>, rows>(rest, op, fetch_);
   }
   /// The weight of one pair, as it was multiplied; what it multiplies here is not finite.
   T weight(Index c, Index lane) const {
