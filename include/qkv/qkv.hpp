@@ -47,6 +47,7 @@
 #include "kernel/panel_softmax.hpp"     // scores of a panel become weights
 #include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too
 #include "kernel/panel_sums.hpp"        // the softmax state of a panel, and its way out
+#include "kernel/panel_step.hpp"        // a panel of queries meets a block of keys
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/dots.hpp"              // in which numbers q·k is multiplied
 #include "kernel/row_dots.hpp"          // rows of a cache as they lie: q·k

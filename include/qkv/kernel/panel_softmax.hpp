@@ -12,6 +12,8 @@
 // Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
 
+#include <cstring>
+
 #include "arithmetic.hpp"
 #include "panels.hpp"
 #include "simd.hpp"
@@ -159,6 +161,24 @@ class PanelSoftmax {
     return {step, V::mul(sum, step)};
   }
 #endif
+
+  /// The weight of one pair, as it is multiplied: in steps, where weights are.
+  static T weight(const T* s, Index c, Index lane) {
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
+    } else if constexpr (A::words) {
+      const Word pair = reinterpret_cast<const Word*>(s)[c / 2 * lanes + lane];
+      const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
+      T value;
+      std::memcpy(&value, &bits, sizeof bits);
+      return value;
+    } else {
+      return s[c * lanes + lane];
+    }
+  }
 
  private:
   static EIGEN_ALWAYS_INLINE Vec put(T* s, Index c, Vec base, Vec to_log2) {
