@@ -11,10 +11,10 @@
 //                          not rounded; 1.5 ulp. Elsewhere with FMA, float: degree 6 in pairs of terms, d·c not rounded;
 //                          1.2 ulp. Else exp2 of the rounded product.
 //     weight_short(d, c)   float only, for weights that are rounded to 15 bits or less anyway: the same two ways, to degree 1
-//                          after the table (6e-5), or to 5 (2e-7 with FMA; where d·c is rounded, that shows as well).
+//                          after the table (6e-5), or to 5 (1.8e-7; where d·c is rounded, that shows as well).
 //
 // A weight of d = 0 is 1, of d = -inf +0, and NaN stays NaN, exactly. Degree 6 instead of 5 costs int8 with AVX2 1 to 2 % of a
-// call.
+// prompt.
 //
 // Before: kernel/packets.hpp   Next: kernel/simd.hpp
 #pragma once
