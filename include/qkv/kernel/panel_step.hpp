@@ -13,6 +13,7 @@
 #include <numbers>
 #include <type_traits>
 
+#include "../score.hpp"
 #include "../softmax.hpp"
 #include "arithmetic.hpp"
 #include "panel_mask.hpp"
@@ -42,6 +43,7 @@ struct QueryPanel {
   PanelSums<typename A::Scalar> sums;
 };
 
+/// What panels of one head do with one block after another.
 template <class A, class T, StorageType S, class M, class F>
 class PanelStep {
   using Number = typename A::Number;
@@ -54,7 +56,7 @@ class PanelStep {
   static constexpr bool plain = std::is_same_v<F, Plain>;
 
  public:
-  /// Queries of `head`. Scratch: scores [tile_keys, lanes] and hidden [tile_keys, lanes].
+  /// Scratch: scores and hidden [tile_keys, lanes].
   PanelStep(const Task<T, S, M, F>& task, const Panels<A>& panels, Index head, T* scores, bool* hidden)
       : task_(task), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
 

@@ -22,6 +22,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../mask.hpp"
 #include "../score.hpp"
 #include "../workspace.hpp"
 #include "panel_packer.hpp"
