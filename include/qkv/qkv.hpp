@@ -10,12 +10,15 @@
 #include "storage.hpp"                  // float, half, bfloat16 and int8 rows
 #include "parallel.hpp"                 // executors: serial, OpenMP, a pool, yours
 #include "workspace.hpp"                // scratch memory that belongs to the caller
+#include "kernel/packets.hpp"           // Eigen's registers of numbers, and what they lack
+#include "kernel/powers.hpp"            // 2ˣ of them
 #include "kernel/simd.hpp"              // a register of numbers on every instruction set
 #include "kernel/register_tile.hpp"     // the one inner loop of every product
 #include "kernel/packed_weights.hpp"    // weights laid out to stream, in any storage
 #include "kernel/gemm.hpp"              // matrix products with one order of summation
 #include "kernel/words.hpp"             // products of bfloat16 and int8, 32 bits at a time
 #include "kernel/shorts.hpp"            // products of int16, two at a time
+#include "kernel/word_tile.hpp"         // the inner loop with words for numbers
 #include "kernel/arithmetic.hpp"        // in which numbers a kernel multiplies
 
 // Into attention
@@ -44,6 +47,7 @@
 #include "kernel/panel_softmax.hpp"     // scores of a panel become weights
 #include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too
 #include "kernel/panel_sums.hpp"        // the softmax state of a panel, and its way out
+#include "kernel/panel_step.hpp"        // a panel of queries meets a block of keys
 #include "kernel/tiled.hpp"             // many queries: prefill
 #include "kernel/dots.hpp"              // in which numbers q·k is multiplied
 #include "kernel/row_dots.hpp"          // rows of a cache as they lie: q·k

@@ -4,7 +4,7 @@
 // the serial executor repeated calls allocate nothing. Several threads may lease at once without locks: up to `slots`
 // pieces are kept, and a call that needs more allocates for itself.
 //
-// Before: parallel.hpp   Next: kernel/simd.hpp
+// Before: parallel.hpp   Next: kernel/packets.hpp
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
 // detail/intrinsics.hpp — what Eigen's packets lack, for the instruction sets that have it: mask registers, shifts of
-// doubles, prefetches, and half, bfloat16 and int8 to float in the register. kernel/simd.hpp has the general forms.
+// doubles, prefetches, and half, bfloat16 and int8 to float in the register. kernel/packets.hpp has the general forms.
 #pragma once
 
 #include <cstdint>

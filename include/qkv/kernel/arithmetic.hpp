@@ -10,54 +10,48 @@
 // `Number` is what is broadcast and what a lane holds: a T, or a word of `features` features of a key, of `keys` keys of a
 // value (kernel/words.hpp, kernel/shorts.hpp). Both the tiled and the absorbed kernel are written once for all of them.
 //
-// Before: kernel/shorts.hpp   Next: embedding.hpp
+// Before: kernel/word_tile.hpp   Next: embedding.hpp
 #pragma once
 
 #include <concepts>
+#include <cstdint>
 #include <type_traits>
 
 #include "../storage.hpp"
 #include "shorts.hpp"
+#include "words.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
-template <class T>
-struct Exact {  // everything widened to T
-  static constexpr const char* name = "";
+/// What follows from the numbers in which keys and values are multiplied.
+template <class T, class N, class Key, class Value>
+struct Numbers {
   using Scalar = T;
-  using Number = T;
-  static constexpr bool words = false, quads = false, bytes = false, shorts = false;
-  static constexpr bool scaled = false;           // keys are integers; scales, and a rope part, are joined afterwards
-  static constexpr bool steps = false;            // weights are whole numbers of steps
-  static constexpr Index features = 1, keys = 1;  // in one number
+  using Number = N;
+  static constexpr Index features = sizeof(N) / sizeof(Key), keys = sizeof(N) / sizeof(Value);  // in one number
+  static constexpr bool words = std::same_as<N, Word>;
+  static constexpr bool quads = std::same_as<Key, std::int8_t>;    // of fours, the other side unsigned
+  static constexpr bool bytes = std::same_as<Value, std::int8_t>;  // likewise
+  static constexpr bool shorts = std::same_as<Key, std::int16_t>;
+  // Keys are whole numbers: scales, and a rope part, are joined afterwards. Weights are whole numbers of steps.
+  static constexpr bool scaled = quads || shorts, steps = bytes || shorts;
 };
-struct Pairs {  // bfloat16 throughout, sums in float
+
+template <class T>
+struct Exact : Numbers<T, T, T, T> {  // everything widened to T
+  static constexpr const char* name = "";
+};
+struct Pairs : Numbers<float, Word, bfloat16, bfloat16> {  // sums in float
   static constexpr const char* name = " multiplied in bf16";
-  using Scalar = float;
-  using Number = Word;
-  static constexpr bool words = true, quads = false, bytes = false, shorts = false, scaled = false, steps = false;
-  static constexpr Index features = 2, keys = 2;
 };
-struct Quads {  // int8 queries and keys, bfloat16 weights and values
+struct Quads : Numbers<float, Word, std::int8_t, bfloat16> {
   static constexpr const char* name = " multiplied in int8, values in bf16";
-  using Scalar = float;
-  using Number = Word;
-  static constexpr bool words = true, quads = true, bytes = false, shorts = false, scaled = true, steps = false;
-  static constexpr Index features = 4, keys = 2;
 };
-struct Bytes {  // int8 throughout; weights in 8 bits: kernel/panel_softmax.hpp
+struct Bytes : Numbers<float, Word, std::int8_t, std::int8_t> {  // weights in 8 bits: kernel/panel_softmax.hpp
   static constexpr const char* name = " multiplied in int8";
-  using Scalar = float;
-  using Number = Word;
-  static constexpr bool words = true, quads = true, bytes = true, shorts = false, scaled = true, steps = true;
-  static constexpr Index features = 4, keys = 4;
 };
-struct Shorts {  // int16 throughout; weights in 15 bits: kernel/panel_softmax.hpp
+struct Shorts : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in 15 bits: kernel/panel_softmax.hpp
   static constexpr const char* name = " multiplied in int16";
-  using Scalar = float;
-  using Number = Word;
-  static constexpr bool words = true, quads = false, bytes = false, shorts = true, scaled = true, steps = true;
-  static constexpr Index features = 2, keys = 2;
 };
 
 /// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
@@ -67,5 +61,14 @@ using NarrowArithmetic = std::conditional_t<
     std::conditional_t<words_available && std::is_same_v<S, bfloat16>, Pairs,
                        std::conditional_t<words_available && has_row_scale<S>, Quads,
                                           std::conditional_t<shorts_available && has_row_scale<S>, Shorts, Exact<T>>>>>;
+
+/// How words of keys are multiplied.
+#if defined(QKV_DETAIL_WORDS)
+template <class A>
+using ScoreDot = std::conditional_t<A::quads, QuadDot, PairDot>;
+#elif defined(QKV_DETAIL_SHORTS)
+template <class A>
+using ScoreDot = ShortDot;
+#endif
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -12,6 +12,8 @@
 // Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
 
+#include <cstring>
+
 #include "arithmetic.hpp"
 #include "panels.hpp"
 #include "simd.hpp"
@@ -87,7 +89,7 @@ class PanelSoftmax {
   static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
     const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
-      const Vec weight = weight_short(V::sub(V::load(at), base), to_log2);
+      const Vec weight = V::weight_short(V::sub(V::load(at), base), to_log2);
       const Vec product = V::mul(weight, V::broadcast(scale));
       V::store(at, product);
       total = V::add(total, weight), top = V::max(top, product);
@@ -160,6 +162,24 @@ class PanelSoftmax {
   }
 #endif
 
+  /// The weight of one pair, as it is multiplied: in steps, where weights are.
+  static T weight(const T* s, Index c, Index lane) {
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
+    } else if constexpr (A::words) {
+      const Word pair = reinterpret_cast<const Word*>(s)[c / 2 * lanes + lane];
+      const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
+      T value;
+      std::memcpy(&value, &bits, sizeof bits);
+      return value;
+    } else {
+      return s[c * lanes + lane];
+    }
+  }
+
  private:
   static EIGEN_ALWAYS_INLINE Vec put(T* s, Index c, Vec base, Vec to_log2) {
     const Vec weight = V::weight(V::sub(V::load(s + c * lanes), base), to_log2);
@@ -168,8 +188,8 @@ class PanelSoftmax {
   }
 #ifdef QKV_DETAIL_WORDS
   static EIGEN_ALWAYS_INLINE __m512i put_pair(float* s, Index c, bool second, Vec base, Vec to_log2) {
-    const Vec low = weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
-    const Vec high = second ? weight_short(V::sub(V::load(s + (c + 1) * lanes), base), to_log2) : V::zero();
+    const Vec low = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
+    const Vec high = second ? V::weight_short(V::sub(V::load(s + (c + 1) * lanes), base), to_log2) : V::zero();
     const __m512i pair = to_pairs(low, high);
     store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
     return pair;
@@ -182,7 +202,7 @@ class PanelSoftmax {
   template <int Byte>
   static EIGEN_ALWAYS_INLINE __m512i byte_of(const Products& in, Index c, Vec& sum) {
     const Vec log = V::sub(V::broadcast(in.logs[c + Byte]), in.bottom);
-    const Vec weight = weight_short(V::fma(V::load(in.s + (c + Byte) * lanes), in.to_log2, log), V::broadcast(1));
+    const Vec weight = V::weight_short(V::fma(V::load(in.s + (c + Byte) * lanes), in.to_log2, log), V::broadcast(1));
     sum = V::fma(weight, V::broadcast(in.inverses[c + Byte]), sum);
     return _mm512_slli_epi32(_mm512_cvtps_epi32(weight), 8 * Byte);
   }

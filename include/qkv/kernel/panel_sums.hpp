@@ -4,7 +4,7 @@
 //     unit     [lanes]           what one of m is in natural units
 //     Oᵀ       [v_dim][lanes]    weighted values: turned back when it is merged into the state (m, l, o) of the rows
 //
-// Before: kernel/value_tile.hpp   Next: kernel/tiled.hpp
+// Before: kernel/value_tile.hpp   Next: kernel/panel_step.hpp
 #pragma once
 
 #include <algorithm>

@@ -73,6 +73,22 @@ void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
   }
 }
 
+/// What a whole number of query i is worth where `most` is the largest of them goes to `unit`; returns the inverse of that.
+inline float find_unit(const QueryRows<float>& from, Index i, float most, float& unit) {
+  using V = Simd<float>;
+  V::Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the query is not finite
+  for (Index k = 0; k < from.head_dim; k += V::width) {
+    const V::Vec x = from.part(i, k);
+    largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
+    nothing = V::fma(V::zero(), x, nothing);
+  }
+  const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
+  const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
+  if (!zeros || nan != 0) unit *= amax / most + nan;
+  unit = std::max(unit, std::numeric_limits<float>::min());  // keeps NaN
+  return zeros ? 0 : most / amax;
+}
+
 #ifdef QKV_DETAIL_WORDS
 /// Words [w, w + 16) of 16 queries, turned.
 EIGEN_ALWAYS_INLINE void store_turned(__m512 (&block)[16], Index w, Index depth, Word* to, Index lanes) {
@@ -97,20 +113,7 @@ inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index la
   using V = Simd<float>;
   const Index depth = (from.head_dim + 3) / 4;
   float inverse[16];
-  for (Index i = 0; i < word_lanes; ++i) {
-    __m512 most = V::zero(), zero = V::zero();
-    for (Index k = 0; k < from.head_dim; k += V::width) {
-      const __m512 x = from.part(i, k);
-      most = V::max(most, _mm512_abs_ps(x));
-      zero = V::fma(V::zero(), x, zero);
-    }
-    const float amax = V::max_lanes(most), nan_if_not_finite = V::sum_lanes(zero);
-    // A row this small is as good as zeros; below it the factors would leave the range of float.
-    const bool zeros = amax < 1e-30F;
-    inverse[i] = zeros ? 0 : 127 / amax;
-    if (!zeros || nan_if_not_finite != 0) unit[i] *= amax / 127 + nan_if_not_finite;
-    unit[i] = std::max(unit[i], std::numeric_limits<float>::min());  // keeps NaN
-  }
+  for (Index i = 0; i < word_lanes; ++i) inverse[i] = find_unit(from, i, 127, unit[i]);
   for (Index w = 0; w < depth; w += word_lanes) {
     __m512 block[16];
     for (Index i = 0; i < word_lanes; ++i) {
@@ -136,19 +139,7 @@ inline void pack_queries(Shorts, const QueryRows<float>& from, Word* to, Index l
   const Index depth = (from.head_dim + 1) / 2;
   const auto most = static_cast<float>(largest_short(from.head_dim));
   float inverse[V::lanes];
-  for (Index i = 0; i < V::width; ++i) {
-    V::Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the query is not finite
-    for (Index k = 0; k < from.head_dim; k += V::width) {
-      const V::Vec x = from.part(i, k);
-      largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
-      nothing = V::fma(V::zero(), x, nothing);
-    }
-    const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
-    const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
-    inverse[i] = zeros ? 0 : most / amax;
-    if (!zeros || nan != 0) unit[i] *= amax / most + nan;
-    unit[i] = std::max(unit[i], std::numeric_limits<float>::min());  // keeps NaN
-  }
+  for (Index i = 0; i < V::width; ++i) inverse[i] = find_unit(from, i, most, unit[i]);
   for (Index w = 0; w < depth; w += word_lanes) {
     V::Vec block[V::lanes];
     for (Index i = 0; i < V::width; ++i) {

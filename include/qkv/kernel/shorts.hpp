@@ -7,16 +7,16 @@
 // Zen 3 does 1.64 of the pairs of instructions per cycle: 1.64 times as many multiply-adds as in float.
 //
 //     rows where they lie    a lane is a register of sums        short_scores: absorbed attention
-//     panels                 a word of a row is broadcast        short_tile: the tiled kernel, also for values, where a
-//                                                                word is two keys of a feature (kernel/value_tile.hpp)
+//     panels                 a word of a row is broadcast        ShortDot: the tiled kernel, in kernel/word_tile.hpp; for
+//                                                                values a word is two keys of a feature
 //
 // AVX2 and SSE2; elsewhere `shorts_available` is false.
 //
-// Before: kernel/words.hpp   Next: kernel/arithmetic.hpp
+// Before: kernel/words.hpp   Next: kernel/word_tile.hpp
 #pragma once
 
 #include <algorithm>
-#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -58,8 +58,7 @@ EIGEN_ALWAYS_INLINE Words add_words(Words a, Words b) { return _mm256_add_epi32(
 EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm256_madd_epi16(a, b); }
 EIGEN_ALWAYS_INLINE __m256 words_to_float(Words v) { return _mm256_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m256 v) { return _mm256_cvtps_epi32(v); }
-EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }        // the same bits
-EIGEN_ALWAYS_INLINE __m256 at_least(__m256 x, __m256 low) { return _mm256_max_ps(low, x); }  // NaN stays NaN
+EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }  // the same bits
 /// Words (low, high) of numbers from 0 to 32767.
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
 /// Words to int16, in order.
@@ -85,7 +84,6 @@ EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm_madd_ep
 EIGEN_ALWAYS_INLINE __m128 words_to_float(Words v) { return _mm_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m128 v) { return _mm_cvtps_epi32(v); }
 EIGEN_ALWAYS_INLINE __m128 words_as_float(Words v) { return _mm_castsi128_ps(v); }
-EIGEN_ALWAYS_INLINE __m128 at_least(__m128 x, __m128 low) { return _mm_max_ps(low, x); }
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm_or_si128(low, _mm_slli_epi32(high, 16)); }
 EIGEN_ALWAYS_INLINE Words to_shorts(Words first, Words second) { return _mm_packs_epi32(first, second); }
 EIGEN_ALWAYS_INLINE Words sum_each(Words (&rows)[4]) {
@@ -126,6 +124,30 @@ EIGEN_ALWAYS_INLINE Words add_products(Words sum, Words a, Words b) {
 #endif
 }
 
+/// Words of two int16, summed exactly. begin and end: of a score, in kernel/word_tile.hpp; the rest as in
+/// kernel/value_tile.hpp. Values as they are stored, pairs of bytes, are widened as they are loaded.
+struct ShortDot {
+  using Number = Word;
+  using Row = BytePair;
+  using Sum = Words;
+  static constexpr Index width = word_lanes;
+  static EIGEN_ALWAYS_INLINE Words load(const Word* p) { return load_words(p); }
+  static EIGEN_ALWAYS_INLINE Words load(const BytePair* p) { return widen_bytes(load_bytes(p)); }
+  static EIGEN_ALWAYS_INLINE Words broadcast(Word x) { return broadcast_word(x); }
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
+  static EIGEN_ALWAYS_INLINE auto to_float(Sum s) { return words_to_float(s); }
+
+  static EIGEN_ALWAYS_INLINE Sum begin(const std::int32_t*, Index) { return broadcast_word(0); }
+  static EIGEN_ALWAYS_INLINE auto end(Sum s, const float* scale, Index row) {
+    return Simd<float>::mul(to_float(s), Simd<float>::broadcast(scale[row]));
+  }
+  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
+  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
+    using V = Simd<float>;
+    V::store(o, V::fma(to_float(s), V::load(take), V::load(o)));
+  }
+};
+
 /// Rows of int8 with a scale each, `stride` bytes apart, readable up to a multiple of short_lanes.
 struct ShortRows {
   Index steps;  // registers of a row
@@ -156,66 +178,6 @@ void short_scores(ShortRows rows, Index n, const Word* q, const float* unit, flo
                                            std::make_index_sequence<std::size_t(word_lanes)>{});
       V::store(s, V::mul(words_to_float(sum), V::mul(V::broadcast(*rows.scale), V::load(unit + v * word_lanes))));
     }
-}
-
-// As in kernel/simd.hpp, to r⁵ … r¹: error 9.1e-8.
-inline constexpr float short_exp2_coefficients[] = {0x1.5bba18p-10F, 0x1.3cea8ap-7F, 0x1.c6b752p-5F, 0x1.ebf9bcp-3F,
-                                                    0x1.62e42ap-1F};
-/// Simd<float>::weight in fewer instructions, for weights that are rounded to 15 bits anyway: 0 below 2⁻¹²⁶·⁵, since 2⁻¹²⁷ has the bits of zero.
-EIGEN_ALWAYS_INLINE Simd<float>::Vec weight_short(Simd<float>::Vec d, Simd<float>::Vec c) {
-  using V = Simd<float>;
-  const auto x = at_least(V::mul(d, c), V::broadcast(-127)), shifted = V::add(x, V::broadcast(0x1.8p23F + 127));
-  const auto r = V::sub(x, V::sub(shifted, V::broadcast(0x1.8p23F + 127)));
-  auto y = V::broadcast(short_exp2_coefficients[0]);
-  for (int i = 1; i < 5; ++i) y = V::fma(y, r, V::broadcast(short_exp2_coefficients[i]));
-  return V::mul(V::fma(y, r, V::broadcast(1)), detail::low_bits_to_exponent(shifted));
-}
-
-/// A tile of words: c(r, j) = scale(r)·Σ_k a(k, r)·b(k, j), sums in whole numbers.
-struct ShortOperands {
-  Index depth = 0;          // words
-  const Word* a = nullptr;  // [depth][Rows]
-  const Word* b = nullptr;  // [depth][b_step]
-  Index b_step = 0;
-  const float* scale = nullptr;  // [Rows]
-  float* c = nullptr;
-  Index c_row = 0;
-};
-// By constant indices and without lambdas, as in kernel/register_tile.hpp: the sums stay in registers.
-template <Index Rows, Index Vectors, std::size_t... I, std::size_t... Vector>
-EIGEN_ALWAYS_INLINE void short_tile(const ShortOperands& op, std::index_sequence<I...>,
-                                    std::index_sequence<Vector...>) {
-  using V = Simd<float>;
-  constexpr auto row_of = [](std::size_t i) { return static_cast<Index>(i) / Vectors; };
-  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % Vectors * word_lanes; };
-  Words sum[] = {broadcast_word(Word(I) * 0)...};
-  const Word* a = op.a;
-  const Word* b = op.b;
-  for (Index k = op.depth; k > 0; --k, a += Rows, b += op.b_step) {
-    const Words row[] = {load_words(b + Index(Vector) * word_lanes)...};
-    ((sum[I] = add_products(sum[I], broadcast_word(a[row_of(I)]), row[I % sizeof...(Vector)])), ...);
-  }
-  (V::store(op.c + row_of(I) * op.c_row + lane_of(I),
-            V::mul(words_to_float(sum[I]), V::broadcast(op.scale[row_of(I)]))),
-   ...);
-}
-/// `tiles` tiles of Rows rows one after another; a and scale move on with them, c by c_next.
-template <Index Rows, Index Vectors>
-void short_tiles(ShortOperands op, Index tiles, Index a_next, Index c_next, FetchList& fetch) {
-  for (; tiles > 0; --tiles, op.a += a_next, op.c += c_next, op.scale += Rows) {
-    short_tile<Rows, Vectors>(op, std::make_index_sequence<std::size_t(Rows * Vectors)>{},
-                              std::make_index_sequence<std::size_t(Vectors)>{});
-    fetch.next();
-  }
-}
-/// One tile of 1 … TileShape<float>::rows rows.
-inline void short_tile_of(Index rows, const ShortOperands& op, FetchList& fetch) {
-  using Shape = TileShape<float>;
-  constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&short_tiles<R + 1, Shape::vectors>...};
-  }
-  (std::make_integer_sequence<Index, Shape::rows>{});
-  tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0, fetch);
 }
 
 /// Two numbers side by side.

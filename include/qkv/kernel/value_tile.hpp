@@ -66,7 +66,7 @@ struct WordDot {
   using Row = Word;
   static constexpr Index width = word_lanes;
   static EIGEN_ALWAYS_INLINE __m512i load(const Word* p) { return load_words(p); }
-  static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return broadcast_word(x); }
 };
 /// Pairs of bfloat16.
 struct PairValueDot : WordDot, PairDot {
@@ -77,36 +77,7 @@ struct PairValueDot : WordDot, PairDot {
 struct QuadValueDot : WordDot, QuadDot {
   static EIGEN_ALWAYS_INLINE Sum start(const float*) { return Sum{}; }
   static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
-    const __m512 steps = _mm512_cvtepi32_ps((__m512i)s);
-    _mm512_storeu_ps(o, _mm512_fmadd_ps(steps, _mm512_loadu_ps(take), _mm512_loadu_ps(o)));
-  }
-  static EIGEN_ALWAYS_INLINE __m512 to_float(Sum s) { return _mm512_cvtepi32_ps((__m512i)s); }
-};
-#elif defined(QKV_DETAIL_SHORTS)
-/// Pairs of int8 values, widened as they are loaded, and of weights in whole steps, summed exactly.
-struct ShortDot {
-  using Number = Word;
-  using Row = BytePair;
-  using Sum = Words;
-  static constexpr Index width = word_lanes;
-  static EIGEN_ALWAYS_INLINE Words load(const BytePair* p) { return widen_bytes(load_bytes(p)); }
-  static EIGEN_ALWAYS_INLINE Words broadcast(Word x) { return broadcast_word(x); }
-  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
-  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
-  static EIGEN_ALWAYS_INLINE auto to_float(Sum s) { return words_to_float(s); }
-};
-/// Values that are broadcast are widened already.
-struct ShortTileDot {
-  using Number = Word;
-  using Sum = Words;
-  static constexpr Index width = word_lanes;
-  static EIGEN_ALWAYS_INLINE Words load(const Word* p) { return load_words(p); }
-  static EIGEN_ALWAYS_INLINE Words broadcast(Word x) { return broadcast_word(x); }
-  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Words a, Words b) { return add_products(c, a, b); }
-  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return broadcast_word(0); }
-  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
-    using V = Simd<float>;
-    V::store(o, V::fma(words_to_float(s), V::load(take), V::load(o)));
+    _mm512_storeu_ps(o, _mm512_fmadd_ps(to_float(s), _mm512_loadu_ps(take), _mm512_loadu_ps(o)));
   }
 };
 #endif
@@ -121,15 +92,6 @@ using ValueDot =
 #else
     NumberDot<typename A::Scalar>;
 #endif
-/// The same where values are broadcast.
-template <class A>
-using TileDot =
-#ifdef QKV_DETAIL_SHORTS
-    std::conditional_t<A::shorts, ShortTileDot, ValueDot<A>>;
-#else
-    ValueDot<A>;
-#endif
-
 // Constant indices and folds, as in kernel/register_tile.hpp: the sums stay in registers.
 template <class Dot, std::size_t... R>
 EIGEN_ALWAYS_INLINE void value_tile(const ValueOperands<typename Dot::Number>& op, std::index_sequence<R...>) {

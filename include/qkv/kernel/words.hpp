@@ -3,8 +3,7 @@
 //     bfloat16   c += a₀b₀ + a₁b₁                          vdpbf16ps: products and sums in float
 //     int8       c += Σ₄ aᵢ·bᵢ,   a signed, b unsigned       vpdpbusd: exact in 32 bits
 //
-// The tile is that of kernel/register_tile.hpp with a word in place of a number: a word of `a` is broadcast, words of `b`
-// are a vector, one per query. Signs: a query's int8 is stored as q + 128, so a sum starts at -128·Σ(key row).
+// Signs: a query's int8 is stored as q + 128, so a sum begins at -128·Σ(key row).
 //
 // Only where the compiler may use AVX512_BF16 and AVX512_VNNI; elsewhere `words_available` is false, and
 // kernels widen: to int16 (kernel/shorts.hpp) or to float.
@@ -13,11 +12,8 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 
 #include "register_tile.hpp"
 #include "simd.hpp"
@@ -44,13 +40,17 @@ inline constexpr Index word_lanes = 16;
 
 EIGEN_ALWAYS_INLINE __m512i load_words(const Word* p) { return _mm512_loadu_si512(p); }
 EIGEN_ALWAYS_INLINE void store_words(Word* p, __m512i v) { _mm512_storeu_si512(p, v); }
+EIGEN_ALWAYS_INLINE __m512i broadcast_word(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 
+// begin and end: of a score, in kernel/word_tile.hpp.
 /// Sums in float of products of bfloat16 pairs.
 struct PairDot {
   using Sum = __m512;
   static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
   }
+  static EIGEN_ALWAYS_INLINE Sum begin(const std::int32_t*, Index) { return _mm512_setzero_ps(); }
+  static EIGEN_ALWAYS_INLINE __m512 end(Sum s, const float*, Index) { return s; }
 };
 /// Sums in int32 of products of four: a signed, b unsigned.
 struct QuadDot {
@@ -61,71 +61,14 @@ struct QuadDot {
   using Sum = __m512i;
 #endif
   static EIGEN_ALWAYS_INLINE Sum dot(Sum c, __m512i a, __m512i b) { return (Sum)_mm512_dpbusd_epi32((__m512i)c, b, a); }
+  static EIGEN_ALWAYS_INLINE Sum begin(const std::int32_t* offset, Index row) {
+    return (Sum)_mm512_set1_epi32(offset[row]);
+  }
+  static EIGEN_ALWAYS_INLINE __m512 end(Sum s, const float* scale, Index row) {
+    return _mm512_mul_ps(to_float(s), _mm512_set1_ps(scale[row]));
+  }
+  static EIGEN_ALWAYS_INLINE __m512 to_float(Sum s) { return _mm512_cvtepi32_ps((__m512i)s); }
 };
-
-/// A tile of words: c(r, j) = Σ_k a(k, r)·b(k, j). QuadDot starts row r at offset[r] and multiplies it by scale[r] at the
-/// end.
-struct WordOperands {
-  Index depth = 0;          // words
-  const Word* a = nullptr;  // [depth][Rows]
-  const Word* b = nullptr;  // [depth][b_step]
-  Index b_step = 0;
-  const std::int32_t* offset = nullptr;  // QuadDot [Rows]
-  const float* scale = nullptr;          // QuadDot [Rows]
-  float* c = nullptr;
-  Index c_row = 0;
-};
-
-// By constant indices and without lambdas, as in kernel/register_tile.hpp: the sums stay in registers.
-template <class Dot, Index Rows, Index Vectors, std::size_t... I, std::size_t... Vector>
-EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I...>, std::index_sequence<Vector...>) {
-  constexpr auto row_of = [](std::size_t i) { return static_cast<Index>(i) / Vectors; };
-  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % Vectors * word_lanes; };
-  typename Dot::Sum sum[sizeof...(I)];
-  __m512i row[sizeof...(Vector)];
-  if constexpr (std::is_same_v<Dot, QuadDot>)
-    ((sum[I] = (typename Dot::Sum)_mm512_set1_epi32(op.offset[row_of(I)])), ...);
-  else
-    ((sum[I] = _mm512_setzero_ps()), ...);
-  const Word* a = op.a;
-  const Word* b = op.b;
-  for (Index k = op.depth; k > 0; --k) {
-    ((row[Vector] = load_words(b + Index(Vector) * word_lanes)), ...);
-    ((sum[I] = Dot::dot(sum[I], _mm512_set1_epi32(static_cast<int>(a[row_of(I)])), row[I % sizeof...(Vector)])), ...);
-    a += Rows;
-    b += op.b_step;
-  }
-  if constexpr (std::is_same_v<Dot, QuadDot>)
-    (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I),
-                      _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]), _mm512_set1_ps(op.scale[row_of(I)]))),
-     ...);
-  else
-    (_mm512_storeu_ps(op.c + row_of(I) * op.c_row + lane_of(I), sum[I]), ...);
-}
-
-/// `tiles` tiles of Rows rows one after another; a, offset and scale move on with them, c by c_next.
-template <class Dot, Index Rows, Index Vectors>
-void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next, FetchList& fetch) {
-  for (; tiles > 0; --tiles) {
-    word_tile<Dot, Rows, Vectors>(op, std::make_index_sequence<std::size_t(Rows * Vectors)>{},
-                                  std::make_index_sequence<std::size_t(Vectors)>{});
-    fetch.next();
-    op.a += a_next;
-    op.c += c_next;
-    if constexpr (std::is_same_v<Dot, QuadDot>) op.offset += Rows, op.scale += Rows;
-  }
-}
-
-/// One tile of 1 … TileShape<float>::rows rows.
-template <class Dot>
-void word_tile_of(Index rows, const WordOperands& op, FetchList& fetch) {
-  using Shape = TileShape<float>;
-  constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&word_tiles<Dot, R + 1, Shape::vectors>...};
-  }
-  (std::make_integer_sequence<Index, Shape::rows>{});
-  tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0, fetch);
-}
 
 /// Words [first, first + 16) of a row of `bytes` bytes; zeros after its end, and no access past it.
 EIGEN_ALWAYS_INLINE __m512i row_words(const void* row, Index bytes, Index first) {
@@ -148,13 +91,6 @@ inline void pack_words(const void* from, Index stride, Index rows, Index bytes, 
     for (Index i = 0; i < std::min(word_lanes, words - w); ++i)
       store_words(to + (w + i) * rows, _mm512_castps_si512(block[i]));
   }
-}
-
-/// Simd<float>::weight to 6e-5, enough before rounding to bfloat16: one step of the series after the table.
-EIGEN_ALWAYS_INLINE __m512 weight_short(__m512 d, __m512 c) {
-  const detail::TablePower power(d, c);
-  const __m512 slope = _mm512_mul_ps(power.step, _mm512_set1_ps(0.693147181F));
-  return _mm512_maskz_fmadd_ps(power.normal, slope, power.rest, power.step);
 }
 
 /// Lane l of the result holds (low[l], high[l]) as bfloat16, each rounded to nearest even.

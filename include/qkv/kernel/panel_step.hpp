@@ -1,0 +1,232 @@
+// kernel/panel_step.hpp — one step of the tiled kernel: a panel of queries meets a block of keys.
+//
+//     Sᵀ = K Qᵀ            [keys, lanes]      of the columns that a register of the panel sees: kernel/panel_mask.hpp
+//     m, l, Sᵀ ← e^(s-m)                      lane by lane: kernel/panel_softmax.hpp
+//     Oᵀ += Vᵀ Sᵀ          [v_dim, lanes]     kernel/value_tile.hpp
+//
+// Value rows that are not finite are packed as zeros; they reach the lanes that see them one by one, at the end.
+//
+// Before: kernel/panel_sums.hpp   Next: kernel/tiled.hpp
+#pragma once
+
+#include <cstddef>
+#include <numbers>
+#include <type_traits>
+
+#include "../score.hpp"
+#include "../softmax.hpp"
+#include "arithmetic.hpp"
+#include "panel_mask.hpp"
+#include "panel_softmax.hpp"
+#include "panel_sums.hpp"
+#include "panels.hpp"
+#include "register_tile.hpp"
+#include "task.hpp"
+#include "value_tile.hpp"
+#include "word_tile.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel {
+
+template <class T>
+inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
+
+/// n <= lanes queries of one head from row `query` on, packed, and their state so far.
+template <class A>
+struct QueryPanel {
+  Index query, n;
+  const typename A::Number* q;  // [key_depth][lanes]
+  PanelSums<typename A::Scalar> sums;
+};
+
+/// What panels of one head do with one block after another.
+template <class A, class T, StorageType S, class M, class F>
+class PanelStep {
+  using Number = typename A::Number;
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Softmax = PanelSoftmax<A>;
+  using Mask = PanelMask<T, S, M, F>;
+  using Panel = QueryPanel<A>;
+  static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors, rows = TileShape<T>::rows;
+  static constexpr bool plain = std::is_same_v<F, Plain>;
+
+ public:
+  /// Scratch: scores and hidden [tile_keys, lanes].
+  PanelStep(const Task<T, S, M, F>& task, const Panels<A>& panels, Index head, T* scores, bool* hidden)
+      : task_(task), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
+
+  /// Merges block b into the state of the panel. `fetch` is asked for meanwhile.
+  void run(Index b, const Panel& p, FetchList& fetch) {
+    const KeyBlock& block = panels_.blocks[b];
+    const Mask mask(task_, block, head_, p.query, p.n);
+    if (mask.all_empty()) return;
+    static_assert(vectors == 2);
+    const Columns &left = mask.columns(0), &right = mask.columns(1);
+    Span before{left.begin, left.end}, both, after{right.begin, right.end};
+    if (!left.empty() && !right.empty() && right.begin < left.end)
+      both = {right.begin, left.end}, before.end = right.begin, after.begin = left.end;
+    multiply_keys<1>(b, p, 0, before, fetch);
+    multiply_keys<2>(b, p, 0, both, fetch);
+    multiply_keys<1>(b, p, 1, after, fetch);
+    for (Index v = 0; v < vectors; ++v) mask.rescore(v, s_, V::load(p.sums.unit + v * V::width));
+    mark_hidden(block, b, mask);
+    soften(mask, b, p.sums);
+    multiply_values(b, p.sums.o, before, both, after, fetch);
+    add_not_finite(block, b, p);
+  }
+
+ private:
+  /// Sᵀ of some columns, of Vectors registers from v on. The last tile of a block may be lower than the others: it is
+  /// always computed for both registers.
+  template <Index Vectors>
+  void multiply_keys(Index b, const Panel& p, Index v, const Span& columns, FetchList& fetch) const {
+    const Index count = columns.end - columns.begin, depth = panels_.key_depth(), c = columns.begin;
+    if (count <= 0) return;
+    const Index full = count / rows, rest = count % rows, last = c + full * rows;
+    const Number* const a = panels_.block_keys(b);
+    if constexpr (!A::words) {
+      TileOperands<T> op{.depth = depth, .b_step = lanes, .c_row = lanes};
+      op.a = a + c * depth, op.b = p.q + v * V::width, op.c = s_ + c * lanes + v * V::width;
+      packed_tiles<rows, Vectors>(op, full, depth * rows, lanes * rows, fetch);
+      op.a = a + last * depth, op.b = p.q, op.c = s_ + last * lanes;
+      if (rest > 0) packed_tile_of<T>(rest, op);
+    }
+#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
+    if constexpr (A::words) {
+      using Dot = ScoreDot<A>;
+      const auto at = [&](Index column, Index vector) {
+        WordOperands op{.depth = depth, .a = a + column * depth, .b = p.q + vector * V::width, .b_step = lanes};
+        op.row = b * tile_keys + column, op.offset = panels_.key_offsets, op.scale = panels_.key_scales;
+        op.c = s_ + column * lanes + vector * V::width, op.c_row = lanes;
+        return op;
+      };
+      word_tiles<Dot, rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch);
+      if (rest > 0) word_tile_of<Dot>(rest, at(last, 0), fetch);
+    }
+#endif
+  }
+
+  /// m and l of the panel ← merged with the scores, which become weights; Oᵀ ← rescaled.
+  void soften(const Mask& mask, [[maybe_unused]] Index b, const PanelSums<T>& panel) {
+    bool moved = false;
+    alignas(detail::cache_line) T keep[std::size_t(lanes)];
+    for (Index v = 0; v < vectors; ++v) {
+      const Columns& columns = mask.columns(v);
+      if (columns.empty()) {
+        V::store(keep + v * V::width, V::broadcast(T(1)));
+        if constexpr (A::steps) V::store(take_ + v * V::width, V::zero());
+        continue;
+      }
+      T* const s = s_ + v * V::width;
+      T* const m = panel.m + v * V::width;
+      T* const l = panel.l + v * V::width;
+      const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
+      const Vec unit = plain ? V::load(panel.unit + v * V::width) : one;
+      const Vec old = V::load(m);
+      Vec largest, to_log2 = V::mul(V::broadcast(log2_e<T>), unit);
+#ifdef QKV_DETAIL_WORDS
+      Vec top;
+      const float* const logs = A::bytes ? panels_.value_logs + b * tile_keys : nullptr;
+      if constexpr (A::bytes) {
+        const auto both = Softmax::largest_of_both(s, columns.begin, columns.end, to_log2, logs);
+        largest = both.score, top = both.product;
+      } else
+#endif
+        largest = Softmax::largest(s, columns.begin, columns.end);
+      const Vec now = V::max(old, largest);
+      const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
+      const Vec base = V::select(nothing, V::zero(), now);
+      to_log2 = V::select(nothing, V::broadcast(log2_e<T>), to_log2);  // a query of NaN has no unit
+      const Vec factor = V::weight(V::sub(old, base), to_log2);
+      Vec sum;
+#ifdef QKV_DETAIL_WORDS
+      if constexpr (A::bytes) {
+        const auto w = Softmax::weigh_bytes(s, columns.begin, columns.end, top, base, to_log2, logs,
+                                            panels_.value_inverses + b * tile_keys);
+        sum = w.sum;
+        V::store(take_ + v * V::width, w.step);
+      } else
+#endif
+#ifdef QKV_DETAIL_SHORTS
+          if constexpr (A::shorts) {
+        const auto w =
+            Softmax::weigh_shorts(s, columns.begin, columns.end, base, to_log2, panels_.value_scales + b * tile_keys);
+        sum = w.sum;
+        V::store(take_ + v * V::width, w.step);
+      } else
+#endif
+        sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
+      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
+      V::store(l, V::fma(V::load(l), factor, sum));
+      V::store(keep + v * V::width, factor);
+      moved = moved || V::any(V::less(old, now));
+    }
+    if (!moved) return;
+    T* at = panel.o;
+    for (Index x = 0; x < task_.v_head_dim(); ++x, at += lanes)
+      for (Index v = 0; v < vectors; ++v)
+        V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(keep + v * V::width)));
+  }
+
+  /// Oᵀ += Vᵀ Sᵀ, `rows` features at a time.
+  void multiply_values(Index b, T* o, Span before, Span both, Span after, FetchList& fetch) const {
+    const Index dv = task_.v_head_dim(), full = dv / rows, rest = dv % rows;
+    const Index count = (panels_.blocks[b].count + A::keys - 1) / A::keys;
+    for (Span* span : {&before, &both, &after})
+      *span = span->begin >= span->end ? Span{} : Span{span->begin / A::keys, (span->end + A::keys - 1) / A::keys};
+    ValueOperands<Number> op{.before = before, .both = both, .after = after};
+    op.a = panels_.block_values(b);
+    op.b = reinterpret_cast<const Number*>(s_), op.b_step = lanes;
+    op.o = o, op.o_row = lanes;
+    if constexpr (A::steps) op.take = take_;
+    value_tiles<ValueDot<A>, rows>(op, full, count * rows, fetch);
+    op.a += full * rows * count, op.o += full * rows * lanes;
+    if (rest > 0) value_tile_of<ValueDot<A>, rows>(rest, op, fetch);
+  }
+
+  /// Which lanes do not see the value rows that are not finite: before scores become weights.
+  void mark_hidden(const KeyBlock& block, Index b, const Mask& mask) const {
+    for (Index i = 0; i < block.not_finite; ++i) {
+      const Index c = panels_.not_finite[b * tile_keys + i];
+      for (Index lane = 0; lane < lanes; ++lane)
+        hidden_[c * lanes + lane] =
+            !mask.columns(lane / V::width).holds(c) || s_[c * lanes + lane] == detail::minus_infinity<T>;
+    }
+  }
+  void add_not_finite(const KeyBlock& block, Index b, const Panel& p) const {
+    const Index dv = task_.v_head_dim();
+    for (Index i = 0; i < block.not_finite; ++i) {
+      const Index c = panels_.not_finite[b * tile_keys + i];
+      for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
+                     [&](const KeyRun<S>& run, Index, Index row, Index count, Index column) {
+                       if (c < column || c >= column + count) return;
+                       const Index kv_head = task_.heads.kv_head(head_), at = row + c - column;
+                       const S* const value = task_.keys.value(run, kv_head, at);
+                       const T scale = static_cast<T>(task_.keys.value_scale(run, kv_head, at));
+                       for (Index lane = 0; lane < p.n; ++lane)
+                         if (!hidden_[c * lanes + lane])
+                           for (Index x = 0; x < dv; ++x)
+                             p.sums.o[x * lanes + lane] +=
+                                 Softmax::weight(s_, c, lane) * (static_cast<T>(value[x]) * scale);
+                     });
+    }
+  }
+
+  const Task<T, S, M, F>& task_;
+  const Panels<A>& panels_;
+  Index head_;
+  T* s_;          // [tile_keys, lanes]: scores, then weights
+  bool* hidden_;  // [tile_keys, lanes]: pairs of the rows that are not finite
+  alignas(detail::cache_line) T take_[std::size_t(A::steps ? lanes : 1)];  // in steps: what one is worth
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
