@@ -29,6 +29,12 @@ concept CanBeJoined = requires(const A& a, const B& b) {
 static_assert(CanBeJoined<Window, Prefix> && CanBeJoined<Window, decltype([](const At&) { return true; })>);
 static_assert(!CanBeJoined<Window, int> && !CanBeJoined<Window, OnlyCover>);
 
+// Who asks for the head is asked for every head, and with it whoever is joined to it.
+template <class M>
+constexpr bool alike = qkv::detail::ignores_heads<M>();
+static_assert(alike<Full> && alike<Window> && alike<Prefix> && alike<decltype((prefix(3) | causal) & prefix(5))>);
+static_assert(!alike<Diagonal> && !alike<decltype(causal & Diagonal{})> && !alike<decltype(Diagonal{} | prefix(5))>);
+
 // Masks that need no memory work at compile time.
 static_assert(causal.sees({.query_position = 3, .key_position = 3}) &&
               !causal.sees({.query_position = 3, .key_position = 4}));

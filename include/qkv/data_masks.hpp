@@ -40,6 +40,7 @@ concept DyingIndices = !std::is_lvalue_reference_v<R> && !is_span<std::remove_cv
 /// Padding: in sequence s only the first lengths[s] key rows are real. They also define where the queries stand when
 /// options.first_position is not given: the last query is at position lengths[s] - 1.
 struct Lengths {
+  static constexpr bool ignores_heads = true;
   std::span<const Index> n;
 
   bool sees(const At& at) const { return at.key < n[static_cast<std::size_t>(at.sequence)]; }
@@ -69,6 +70,7 @@ Lengths lengths(R&& n) = delete;  // the mask holds a view: the lengths must out
 
 /// Several documents packed into one sequence: ids[position] names the document a position belongs to.
 struct Documents {
+  static constexpr bool ignores_heads = true;
   std::span<const Index> ids;
 
   bool sees(const At& at) const { return id(at.query_position) == id(at.key_position); }

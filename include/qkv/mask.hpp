@@ -8,7 +8,8 @@
 //
 // Masks compose: `causal & documents(ids)`, `(prefix(16) | window(64, 0)) & causal` (use parentheses). A mask may also
 // answer for a whole block of queries × keys at once: cover(block) says none, all or some, so that kernels skip blocks
-// and never add minus infinity to everything. `some` is always a legal answer.
+// and never add minus infinity to everything. `some` is always a legal answer. A mask that says so (`ignores_heads`) is asked
+// once for all heads.
 //
 // Before: heads.hpp   Next: data_masks.hpp
 #pragma once
@@ -100,6 +101,15 @@ constexpr SeenBy seen_by(const M& mask, const Block& block) {
     return {0, 0, false};
 }
 
+/// Whether the mask answers alike for every head: `static constexpr bool ignores_heads = true` in the mask says so.
+template <class M>
+consteval bool ignores_heads() {
+  if constexpr (requires { requires M::ignores_heads; })
+    return true;
+  else
+    return false;
+}
+
 template <class M>
 void check_operand(const M& mask, const CallShape& call) {
   if constexpr (requires { mask.check(call); }) mask.check(call);
@@ -120,6 +130,7 @@ constexpr Index valid_keys(const M& mask, Index sequence, Index n_keys) {
 
 /// Everybody sees everything.
 struct Full {
+  static constexpr bool ignores_heads = true;
   constexpr bool sees(const At&) const { return true; }
   constexpr Cover cover(const Block&) const { return Cover::all; }
   constexpr SeenBy seen_by(const Block& b) const { return {0, b.n_queries}; }
@@ -145,6 +156,7 @@ constexpr Index clamped_difference(Index a, Index b) {
 /// Sees left keys before its own position, its own, and right keys after: left + right + 1 in all. A call refuses a left
 /// or a right below 0.
 struct Window {
+  static constexpr bool ignores_heads = true;
   Index left = infinite, right = infinite;
 
   constexpr bool sees(const At& at) const {
@@ -189,6 +201,7 @@ inline constexpr Window causal{infinite, 0};
 
 /// Keys at positions 0 … n-1 are seen by all: a prompt that is read in both directions is `(causal | prefix(n))`.
 struct Prefix {
+  static constexpr bool ignores_heads = true;
   Index n = 0;
 
   constexpr bool sees(const At& at) const { return at.key_position < n; }
@@ -226,6 +239,7 @@ constexpr Where<F> as_mask(const F& f) {
 /// Both must agree.
 template <Mask A, Mask B>
 struct And {
+  static constexpr bool ignores_heads = detail::ignores_heads<A>() && detail::ignores_heads<B>();
   A a;
   B b;
 
@@ -248,6 +262,7 @@ struct And {
 /// One of them suffices.
 template <Mask A, Mask B>
 struct Or {
+  static constexpr bool ignores_heads = detail::ignores_heads<A>() && detail::ignores_heads<B>();
   A a;
   B b;
 

@@ -75,7 +75,10 @@ class Queries {
   }
 
   void load() {
-    for (Index i = 0; i < n_; i += W) load_register(i);
+    for (Index i = 0; i < n_; i += W) {
+      for (Index j = 0; j < W; ++j) from_[j] = i + j < n_ ? task_.lane(first_ + i + j) : nullptr;
+      load_register(i);
+    }
   }
 
   Index parts() const { return parts_; }
@@ -94,66 +97,66 @@ class Queries {
     return (A::shorts ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
   }
   Index rope_depth() const { return (task_.rows.rope_dim + rope_features - 1) / rope_features; }
-  /// Features [k, k + W) of a lane, with the sign of the scale; zeros past the end.
-  Vec part(Index lane, Index k, Index end) const {
-    if (lane >= n_ || k >= end) return V::zero();
-    const T* const from = task_.lane(first_ + lane) + k;
-    const Vec v = k + W <= end ? V::load(from) : V::load_n(from, end - k);
+  /// Features [k, k + W) of lane i of the register that is loaded, with the sign of the scale; zeros past the end.
+  Vec part(Index i, Index k, Index end) const {
+    const T* const from = from_[i];
+    if (from == nullptr || k >= end) return V::zero();
+    const Vec v = k + W <= end ? V::load(from + k) : V::load_n(from + k, end - k);
     return task_.scale < 0 ? V::mul(v, V::broadcast(T(-1))) : v;
   }
-  /// What a whole number of a lane is worth where `most` is the largest of them; returns its inverse.
-  float find_unit(Index lane, float most) {
+  /// What a whole number of lane i of register `lane` is worth where `most` is the largest of them; returns its inverse.
+  float find_unit(Index lane, Index i, float most) {
     Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the lane is not finite
     for (Index k = 0; k < task_.rows.latent_dim; k += W) {
-      const Vec x = part(lane, k, task_.rows.latent_dim);
+      const Vec x = part(i, k, task_.rows.latent_dim);
       largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
       nothing = V::fma(V::zero(), x, nothing);
     }
     const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
     const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
-    std::fill_n(unit_ + lane * parts_, parts_, (zeros ? 0 : amax / most) + nan);
+    std::fill_n(unit_ + (lane + i) * parts_, parts_, (zeros ? 0 : amax / most) + nan);
     return zeros ? 0 : most / amax;
   }
   /// Lanes [lane, lane + W) turned: [number][lane of the panel].
   void load_register(Index lane) {
     if constexpr (!words) {
-      turn(q_, lane, depth(), [&](Index i, Index k) { return part(lane + i, k, task_.width()); });
+      turn(q_, lane, depth(), [&](Index i, Index k) { return part(i, k, task_.width()); });
     }
 #ifdef QKV_DETAIL_SHORTS
     else {
       const Index latent = task_.rows.latent_dim;
       for (Index i = 0; i < W; ++i) {
-        const Vec factor = V::broadcast(find_unit(lane + i, static_cast<float>(largest_short(latent))));
-        const auto whole = [&](Index x) { return round_to_words(V::mul(part(lane + i, x, latent), factor)); };
+        const Vec factor = V::broadcast(find_unit(lane, i, static_cast<float>(largest_short(latent))));
+        const auto whole = [&](Index x) { return round_to_words(V::mul(part(i, x, latent), factor)); };
         Word* to = q_ + lane * steps() + i * W;
         for (Index x = 0; x < latent; x += 2 * W, to += W * W) store_words(to, to_shorts(whole(x), whole(x + W)));
       }
-      turn(rope_, lane, rope_depth(), [&](Index i, Index k) { return part(lane + i, latent + k, task_.width()); });
+      turn(rope_, lane, rope_depth(), [&](Index i, Index k) { return part(i, latent + k, task_.width()); });
     }
 #endif
 #ifdef QKV_DETAIL_WORDS
     else if constexpr (!quads) {
       turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
         return reinterpret_cast<__m512>(
-            _mm512_cvtne2ps_pbh(part(lane + i, 2 * k + 16, task_.width()), part(lane + i, 2 * k, task_.width())));
+            _mm512_cvtne2ps_pbh(part(i, 2 * k + 16, task_.width()), part(i, 2 * k, task_.width())));
       });
     }
     else {
       const Index latent = task_.rows.latent_dim;
       float inverse[16];
-      for (Index i = 0; i < 16; ++i) inverse[i] = find_unit(lane + i, 127);
+      for (Index i = 0; i < 16; ++i) inverse[i] = find_unit(lane, i, 127);
       turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
         alignas(detail::cache_line) std::uint8_t bytes[64];
         for (Index j = 0; j < 4; ++j) {
-          const __m512 x = V::mul(part(lane + i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
+          const __m512 x = V::mul(part(i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
           const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
           _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + j, _mm512_cvtusepi32_epi8(whole));
         }
         return _mm512_castsi512_ps(_mm512_load_si512(bytes));
       });
       turn(reinterpret_cast<float*>(rope_), lane, rope_depth(), [&](Index i, Index k) {
-        return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(part(lane + i, latent + 2 * k + 16, task_.width()),
-                                                            part(lane + i, latent + 2 * k, task_.width())));
+        return reinterpret_cast<__m512>(
+            _mm512_cvtne2ps_pbh(part(i, latent + 2 * k + 16, task_.width()), part(i, latent + 2 * k, task_.width())));
       });
     }
 #endif
@@ -188,6 +191,7 @@ class Queries {
 
   const Task<T, S, M>& task_;
   Index first_, n_, parts_;
+  const T* from_[std::size_t(W)] = {};  // lanes of the register that is loaded
   Number* q_ = nullptr;
   RopeNumber* rope_ = nullptr;
   float* unit_ = nullptr;
