@@ -76,3 +76,9 @@ TEMPLATE_TEST_CASE("tied logits are dot products with every token's vector", "[e
     for (Index i = 0; i < n; ++i) REQUIRE(same_bits(embedding.logits(x.row(i)), logits.row(i)));
   REQUIRE(contains(message_of([&] { embedding.logits(table.leftCols(3)); }), "[139, 157]"));
 }
+
+TEST_CASE("logits of no rows or of no tokens are there at once, whatever the number of the others", "[embedding]") {
+  const qkv::Matrix<float> none(0, 0), tall(Index{1} << 60, 0);
+  REQUIRE(qkv::Embedding<float>(tall).logits(none).cols() == tall.rows());
+  REQUIRE(qkv::Embedding<float>(none).logits(tall).rows() == tall.rows());
+}

@@ -249,6 +249,21 @@ TEST_CASE("an exhausted pool asks its owner, who may give up other sequences") {
   REQUIRE(asked.size() == 6);
 }
 
+TEST_CASE("an owner who gives a page at a time is asked again while that helps") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 3});
+  Index missing = 3, least = 0;
+  std::vector<Index> asked;
+  pool.on_exhausted([&](Index some) {
+    asked.push_back(some);
+    if (missing > least) --missing;
+  });
+  REQUIRE(pool.make_room([&] { return missing; }));
+  REQUIRE(asked == std::vector<Index>{3, 2, 1});
+  missing = 3, least = 2;
+  REQUIRE_FALSE(pool.make_room([&] { return missing; }));
+  REQUIRE(asked == std::vector<Index>{3, 2, 1, 3, 2});
+}
+
 TEST_CASE("an owner may free the other reader of a page, ask the pool itself, raise, or free who asks") {
   PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 2});
   PagedCache<float> cache(pool), late(pool);

@@ -79,6 +79,15 @@ TEST_CASE("learned positions end where their table ends", "[position]") {
   REQUIRE(same_bits(x, before));
 }
 
+TEST_CASE("learned positions of nothing are added at once, to any number of rows", "[position]") {
+  constexpr Index absurd = Index{1} << 60;
+  const qkv::LearnedPositions<float> positions(qkv::Matrix<float>(absurd, 0));
+  qkv::Matrix<float> x(absurd - 3, 0);
+  REQUIRE(positions.forward(x, 3).rows() == absurd - 3);
+  positions.forward_into(x, x, 3);
+  REQUIRE(contains(message_of([&] { positions.forward_into(x, x, 4); }), "rows from position 4"));
+}
+
 TEST_CASE("ALiBi slopes are those of the authors' code", "[position]") {
   // get_slopes of the official repository, evaluated by hand.
   const std::vector<std::vector<double>> expected{

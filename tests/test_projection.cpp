@@ -104,6 +104,19 @@ TEST_CASE("no rows and no input features are legal", "[projection]") {
   const qkv::RowVector<float> b = numbers<float>(1, 5, 15);
   const qkv::Projection<float> constant(qkv::Matrix<float>(0, 5), b);
   REQUIRE(same_bits(constant.forward(qkv::Matrix<float>(2, 0)).row(1), b));
+  REQUIRE(same_bits(constant.stored_as<std::int8_t>().forward(qkv::Matrix<float>(2, 0)).row(1), b));
+}
+
+TEST_CASE("rows, inputs and outputs of nothing are done with at once, whatever their number", "[projection]") {
+  constexpr Index absurd = Index{1} << 60;
+  const qkv::Matrix<float> none(0, 0), wide(0, absurd), tall(absurd, 0);
+  const qkv::Projection<float> to_many(wide), from_many(tall), to_none(none);
+  REQUIRE(to_many.forward(none).cols() == absurd);
+  REQUIRE(to_many.weight().cols() == absurd);
+  REQUIRE(from_many.forward(wide).size() == 0);
+  REQUIRE(from_many.weight().rows() == absurd);
+  REQUIRE(from_many.stored_as<std::int8_t>().forward(wide).size() == 0);
+  REQUIRE(to_none.forward(tall).rows() == absurd);
 }
 
 TEST_CASE("a projection names the shapes that do not fit", "[projection]") {

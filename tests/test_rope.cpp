@@ -167,6 +167,17 @@ TEMPLATE_TEST_CASE("the caller's own tables give the same rotation", "[rope]", f
   REQUIRE(same_bits(out, x));
 }
 
+TEST_CASE("the caller's own tables turn features of nothing at once, in any number of rows", "[rope]") {
+  const qkv::Matrix<float> none(Index{1} << 60, 0), few(4, 0);
+  const Pairing pairing = pairing_of(GENERATE(false, true));
+  REQUIRE(qkv::apply_rope(none, 3, none, none, pairing).rows() == none.rows());
+  REQUIRE(qkv::apply_rope(few, Index{1} << 60, few, few, pairing).rows() == 4);
+  // Their positions lie in the tables all the same.
+  const std::array<Index, 4> past{0, 3, 1, 4}, before{0, 3, -1, 2};
+  REQUIRE(contains(message_of([&] { qkv::apply_rope(few, 1, few, few, pairing, past); }), "position 4 of row 3"));
+  REQUIRE(contains(message_of([&] { qkv::apply_rope(few, 1, few, few, pairing, before); }), "position -1 of row 2"));
+}
+
 TEST_CASE("shapes that do not fit are refused before anything is written", "[rope]") {
   const Rope<float> rope({.pairing = Pairing::half_split}, 8);
   qkv::Matrix<float> x = numbers<float>(4, 24, 11);

@@ -80,7 +80,8 @@ class LearnedPositions {
     detail::require(first_position >= 0 && first_position <= max_positions() - x.rows(), x.rows(),
                     " rows from position ", first_position, " must lie in the table's positions 0 … ",
                     max_positions() - 1);
-    writable_view(out) = view(x) + table_.middleRows(first_position, x.rows());
+    if (out.cols() > 0)  // rows of nothing may be any number
+      writable_view(out) = view(x) + table_.middleRows(first_position, x.rows());
   }
   template <MatrixLike Out, MatrixLike X>
   void forward_into(Out&& out, const X& x, std::span<const Index> positions) const {

@@ -224,7 +224,7 @@ class Rope {
 
 namespace detail {
 
-/// Turns by rows of the caller's tables: row i by row row_of(i).
+/// Turns by rows of the caller's tables: row i by row row_of(i), which they have.
 template <MatrixLike Out, MatrixLike X, MatrixLike Cos, MatrixLike Sin, class RowOf>
 void turn_by_tables(Out&& out, const X& x, Index heads, const Cos& cos, const Sin& sin, Pairing pairing,
                     RowOf&& row_of) {
@@ -234,9 +234,6 @@ void turn_by_tables(Out&& out, const X& x, Index heads, const Cos& cos, const Si
   require(cos.rows() == sin.rows() && cos.cols() == sin.cols() && dim <= head_dim,
           "RoPE's tables must both be [positions, dim/2] with dim <= head_dim ", head_dim, "; cos is ",
           Shape{cos.rows(), cos.cols()}, ", sin is ", Shape{sin.rows(), sin.cols()});
-  for (Index row = 0; row < x.rows(); ++row)
-    require(row_of(row) >= 0 && row_of(row) < cos.rows(), "position ", row_of(row), " of row ", row,
-            " must lie in the tables' 0 … ", cos.rows() - 1);
   require_disjoint(out, cos, "cos");
   require_disjoint(out, sin, "sin");
   const auto c = view(cos), s = view(sin);
@@ -254,6 +251,11 @@ template <MatrixLike Out, MatrixLike X, MatrixLike Cos, MatrixLike Sin>
 void apply_rope_into(Out&& out, const X& x, Index heads, const Cos& cos, const Sin& sin, Pairing pairing,
                      std::span<const Index> positions) {
   detail::check_positions(positions, x.rows());
+  for (Index row = 0; row < x.rows(); ++row) {
+    const Index p = positions[static_cast<std::size_t>(row)];
+    detail::require(p >= 0 && p < cos.rows(), "position ", p, " of row ", row, " must lie in the tables' 0 … ",
+                    cos.rows() - 1);
+  }
   detail::turn_by_tables(out, x, heads, cos, sin, pairing,
                          [=](Index row) { return positions[static_cast<std::size_t>(row)]; });
 }

@@ -77,6 +77,7 @@ void continue_rows(Index rows, const T* x, Index x_stride, const T* w, Index w_s
 template <class T>
 void chain_product(View<T> out, const ConstView<T>& x, const ConstView<T>& e) {
   constexpr Index width = panel_columns<T>;
+  if (out.size() == 0) return;  // rows or columns of nothing may be any number
   alignas(64) T panel[std::size_t(panel_depth * width)];
   alignas(64) T edge[std::size_t(panel_rows * width)];  // chains of a last block of columns, which is not full
   for (Index r = 0; r < out.rows(); ++r)

@@ -44,6 +44,7 @@ class PackedWeights {
     // Panel by panel: whichever way W lies in memory, its lines are used up while they are in the cache.
     const auto pack = [&](const auto& w) {
       if constexpr (has_row_scale<S>) scales_.assign(static_cast<std::size_t>(panels() * panel), T(0));
+      if (size == 0) return;  // outputs of nothing, or inputs, may be any number
       std::vector<T> columns(has_row_scale<S> ? static_cast<std::size_t>(panel * in_) : 0);  // [panel, in]
       std::vector<S> quantized(has_row_scale<S> ? static_cast<std::size_t>(in_) : 0);
       for (Index p = 0; p < panels(); ++p) {
@@ -82,7 +83,7 @@ class PackedWeights {
   /// W [in, out] as these products see it: rounded to S.
   Matrix<T> unpacked() const {
     Matrix<T> w(in_, out_);
-    for (Index p = 0; p < panels(); ++p)
+    for (Index p = 0; p < panels() && in_ > 0; ++p)
       for (Index k = 0; k < in_; ++k)
         for (Index c = p * panel; c < std::min(out_, (p + 1) * panel); ++c) {
           w(k, c) = static_cast<T>(rows(p, k)[c - p * panel]);
