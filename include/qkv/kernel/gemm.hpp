@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "../detail/multiply_add.hpp"
@@ -33,12 +34,15 @@ namespace qkv::inline QKV_ABI::kernel {
 
 /// For the fewest rows, which are bound by reading W: a tile over whole panels from the first step to the last, with
 /// enough sums in flight to hide the latency of a multiply-add (two vectors of one row are two: int8 weights would wait).
-template <class T>
+/// With AVX2, 4 rows of float are 16 sums, some of them in memory: there is time for that while W is read (0.95 of the
+/// bandwidth for 0.81). Narrower W has less.
+template <class T, class S>
 struct StreamShape {
   static constexpr Index panel_vectors = panel_columns<T> / Simd<T>::width;
   static constexpr Index vectors = std::max<Index>(4, panel_vectors);
   static constexpr Index panels = vectors / panel_vectors;
-  static constexpr Index rows = (TileShape<T>::wide ? 16 : 8) / vectors;
+  static constexpr bool many = TileShape<T>::wide || (Simd<T>::fused && std::is_same_v<T, S>);
+  static constexpr Index rows = (many ? 16 : 8) / vectors;
   static constexpr std::uintptr_t ahead = 6144;  // bytes fetched ahead
 };
 
@@ -47,7 +51,7 @@ template <class T, class S, std::size_t... Sum, std::size_t... Vector, std::size
 EIGEN_ALWAYS_INLINE void stream_of(const TileOperands<T, S>& op, Index b_panel, std::index_sequence<Sum...>,
                                    std::index_sequence<Vector...>, std::index_sequence<Panel...>) {
   using V = Simd<T>;
-  using Shape = StreamShape<T>;
+  using Shape = StreamShape<T, S>;
   constexpr Index width = V::width, vectors = sizeof...(Vector), rows = sizeof...(Sum) / sizeof...(Vector);
   typename V::Vec sum[sizeof...(Sum)], row[sizeof...(Vector)];
   if (op.start != nullptr)
@@ -73,19 +77,19 @@ EIGEN_ALWAYS_INLINE void stream_of(const TileOperands<T, S>& op, Index b_panel, 
 
 template <Index Rows, class T, class S>
 void stream_tile(const TileOperands<T, S> op, Index b_panel) {
-  using Shape = StreamShape<T>;
+  using Shape = StreamShape<T, S>;
   stream_of(op, b_panel, std::make_index_sequence<std::size_t(Rows * Shape::vectors)>{},
             std::make_index_sequence<std::size_t(Shape::vectors)>{},
             std::make_index_sequence<std::size_t(Shape::panels)>{});
 }
 
-/// stream_tile for 1 … StreamShape<T>::rows rows, chosen at run time.
+/// stream_tile for 1 … StreamShape<T, S>::rows rows, chosen at run time.
 template <class T, class S>
 void stream_tile_of(Index rows, const TileOperands<T, S>& op, Index b_panel) {
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
     return std::array{&stream_tile<R + 1, T, S>...};
   }
-  (std::make_integer_sequence<Index, StreamShape<T>::rows>{});
+  (std::make_integer_sequence<Index, StreamShape<T, S>::rows>{});
   tiles[static_cast<std::size_t>(rows - 1)](op, b_panel);
 }
 
@@ -129,7 +133,7 @@ struct ProductCut {
 template <class T, StorageType S>
 struct ProductItem {
   using Shape = TileShape<T>;
-  using Stream = StreamShape<T>;
+  using Stream = StreamShape<T, S>;
   using Blocks = ProductBlocks<T>;
   static constexpr Index panel = PackedWeights<T, S>::panel;
   static constexpr Index groups = panel / Shape::columns;  // a panel's columns in tiles
