@@ -78,9 +78,11 @@
 #include "kernel/lane_parts.hpp"        // few heads: several lanes for one head
 #include "kernel/latent_tiles.hpp"      // the two products of absorbed attention, in registers
 #include "kernel/latent_grid.hpp"       // the blocks of positions they go through
+#include "kernel/latent_packing.hpp"    // latent rows packed: values, scales, offsets
 #include "kernel/latent_blocks.hpp"     // latent rows as they are multiplied
 #include "kernel/latent_queries.hpp"    // queries turned so that lanes are heads
 #include "kernel/lane_masks.hpp"        // what its lanes see
+#include "kernel/lane_scores.hpp"       // scores of its lanes become weights
 #include "kernel/absorbed.hpp"          // absorbed latent attention: all heads share a row
 #include "kernel/latent_splits.hpp"     // its keys in splits, its heads in groups
 #include "kernel/latent.hpp"            // latent attention, naive and absorbed

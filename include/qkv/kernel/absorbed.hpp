@@ -1,7 +1,7 @@
 // kernel/absorbed.hpp — absorbed latent attention: all heads share one row per key, and read it once.
 //
 //     for each block of keys:   Sᵀ = C Qᵀ                       [keys, lanes]       lanes are heads; C [keys, latent | rope]
-//                               m, l, Sᵀ ← softmax, lane by lane
+//                               m, l, Sᵀ ← softmax, lane by lane                    kernel/lane_scores.hpp
 //                               O += S C[:, latent]             [lanes, latent]     lanes of registers are features
 //
 // 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is bound
@@ -10,27 +10,25 @@
 // A sum is the same chain in every lane and panel: a prompt in pieces gives the same bits as at once.
 // DeepSeek-V2, arXiv:2405.04434, appendix C; blocks of keys as in Dao et al. 2022, arXiv:2205.14135.
 //
-// Before: kernel/lane_masks.hpp   Next: kernel/latent_splits.hpp
+// Before: kernel/lane_scores.hpp   Next: kernel/latent_splits.hpp
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <numbers>
 #include <tuple>
 #include <utility>
 
 #include "../softmax.hpp"
 #include "../workspace.hpp"
 #include "lane_masks.hpp"
+#include "lane_scores.hpp"
 #include "latent_blocks.hpp"
 #include "latent_grid.hpp"
 #include "latent_queries.hpp"
 #include "latent_tiles.hpp"
-#include "panel_softmax.hpp"
 #include "value_tile.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -55,14 +53,12 @@ class Absorbed {
   using Value = ValueDot<A>;
   static constexpr Index W = V::width;
   static constexpr bool words = A::words;
-  static constexpr Index n_rows = block_rows<words>, partial_sums = A::bytes ? 8 : 4;
-  static_assert(n_rows % partial_sums == 0 && n_rows % Shape<T>::score_rows(1) == 0);
-  static_assert(n_rows % Shape<T>::score_rows(2) == 0);
+  static constexpr Index n_rows = block_rows<words>;
+  static_assert(n_rows % Shape<T>::score_rows(1) == 0 && n_rows % Shape<T>::score_rows(2) == 0);
 
  public:
   static constexpr Index panel = Queries<A, Vectors, T, S, M>::panel;
   static_assert(panel % Shape<T>::value_lanes == 0);
-  using Softmax = PanelSoftmax<A, panel>;
 
   static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
   static std::size_t bytes(const Task<T, S, M>& task, Index n_lanes) {
@@ -76,11 +72,9 @@ class Absorbed {
         block_(carver, task.rows, parts_of<A>(task.heads)),
         q_(task, carver, first_lane, n_lanes),
         masks_(task, first_lane, n_lanes),
-        n_(n_lanes) {
-    s_ = carver.take<T>(n_rows * panel);
-    row_ = carver.take<T>(features(task.rows));
-    hidden_ = carver.take<bool>(n_rows * panel);
-  }
+        scores_(carver),
+        row_(carver.take<T>(features(task.rows))),
+        n_(n_lanes) {}
 
   void load_queries() { q_.load(); }
 
@@ -102,6 +96,8 @@ class Absorbed {
   }
 
  private:
+  using Scores = LaneScores<A, panel>;
+
   /// Scores are kept as ±q·c, so that what enters the exponent is a difference before it is scaled.
   T score_unit() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
 
@@ -109,9 +105,6 @@ class Absorbed {
   template <class F>
   void for_each_cover(Index p, F&& f) const {
     masks_.template for_each_cover<n_rows>(block_.place(), p, f);
-  }
-  void hide(Index begin, Index end) {
-    if (begin < end) std::fill_n(s_ + begin * panel, (end - begin) * panel, detail::minus_infinity<T>);
   }
 
   // ---- one block, one panel ----
@@ -128,15 +121,16 @@ class Absorbed {
     });
     if (end <= begin) return;
     // Whole pairs and partial sums: a row beside those that are seen must not be NaN times zero unnoticed.
+    constexpr Index partial_sums = Scores::partial_sums;
     begin = std::max(place.begin, begin / partial_sums * partial_sums);
     end = std::min(place.count, round_up(end, partial_sums));
     multiply_rows(p, begin, end);
-    const bool finite = scores_are_finite(begin, end);
+    const bool finite = scores_.finite(begin, end);
     if (mixed || held < place.count - place.begin) hide_unseen(p, begin, end);
     const Index from = begin / partial_sums * partial_sums;
-    hide(from, begin);
-    if (!finite) note_hidden(from, end);
-    soften(p, from, end);
+    scores_.hide(from, begin);
+    if (!finite) scores_.note_hidden(from, end);
+    if (scores_.soften(from, end, score_unit(), block_.value_scales(), state_.m + p, state_.l + p)) rescale(p);
     if (finite)
       multiply_values(p, from, end);
     else
@@ -168,7 +162,7 @@ class Absorbed {
     constexpr Index step = Registers * W / Parts;
     const Index live = round_up(std::min(panel, n_ - p), step);
     for (Index lane = p; lane < p + live; lane += step) {
-      T* const to = s_ + c * panel + lane - p;
+      T* const to = scores_.row(c) + lane - p;
       if constexpr (!A::scaled)
         score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
                                                               q_.at(lane), to, stream_);
@@ -189,52 +183,25 @@ class Absorbed {
 #endif
     }
     if (live < panel)  // what follows takes whole registers
-      for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(s_ + r * panel + live, panel - live, T(0));
-  }
-
-  /// A row that is not finite has no finite score, in any lane: one register tells.
-  bool scores_are_finite(Index begin, Index end) const {
-    Vec a = V::zero(), b = a;
-    for (Index c = begin; c + 2 <= end; c += 2) {
-      a = V::fma(V::zero(), V::load(s_ + c * panel), a);
-      b = V::fma(V::zero(), V::load(s_ + (c + 1) * panel), b);
-    }
-    if ((end - begin) % 2 == 1) a = V::fma(V::zero(), V::load(s_ + (end - 1) * panel), a);
-    return V::sum_lanes(V::add(a, b)) == 0;
+      for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
   }
 
   void hide_unseen(Index p, Index begin, Index end) {
     Index next = begin;  // columns before it are done
     for_each_cover(p, [&](const LatentRun<S>& run, Index base, Index row, Index count, Index column, Cover c) {
       if (column + count <= begin || column >= end) return;
-      hide(next, column);
+      scores_.hide(next, column);
       next = column + count;
-      if (c == Cover::none) hide(column, next);
+      if (c == Cover::none) scores_.hide(column, next);
       if (c != Cover::some) return;
-      for (Index i = 0; i < count; ++i) masks_.hide_key(p, run, base, row + i, s_ + (column + i) * panel);
+      for (Index i = 0; i < count; ++i) masks_.hide_key(p, run, base, row + i, scores_.row(column + i));
     });
-    hide(next, end);
+    scores_.hide(next, end);
   }
 
-  /// m, l and o of the panel ← with the scores of columns [begin, end), which become weights.
-  void soften(Index p, Index begin, Index end) {
-    alignas(detail::cache_line) T keep[std::size_t(panel)];
-    bool moved = false;
-    const Vec to_log2 = V::broadcast(score_unit() * static_cast<T>(std::numbers::log2e_v<long double>));
-    for (Index v = 0; v < panel; v += W) {
-      T *const m = state_.m + p + v, *const l = state_.l + p + v;
-      const auto [score, top] = largest(v, begin, end, to_log2);
-      const Vec old = V::load(m), now = V::max(old, score);
-      const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
-      const Vec base = V::select(nothing, V::zero(), now);
-      const Vec factor = V::weight(V::sub(old, base), to_log2);
-      const Vec sum = weigh(v, begin, end, top, base, to_log2);
-      V::store(l, V::fma(V::load(l), factor, sum));
-      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
-      V::store(keep + v, factor);
-      moved = moved || V::any(V::less(old, now));
-    }
-    if (!moved) return;
+  /// o of the panel ← keep·o, after a maximum has moved.
+  void rescale(Index p) {
+    const T* const keep = scores_.keep();
     const Index width = features(task_.rows);
     for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
       if (keep[lane] == T(1)) continue;
@@ -243,52 +210,20 @@ class Absorbed {
       for (Index x = 0; x < width; x += W) V::store(o + x, V::mul(V::load(o + x), factor));
     }
   }
-  /// The largest score of each lane of register v and, in bytes, weight times scale.
-  struct Largest {
-    Vec score, product;
-  };
-  Largest largest(Index v, Index begin, Index end, [[maybe_unused]] Vec to_log2) const {
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) {
-      const auto both = Softmax::largest_of_both(s_ + v, begin, end, to_log2, block_.logs());
-      return {both.score, both.product};
-    } else
-#endif
-      return {Softmax::largest(s_ + v, begin, end), V::zero()};
-  }
-  /// Scores of register v become weights; their sum. `begin` lies on a partial sum.
-  Vec weigh(Index v, Index begin, Index end, [[maybe_unused]] Vec top, Vec base, Vec to_log2) {
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) {
-      const auto w = Softmax::weigh_bytes(s_ + v, begin, end, top, base, to_log2, block_.logs(), block_.inverses());
-      V::store(take_ + v, w.step);
-      return w.sum;
-    } else
-#endif
-#ifdef QKV_DETAIL_SHORTS
-        if constexpr (A::shorts) {
-      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, block_.value_scales());
-      V::store(take_ + v, w.step);
-      return w.sum;
-    } else
-#endif
-      return Softmax::weigh(s_ + v, begin, end, base, to_log2);
-  }
 
   void multiply_values(Index p, Index begin, Index end) {
-    using N = typename Value::Number;
     constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
     if (begin >= end) return;
     begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
     const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
     FeatureOperands<Value, T> op{.depth = (end + keys - 1) / keys - begin / keys,
-                                 .p = reinterpret_cast<const N*>(s_) + begin / keys * panel,
+                                 .p = scores_.weights(begin),
                                  .p_step = panel,
                                  .c = block_.values(begin),
                                  .c_step = block_.value_step(),
                                  .o = state_.o + p * state_.o_step,
                                  .o_row = state_.o_step,
-                                 .take = take_};
+                                 .take = scores_.take()};
     for (Index x = 0; x < width;) {
       const Index some = std::min(vectors, (width - x) / W);
       if (some == vectors)
@@ -302,9 +237,6 @@ class Absorbed {
   }
 
   // ---- rows that are not finite: a weight of zero must not meet them ----
-  void note_hidden(Index begin, Index end) {
-    for (Index i = begin * panel; i < end * panel; ++i) hidden_[i] = s_[i] == detail::minus_infinity<T>;
-  }
   void multiply_values_carefully(Index p, Index begin, Index end) {
     const auto [dropped, n] = block_.dropped();
     if constexpr (words) {
@@ -323,28 +255,11 @@ class Absorbed {
       if (c < begin || c >= end) continue;
       block_.load_latent(c, row_);
       for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
-        if (hidden_[c * panel + lane]) continue;
+        if (scores_.hidden(c, lane)) continue;
         T* const o = state_.o + (p + lane) * state_.o_step;
-        for (Index x = 0; x < task_.rows.latent_dim; ++x) o[x] += weight_of(c, lane) * row_[x];
+        const T weight = scores_.weight(c, lane);  // in steps, too: what it multiplies is not finite
+        for (Index x = 0; x < task_.rows.latent_dim; ++x) o[x] += weight * row_[x];
       }
-    }
-  }
-  T weight_of(Index c, Index lane) const {
-    if constexpr (A::steps) {
-      constexpr Index bits = 32 / A::keys;
-      Word several;
-      std::memcpy(&several, s_ + c / A::keys * panel + lane, sizeof several);
-      // In steps: what it multiplies is not finite.
-      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
-    } else if constexpr (words) {
-      Word pair;
-      std::memcpy(&pair, s_ + c / 2 * panel + lane, sizeof pair);
-      pair = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
-      T weight;
-      std::memcpy(&weight, &pair, sizeof weight);
-      return weight;
-    } else {
-      return s_[c * panel + lane];
     }
   }
 
@@ -367,11 +282,10 @@ class Absorbed {
   BlockRows<A, T, S> block_;
   Queries<A, Vectors, T, S, M> q_;
   LaneMasks<panel, T, S, M> masks_;
+  Scores scores_;
+  T* row_;  // a latent, widened
   Index n_;
   LaneState<T> state_{};
-  T *s_ = nullptr, *row_ = nullptr;
-  alignas(detail::cache_line) T take_[std::size_t(panel)] = {};  // in steps: what one is worth
-  bool* hidden_ = nullptr;                                       // [n_rows, panel]; written where a score is not finite
   Stream stream_;
 };
 

@@ -5,7 +5,7 @@
 // A block of keys that all lanes of a panel see, or none, costs one question a head; only the rest is cut into 16 columns, and
 // asked key by key where a mask's edge runs through those.
 //
-// Before: kernel/latent_queries.hpp   Next: kernel/absorbed.hpp
+// Before: kernel/latent_queries.hpp   Next: kernel/lane_scores.hpp
 #pragma once
 
 #include <algorithm>

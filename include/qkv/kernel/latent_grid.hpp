@@ -8,7 +8,7 @@
 //
 // The grid is absolute: how rows were appended and where they lie does not change a bit.
 //
-// Before: kernel/latent_tiles.hpp   Next: kernel/latent_blocks.hpp
+// Before: kernel/latent_tiles.hpp   Next: kernel/latent_packing.hpp
 #pragma once
 
 #include <algorithm>

@@ -1,0 +1,140 @@
+// kernel/lane_scores.hpp — the scores of a panel of lanes with a block of latent rows, and how they become weights.
+//
+//     s(c)      of column c, lane by lane: ±q·c, -inf where a lane does not see it
+//
+//     now = max(m, max_c s(c))      keep = e^(unit·(m - now))      s(c) ← e^(unit·(s(c) - now))
+//     m ← now                       l ← keep·l + Σ_c s(c)          and whoever holds o: o ← keep·o
+//
+// The powers themselves, in each arithmetic: kernel/panel_softmax.hpp.
+//
+// Before: kernel/lane_masks.hpp   Next: kernel/absorbed.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <numbers>
+
+#include "../softmax.hpp"
+#include "../workspace.hpp"
+#include "latent_grid.hpp"
+#include "latent_packing.hpp"
+#include "panel_softmax.hpp"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
+#endif
+
+namespace qkv::inline QKV_ABI::kernel::absorbed {
+
+/// Scores, then weights, of a block in arithmetic A for Panel lanes.
+template <class A, Index Panel>
+class LaneScores {
+  using T = typename A::Scalar;
+  using Number = typename A::Number;
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Softmax = PanelSoftmax<A, Panel>;
+  static constexpr Index W = V::width, n_rows = block_rows<A::words>;
+
+ public:
+  /// Weights are added up in partial sums that repeat after so many columns.
+  static constexpr Index partial_sums = A::bytes ? 8 : 4;
+  static_assert(n_rows % partial_sums == 0);
+
+  explicit LaneScores(detail::Carver& carver)
+      : s_(carver.take<T>(n_rows * Panel)), hidden_(carver.take<bool>(n_rows * Panel)) {}
+
+  T* row(Index column) { return s_ + column * Panel; }
+  void hide(Index begin, Index end) {
+    if (begin < end) std::fill_n(row(begin), (end - begin) * Panel, detail::minus_infinity<T>);
+  }
+  /// A latent row that is not finite has no finite score, in any lane: one register tells.
+  bool finite(Index begin, Index end) const {
+    Vec a = V::zero(), b = a;
+    for (Index c = begin; c + 2 <= end; c += 2) {
+      a = V::fma(V::zero(), V::load(s_ + c * Panel), a);
+      b = V::fma(V::zero(), V::load(s_ + (c + 1) * Panel), b);
+    }
+    if ((end - begin) % 2 == 1) a = V::fma(V::zero(), V::load(s_ + (end - 1) * Panel), a);
+    return V::sum_lanes(V::add(a, b)) == 0;
+  }
+  /// Remembers which pairs are hidden: weights do not tell.
+  void note_hidden(Index begin, Index end) {
+    for (Index i = begin * Panel; i < end * Panel; ++i) hidden_[i] = s_[i] == detail::minus_infinity<T>;
+  }
+  bool hidden(Index column, Index lane) const { return hidden_[column * Panel + lane]; }
+
+  /// m and l of the lanes ← with the scores of columns [begin, end), which become weights. `begin` lies on a partial sum.
+  /// True where m has moved: what was summed up to here is then to be multiplied by keep().
+  bool soften(Index begin, Index end, T unit, const ValueScales& scales, T* m, T* l) {
+    bool moved = false;
+    const Vec to_log2 = V::broadcast(unit * static_cast<T>(std::numbers::log2e_v<long double>));
+    for (Index v = 0; v < Panel; v += W, m += W, l += W) {
+      const auto [score, top] = largest(v, begin, end, to_log2, scales);
+      const Vec old = V::load(m), now = V::max(old, score);
+      const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
+      const Vec base = V::select(nothing, V::zero(), now);
+      const Vec factor = V::weight(V::sub(old, base), to_log2);
+      const Vec sum = weigh(v, begin, end, top, base, to_log2, scales);
+      V::store(l, V::fma(V::load(l), factor, sum));
+      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
+      V::store(keep_ + v, factor);
+      moved = moved || V::any(V::less(old, now));
+    }
+    return moved;
+  }
+  const T* keep() const { return keep_; }
+
+  /// Weights from a column on, in numbers of A::keys columns; in steps, what one is worth for each lane.
+  const Number* weights(Index column) const { return reinterpret_cast<const Number*>(s_) + column / A::keys * Panel; }
+  const T* take() const { return take_; }
+  /// The weight of one pair; in steps, where weights are.
+  T weight(Index column, Index lane) const { return Softmax::weight(s_, column, lane); }
+
+ private:
+  /// The largest score of each lane of register v and, in bytes, weight times scale.
+  struct Largest {
+    Vec score, product;
+  };
+  Largest largest(Index v, Index begin, Index end, [[maybe_unused]] Vec to_log2,
+                  [[maybe_unused]] const ValueScales& scales) const {
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::bytes) {
+      const auto both = Softmax::largest_of_both(s_ + v, begin, end, to_log2, scales.logs);
+      return {both.score, both.product};
+    } else
+#endif
+      return {Softmax::largest(s_ + v, begin, end), V::zero()};
+  }
+  /// Scores of register v become weights; their sum.
+  Vec weigh(Index v, Index begin, Index end, [[maybe_unused]] Vec top, Vec base, Vec to_log2,
+            [[maybe_unused]] const ValueScales& scales) {
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::bytes) {
+      const auto w = Softmax::weigh_bytes(s_ + v, begin, end, top, base, to_log2, scales.logs, scales.inverses);
+      V::store(take_ + v, w.step);
+      return w.sum;
+    } else
+#endif
+#ifdef QKV_DETAIL_SHORTS
+        if constexpr (A::shorts) {
+      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, scales.scales);
+      V::store(take_ + v, w.step);
+      return w.sum;
+    } else
+#endif
+      return Softmax::weigh(s_ + v, begin, end, base, to_log2);
+  }
+
+  T* s_;          // [n_rows, Panel]
+  bool* hidden_;  // [n_rows, Panel]; written where a score is not finite
+  alignas(detail::cache_line) T take_[std::size_t(Panel)] = {};
+  alignas(detail::cache_line) T keep_[std::size_t(Panel)] = {};
+};
+
+}  // namespace qkv::inline QKV_ABI::kernel::absorbed
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
