@@ -131,6 +131,15 @@ using Condition = std::function<bool(const At&)>;
 
 bool causally(const At& at) { return at.key_position <= at.query_position; }
 
+/// Two thirds of the blocks of 64 keys, others for each head.
+struct BlocksByHead {
+  bool sees(const At& at) const { return (at.key_position / 64 + at.head) % 3 != 1; }
+  qkv::Cover cover(const qkv::Block& b) const {
+    if (b.key_position / 64 != b.last_key_position() / 64) return qkv::Cover::some;
+    return (b.key_position / 64 + b.head) % 3 != 1 ? qkv::Cover::all : qkv::Cover::none;
+  }
+};
+
 const Sizes sizes[] = {{16, 1, 64, 32},  {33, 1, 32, 6}, {1, 1, 67, 5},  {8, 3, 128, 64}, {5, 7, 19, 3},
                        {16, 2, 512, 64}, {2, 9, 64, 10}, {11, 3, 40, 6}, {4, 1, 36, 12}};
 
@@ -193,6 +202,7 @@ TEMPLATE_TEST_CASE("masks reach the absorbed kernel: windows, lambdas, queries t
     check(Condition([](const At& at) { return (at.key_position * at.key_position + at.head + at.query) % 7 < 3; }));
     check(Condition([](const At& at) { return at.query != 1 && at.head != 2 && causally(at); }));
     check(Condition([](const At&) { return false; }));
+    check(BlocksByHead{});
   }
 }
 
