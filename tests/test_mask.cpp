@@ -31,7 +31,7 @@ static_assert(!CanBeJoined<Window, int> && !CanBeJoined<Window, OnlyCover>);
 
 // Who asks for the head is asked for every head, and with it whoever is joined to it.
 template <class M>
-constexpr bool alike = qkv::detail::ignores_heads<M>();
+constexpr bool alike = qkv::detail::ignores_heads<M>;
 static_assert(alike<Full> && alike<Window> && alike<Prefix> && alike<decltype((prefix(3) | causal) & prefix(5))>);
 static_assert(!alike<Diagonal> && !alike<decltype(causal & Diagonal{})> && !alike<decltype(Diagonal{} | prefix(5))>);
 

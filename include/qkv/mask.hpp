@@ -103,12 +103,9 @@ constexpr SeenBy seen_by(const M& mask, const Block& block) {
 
 /// Whether the mask answers alike for every head: `static constexpr bool ignores_heads = true` in the mask says so.
 template <class M>
-consteval bool ignores_heads() {
-  if constexpr (requires { requires M::ignores_heads; })
-    return true;
-  else
-    return false;
-}
+inline constexpr bool ignores_heads = requires {
+  requires M::ignores_heads;
+};
 
 template <class M>
 void check_operand(const M& mask, const CallShape& call) {
@@ -239,7 +236,7 @@ constexpr Where<F> as_mask(const F& f) {
 /// Both must agree.
 template <Mask A, Mask B>
 struct And {
-  static constexpr bool ignores_heads = detail::ignores_heads<A>() && detail::ignores_heads<B>();
+  static constexpr bool ignores_heads = detail::ignores_heads<A> && detail::ignores_heads<B>;
   A a;
   B b;
 
@@ -262,7 +259,7 @@ struct And {
 /// One of them suffices.
 template <Mask A, Mask B>
 struct Or {
-  static constexpr bool ignores_heads = detail::ignores_heads<A>() && detail::ignores_heads<B>();
+  static constexpr bool ignores_heads = detail::ignores_heads<A> && detail::ignores_heads<B>;
   A a;
   B b;
 

@@ -86,7 +86,7 @@ class DecodeHead {
   /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
   void score(const Piece<S>& piece, const Rows<S>& then) {
     Cover least = Cover::all, most = Cover::none;
-    const Index asked = detail::ignores_heads<M>() ? 1 : task_.heads.group_size();
+    const Index asked = detail::ignores_heads<M> ? 1 : task_.heads.group_size();
     for (Index h = head(0); h < head(0) + asked; ++h) {
       const Cover c = detail::cover(
           *task_.mask, task_.block(h, 0, task_.n_queries(), *piece.run, piece.base, piece.row, piece.count));

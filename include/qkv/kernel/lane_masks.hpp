@@ -61,7 +61,7 @@ class LaneMasks {
     }
   }
   Cover cover(Index p, const LatentRun<S>& run, Index base, Index row, Index count) const {
-    if constexpr (detail::ignores_heads<M>()) {  // one rectangle for all of them
+    if constexpr (detail::ignores_heads<M>) {  // one rectangle for all of them
       const Index query = (first_ + p) / task_.heads, last = (first_ + std::min(n_, p + Panel) - 1) / task_.heads;
       return detail::cover(*task_.mask, Block{task_.sequence, 0, query, last - query + 1, task_.first_position + query,
                                               base + row, count, run.position + row});
