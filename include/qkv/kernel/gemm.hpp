@@ -34,8 +34,8 @@ namespace qkv::inline QKV_ABI::kernel {
 
 /// For the fewest rows, which are bound by reading W: a tile over whole panels from the first step to the last, with
 /// enough sums in flight to hide the latency of a multiply-add (two vectors of one row are two: int8 weights would wait).
-/// With AVX2, 4 rows of float are 16 sums, some of them in memory: there is time for that while W is read (0.95 of the
-/// bandwidth for 0.81). Narrower W has less.
+/// With AVX2, 4 rows of float are 16 sums, some of them in memory: there is time for that while W is read (0.92 to 0.95
+/// of the bandwidth for 0.79). Narrower W has less.
 template <class T, class S>
 struct StreamShape {
   static constexpr Index panel_vectors = panel_columns<T> / Simd<T>::width;
