@@ -18,7 +18,7 @@ namespace qkv::inline QKV_ABI {
 
 /// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
 /// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
-/// sizes, never at run time: benchmarks/README.md, `break_even`. In int16 (AVX2): 0.87 over 1.24 of the peak.
+/// sizes, never at run time: benchmarks/results/latent.md, `break_even`. In int16 (AVX2): 0.87 over 1.24 of the peak.
 inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, narrow_absorbed_cost = 0.5,
                         short_absorbed_cost = 0.7;
 
