@@ -266,7 +266,7 @@ TEMPLATE_TEST_CASE("packed rows are the transpose, for any height and depth", "[
     for (const Index depth : {Index{1}, Index{5}, Index{16}, Index{39}}) {
       const auto x = random_matrix<TestType>(rows, depth, 26);
       std::vector<TestType> panel(static_cast<std::size_t>(rows * depth + qkv::kernel::pack_slack<TestType>) + 1, -7);
-      qkv::kernel::pack_rows(x.data(), depth, rows, depth, panel.data());
+      qkv::kernel::pack_rows(x.data(), depth, rows, rows, depth, panel.data());
       bool right = panel.back() == TestType(-7);
       for (Index r = 0; r < rows; ++r)
         for (Index k = 0; k < depth; ++k) right = right && panel[static_cast<std::size_t>(k * rows + r)] == x(r, k);
@@ -282,7 +282,7 @@ TEMPLATE_TEST_CASE("a tile adds to what it starts from, with rows of a apart or 
     const auto a = random_matrix<TestType>(rows, depth, 27), b = random_matrix<TestType>(depth, columns, 28),
                start = random_matrix<TestType>(rows, columns, 29);
     std::vector<TestType> panel(static_cast<std::size_t>(rows * depth + qkv::kernel::pack_slack<TestType>));
-    qkv::kernel::pack_rows(a.data(), depth, rows, depth, panel.data());
+    qkv::kernel::pack_rows(a.data(), depth, rows, rows, depth, panel.data());
     Matrix<TestType> c = start;
     TileOperands<TestType> op{.depth = depth,
                               .a = panel.data(),

@@ -55,12 +55,88 @@ Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, 
           head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
           kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
       return static_cast<Index>(state +
-                                kernel::Decode<Dot, T, T, Full, Plain>::bytes(at_once, n, head_dim, v_head_dim));
+                                kernel::Decode<Dot, T, T>::bytes(at_once, n, head_dim, v_head_dim));
     }
     default:
       return static_cast<Index>(state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim));
   }
 }
+
+namespace detail {
+
+/// Raises where the outputs of a call share an element with an input.
+template <class T, class X>
+void check_disjoint(const View<T>& out, const Options<T>& options, const X& in, const char* name,
+                    const char* name_log_sum_exp) {
+  require_disjoint(out, in, name);
+  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, in, name_log_sum_exp);
+}
+
+/// attention_into of matrices, for all masks, scores and executors.
+template <class T, StorageType S>
+void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v,
+                     Heads heads, const Rule<T, S>& rule, const Options<T>& options, const AnyExecutor& executor) {
+  check_keys(k, v, heads);
+  check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
+  check_out(out, q.rows(), checked_product(heads.heads, v.cols() / heads.kv_heads));
+  check_options(options, heads);
+  check_sinks_unwritten(out, options);
+  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
+  check_disjoint(out, options, k, "k", "k (log_sum_exp)");
+  check_disjoint(out, options, v, "v", "v (log_sum_exp)");
+  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+  const Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const auto rows = sequences.at(s);
+    const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads);
+    check_call(rule, source.rows,
+               {.sequences = sequences.count(),
+                .heads = heads.heads,
+                .sequence = s,
+                .n_queries = rows.n_queries,
+                .first_position = first_position(rule, source.rows, s, rows.n_queries, options),
+                .output = footprint(out),
+                .log_sum_exp = log_sum_exp_footprint(options)});
+  }
+
+  Workspace local;
+  Workspace& workspace = options.workspace ? *options.workspace : local;
+  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const auto rows = sequences.at(s);
+    const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads);
+    attend(make_task(rows_of(q, rows.query, rows.n_queries), source.rows, heads, rule, options, s), rule,
+           rows_of(out, rows.query, rows.n_queries), rows.query, options, workspace, executor);
+  }
+}
+
+/// attention_into against one sequence's rows, likewise.
+template <class T, StorageType S>
+void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& rows, Heads heads, const Rule<T, S>& rule,
+                 const Options<T>& options, const AnyExecutor& executor) {
+  check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
+  check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
+  check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
+  check_options(options, heads);
+  check_sinks_unwritten(out, options);
+  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
+  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+  check_one_sequence(options, "a cache holds");
+  check_call(rule, rows,
+             {.heads = heads.heads,
+              .n_queries = q.rows(),
+              .first_position = first_position(rule, rows, 0, q.rows(), options),
+              .output = footprint(out),
+              .log_sum_exp = log_sum_exp_footprint(options)});
+
+  Workspace local;
+  Workspace& workspace = options.workspace ? *options.workspace : local;
+  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
+  attend(make_task(q, rows, heads, rule, options, 0), rule, out, 0, options, workspace, executor);
+}
+
+}  // namespace detail
 
 /// out [n_queries, heads·v_head_dim] must have its shape and share no element with an input; all operands are row-major
 /// with unit inner stride. Throws std::invalid_argument before anything is written. Allocates nothing with the serial
@@ -73,54 +149,9 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
   using S = ScalarOf<K>;
   detail::check_functions<M, F, T>();
   detail::check_scalars<T, S, ScalarOf<V>>();
-  const ConstView<T> queries = view(q);
-  const ConstView<S> keys = view(k), values = view(v);
-  const View<T> destination = writable_view(out);
   const auto& m = detail::as_mask(mask);
-
-  detail::check_keys(k, v, heads);
-  detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
-  detail::check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
-  detail::check_out(out, q.rows(), detail::checked_product(heads.heads, v.cols() / heads.kv_heads));
-  detail::check_options(options, heads);
-  detail::check_sinks_unwritten(out, options);
-  detail::require_disjoint(out, q, "q");
-  detail::require_disjoint(out, k, "k");
-  detail::require_disjoint(out, v, "v");
-  if (options.log_sum_exp) {
-    detail::require_disjoint(*options.log_sum_exp, q, "q (log_sum_exp)");
-    detail::require_disjoint(*options.log_sum_exp, k, "k (log_sum_exp)");
-    detail::require_disjoint(*options.log_sum_exp, v, "v (log_sum_exp)");
-    detail::require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
-  }
-  const detail::Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
-  for (Index s = 0; s < sequences.count(); ++s) {
-    const auto rows = sequences.at(s);
-    const detail::MatrixKeys<S> source(keys, values, rows.key, rows.n_keys, heads.kv_heads);
-    detail::check_call(m, score, source.rows,
-                       {.sequences = sequences.count(),
-                        .heads = heads.heads,
-                        .sequence = s,
-                        .n_queries = rows.n_queries,
-                        .first_position = detail::first_position(m, source.rows, s, rows.n_queries, options),
-                        .output = detail::footprint(out),
-                        .log_sum_exp = detail::log_sum_exp_footprint(options)});
-  }
-
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
-  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
-  for (Index s = 0; s < sequences.count(); ++s) {
-    const auto rows = sequences.at(s);
-    const detail::MatrixKeys<S> source(keys, values, rows.key, rows.n_keys, heads.kv_heads);
-    const auto task =
-        detail::make_task(ConstView<T>(queries.data() + rows.query * queries.outerStride(), rows.n_queries,
-                                       queries.cols(), Eigen::OuterStride<>(queries.outerStride())),
-                          source.rows, heads, m, score, options, s);
-    const View<T> part(const_cast<T*>(destination.data()) + rows.query * destination.outerStride(), rows.n_queries,
-                       destination.cols(), Eigen::OuterStride<>(destination.outerStride()));
-    detail::attend(task, part, rows.query, options, workspace, executor);
-  }
+  detail::attend_matrices<T, S>(writable_view(out), view(q), view(k), view(v), heads, detail::rule_of<T, S>(m, score),
+                                options, executor);
 }
 
 /// Takes any Eigen expressions; what is not row-major in memory is copied first.
@@ -141,34 +172,9 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
                     const F& score = plain, const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
   using T = ScalarOf<Q>;
   detail::check_functions<M, F, T>();
-  const ConstView<T> queries = view(q);
-  const View<T> destination = writable_view(out);
   const auto& m = detail::as_mask(mask);
   const auto rows = cache.key_rows();
-
-  detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
-  detail::check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
-  detail::check_out(out, q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
-  detail::check_options(options, heads);
-  detail::check_sinks_unwritten(out, options);
-  detail::require_disjoint(out, q, "q");
-  if (options.log_sum_exp) {
-    detail::require_disjoint(*options.log_sum_exp, q, "q (log_sum_exp)");
-    detail::require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
-  }
-  detail::check_one_sequence(options, "a cache holds");
-  detail::check_call(m, score, rows,
-                     {.heads = heads.heads,
-                      .n_queries = q.rows(),
-                      .first_position = detail::first_position(m, rows, 0, q.rows(), options),
-                      .output = detail::footprint(out),
-                      .log_sum_exp = detail::log_sum_exp_footprint(options)});
-
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
-  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
-  detail::attend(detail::make_task(queries, rows, heads, m, score, options, 0), destination, 0, options, workspace,
-                 executor);
+  detail::attend_rows(writable_view(out), view(q), rows, heads, detail::rule_for<T>(rows, m, score), options, executor);
 }
 
 template <MatrixLike Q, KeySource C, class M = Full, class F = Plain, Executor E = Serial>
@@ -205,16 +211,17 @@ SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, He
   detail::require(options.sinks.empty() && !options.log_sum_exp,
                   "a state is of one sequence and without sinks: sinks and log_sum_exp must be empty");
   const detail::MatrixKeys<S> source(view(k_rows), view(v_rows), 0, k.rows(), heads.kv_heads);
-  const auto task = detail::make_task(view(q_rows), source.rows, heads, m, score, options, 0);
-  detail::check_call(m, score, source.rows,
+  const auto rule = detail::rule_of<T, S>(m, score);
+  const auto task = detail::make_task<T, S>(view(q_rows), source.rows, heads, rule, options, 0);
+  detail::check_call(rule, source.rows,
                      {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
 
   auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim());
   Workspace local;
   detail::launch(
-      choose_kernel<T>(options.kernel, q.rows()), task,
+      choose_kernel<T>(options.kernel, q.rows()), task, rule,
       kernel::StateView<T>{state.maximum.data(), state.sum.data(), writable_view(state.weighted), heads.heads},
-      options.workspace ? *options.workspace : local, executor, [](Index, Index, Index, Index) {});
+      options.workspace ? *options.workspace : local, detail::AnyExecutor(executor), detail::nothing_more);
   return state;
 }
 
@@ -227,12 +234,13 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
   check_sizes(q.rows(), keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);
   check_one_sequence(options, "weights are of");
-  const auto task = make_task(q, keys, heads, mask, score, options, 0);
-  check_call(mask, score, keys, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
+  const auto rule = rule_of<T, S>(mask, score);
+  const auto task = make_task(q, keys, heads, rule, options, 0);
+  check_call(rule, keys, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
   Matrix<T> weights(checked_product(heads.heads, q.rows()), keys.rows);
   for (Index row = 0; row < weights.rows(); ++row) {
     const Index h = row / q.rows(), i = row % q.rows();
-    kernel::reference_weights(task, h, i,
+    kernel::reference_weights(task, mask, score, h, i,
                               options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
                               stage, weights.data() + row * keys.rows);
   }

@@ -51,6 +51,9 @@ struct Lengths {
   SeenBy seen_by(const Block& b) const {
     return {0, b.key < n[static_cast<std::size_t>(b.sequence)] ? b.n_queries : 0};
   }
+  SeenBy keys_seen(const Block& b) const {
+    return {0, std::clamp<Index>(n[static_cast<std::size_t>(b.sequence)] - b.key, 0, b.n_keys)};
+  }
   Index valid_keys(Index sequence, Index n_keys) const {
     const auto s = static_cast<std::size_t>(sequence);
     return s < n.size() ? std::clamp<Index>(n[s], 0, n_keys) : n_keys;  // check() refuses what is out of range
@@ -81,6 +84,9 @@ struct Documents {
     if (q_high < k_low || k_high < q_low) return Cover::none;
     return q_low == q_high && k_low == k_high ? Cover::all : Cover::some;
   }
+  /// Exact where the positions of one document follow one another.
+  SeenBy seen_by(const Block& b) const { return part(id(b.key_position), b.query_position, b.n_queries); }
+  SeenBy keys_seen(const Block& b) const { return part(id(b.query_position), b.key_position, b.n_keys); }
   void check(const CallShape& call) const {
     const Index last = std::max(call.first_position + call.n_queries - 1, call.last_key_position);
     detail::require(call.n_queries == 0 || call.first_position >= 0,
@@ -92,6 +98,13 @@ struct Documents {
 
  private:
   Index id(Index position) const { return ids[static_cast<std::size_t>(position)]; }
+  /// Which of the n positions from `first` on have this id.
+  SeenBy part(Index of, Index first, Index n) const {
+    const auto all = ids.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
+    const auto begin = std::find(all.begin(), all.end(), of);
+    const auto end = std::find_if(begin, all.end(), [&](Index other) { return other != of; });
+    return {begin - all.begin(), end - all.begin(), std::find(end, all.end(), of) == all.end()};
+  }
   std::pair<Index, Index> range(Index position, Index count) const {
     Index low = id(position), high = low;
     for (Index i = 1; i < count; ++i) {

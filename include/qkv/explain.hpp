@@ -64,8 +64,9 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
   check_sizes(n_queries, keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);
   check_one_sequence(options, "explain takes");
-  const Index first = first_position(mask, keys, 0, n_queries, options);
-  check_call(mask, score, keys, {.heads = heads.heads, .n_queries = n_queries, .first_position = first});
+  const auto rule = rule_of<T, S>(mask, score);
+  const Index first = first_position(rule, keys, 0, n_queries, options);
+  check_call(rule, keys, {.heads = heads.heads, .n_queries = n_queries, .first_position = first});
   Explanation e;
   e.kernel = choose_kernel<T>(options.kernel, n_queries);
   e.why = options.kernel != Kernel::automatic ? "asked for by options.kernel"
@@ -81,14 +82,9 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
     e.arithmetic = std::is_same_v<Narrow, kernel::Quads> && options.arithmetic == Arithmetic::int8 ? kernel::Bytes::name
                                                                                                    : Narrow::name;
 
-  const kernel::Task<T, S, M, F> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)),
-                                      keys,
-                                      heads,
-                                      T(1),
-                                      0,
-                                      first,
-                                      &mask,
-                                      &score};
+  kernel::Task<T, S> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)), keys, heads, T(1)};
+  task.first_position = first;
+  task.rule = rule.pairs;
   double pairs = 0;
   for (Index h = 0; h < heads.heads && n_queries > 0; ++h)
     for (Index q = 0; q < n_queries; q += kernel::tile_queries) {
@@ -98,7 +94,7 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
         Index count = 0;
         kernel::for_each_piece(keys, kernel::tile_keys, grid, r, base, row,
                                [&](const KeyRun<S>& run, Index run_base, Index run_row, Index rows, Index) {
-                                 const Cover c = cover(mask, task.block(h, q, n, run, run_base, run_row, rows));
+                                 const Cover c = task.rule.cover(task.tile(h, 1, q, n, run, run_base, run_row, rows));
                                  least = std::min(least, c), most = std::max(most, c);
                                  count += c == Cover::none ? 0 : rows;
                                });

@@ -8,7 +8,7 @@
 // position is  position + i. Plain matrices, contiguous, ring and paged caches all look like this; nobody copies.
 // Rows are given in ascending position. Scales (int8 only) follow the same pattern with their own strides.
 //
-// Before: options.hpp   Next: kernel/task.hpp
+// Before: options.hpp   Next: kernel/pair_rule.hpp
 #pragma once
 
 #include <span>

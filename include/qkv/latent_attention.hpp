@@ -143,7 +143,8 @@ class LatentAttention {
   template <MatrixLike Out, MatrixLike X, LatentKeySource C, class M = Window, class F = Plain, Executor E = Serial>
   void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, std::span<C* const> caches,
                     const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
-                    const E& executor = serial) const {
+                    const E& any = serial) const {
+    const detail::AnyExecutor executor(any);
     const auto& m = detail::as_mask(mask);
     detail::check_functions<M, F, T>();
     const ConstView<T> rows = view(x);
@@ -213,8 +214,7 @@ class LatentAttention {
     Workspace::Lease lease;
   };
 
-  template <class E>
-  void project_queries(View<T> q, View<T> q_latent, const ConstView<T>& x, const E& executor) const {
+  void project_queries(View<T> q, View<T> q_latent, const ConstView<T>& x, const detail::AnyExecutor& executor) const {
     if (config_.q_latent_dim == 0) return weights_.query.forward_into(q, x, executor);
     weights_.query_down.forward_into(q_latent, x, executor);
     rms_norm_into(q_latent, q_latent, weights_.query_norm, config_.norm_eps);
@@ -229,9 +229,9 @@ class LatentAttention {
   }
 
   /// context [n, heads·v_head_dim] of the last n tokens of the cache; q is only read.
-  template <LatentKeySource C, class M, class F, class E>
+  template <LatentKeySource C, class M, class F>
   void attend(View<T> context, View<T> q, C& cache, const M& mask, const F& score, const LayerOptions& options,
-              const E& executor) const {
+              const detail::AnyExecutor& executor) const {
     using S = typename C::Storage;
     const auto& c = config_;
     const LatentRows<S> rows = cache.latent_rows();

@@ -62,7 +62,8 @@ struct CallShape {
   }
 };
 
-/// Rows [begin, end) of a block's queries that see its one key. `exact` false: a mask cannot say it as one interval.
+/// Of a block with one key: the queries [begin, end) that see it. Of a block with one query: the keys [begin, end) that it
+/// sees. `exact` false: the mask cannot say it as one interval.
 struct SeenBy {
   Index begin = 0, end = 0;
   bool exact = true;
@@ -101,6 +102,30 @@ constexpr SeenBy seen_by(const M& mask, const Block& block) {
     return {0, 0, false};
 }
 
+/// Which keys of the block its one query sees (block.n_queries == 1), likewise.
+template <class M>
+constexpr SeenBy keys_seen(const M& mask, const Block& block) {
+  if constexpr (requires {
+                  { mask.keys_seen(block) } -> std::same_as<SeenBy>;
+                })
+    return mask.keys_seen(block);
+  else
+    return {0, 0, false};
+}
+
+/// Both, either.
+constexpr SeenBy seen_by_both(const SeenBy& a, const SeenBy& b) {
+  const Index begin = std::max(a.begin, b.begin);
+  return {begin, std::max(begin, std::min(a.end, b.end)), a.exact && b.exact};
+}
+constexpr SeenBy seen_by_either(const SeenBy& a, const SeenBy& b) {
+  const bool exact = a.exact && b.exact;
+  if (a.begin == a.end) return {b.begin, b.end, exact};
+  if (b.begin == b.end) return {a.begin, a.end, exact};
+  const bool meet = a.begin <= b.end && b.begin <= a.end;
+  return {std::min(a.begin, b.begin), std::max(a.end, b.end), exact && meet};
+}
+
 /// Whether the mask answers alike for every head: `static constexpr bool ignores_heads = true` in the mask says so.
 template <class M>
 inline constexpr bool ignores_heads = requires {
@@ -131,6 +156,7 @@ struct Full {
   constexpr bool sees(const At&) const { return true; }
   constexpr Cover cover(const Block&) const { return Cover::all; }
   constexpr SeenBy seen_by(const Block& b) const { return {0, b.n_queries}; }
+  constexpr SeenBy keys_seen(const Block& b) const { return {0, b.n_keys}; }
 };
 inline constexpr Full full{};
 
@@ -170,10 +196,11 @@ struct Window {
   constexpr SeenBy seen_by(const Block& b) const {
     const Index from = right == infinite ? least : detail::clamped_difference(b.key_position, right);
     const Index to = left == infinite ? infinite : detail::clamped_sum(b.key_position, left);
-    const Index first = b.query_position, last = b.last_query_position();
-    const Index begin = from <= first ? 0 : from > last ? b.n_queries : from - first;
-    const Index end = to >= last ? b.n_queries : to < first ? 0 : to - first + 1;
-    return {begin, std::max(begin, end)};
+    return part(from, to, b.query_position, b.n_queries);
+  }
+  /// A query at position q sees q - left to q + right.
+  constexpr SeenBy keys_seen(const Block& b) const {
+    return part(low(b.query_position), high(b.query_position), b.key_position, b.n_keys);
   }
   void check(const CallShape&) const {
     detail::require(left >= 0 && right >= 0,
@@ -183,6 +210,13 @@ struct Window {
 
  private:
   static constexpr Index least = std::numeric_limits<Index>::min();
+  /// Which of the n positions from `first` on lie in [from, to].
+  static constexpr SeenBy part(Index from, Index to, Index first, Index n) {
+    const Index last = first + n - 1;
+    const Index begin = from <= first ? 0 : from > last ? n : from - first;
+    const Index end = to >= last ? n : to < first ? 0 : to - first + 1;
+    return {begin, std::max(begin, end)};
+  }
   constexpr Index low(Index p) const { return left == infinite ? least : detail::clamped_difference(p, left); }
   constexpr Index high(Index p) const { return right == infinite ? infinite : detail::clamped_sum(p, right); }
 };
@@ -206,6 +240,7 @@ struct Prefix {
     return b.last_key_position() < n ? Cover::all : b.key_position >= n ? Cover::none : Cover::some;
   }
   constexpr SeenBy seen_by(const Block& b) const { return {0, b.key_position < n ? b.n_queries : 0}; }
+  constexpr SeenBy keys_seen(const Block& b) const { return {0, std::clamp<Index>(n - b.key_position, 0, b.n_keys)}; }
 };
 constexpr Prefix prefix(Index n) { return {n}; }
 
@@ -246,9 +281,10 @@ struct And {
     return first == Cover::none ? Cover::none : std::min(first, detail::cover(b, block));  // none < some < all
   }
   constexpr SeenBy seen_by(const Block& block) const {
-    const SeenBy first = detail::seen_by(a, block), second = detail::seen_by(b, block);
-    const Index begin = std::max(first.begin, second.begin);
-    return {begin, std::max(begin, std::min(first.end, second.end)), first.exact && second.exact};
+    return detail::seen_by_both(detail::seen_by(a, block), detail::seen_by(b, block));
+  }
+  constexpr SeenBy keys_seen(const Block& block) const {
+    return detail::seen_by_both(detail::keys_seen(a, block), detail::keys_seen(b, block));
   }
   void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
   constexpr Index valid_keys(Index sequence, Index n_keys) const {
@@ -269,12 +305,10 @@ struct Or {
     return first == Cover::all ? Cover::all : std::max(first, detail::cover(b, block));
   }
   constexpr SeenBy seen_by(const Block& block) const {
-    const SeenBy first = detail::seen_by(a, block), second = detail::seen_by(b, block);
-    const bool exact = first.exact && second.exact;
-    if (first.begin == first.end) return {second.begin, second.end, exact};
-    if (second.begin == second.end) return {first.begin, first.end, exact};
-    const bool meet = first.begin <= second.end && second.begin <= first.end;
-    return {std::min(first.begin, second.begin), std::max(first.end, second.end), exact && meet};
+    return detail::seen_by_either(detail::seen_by(a, block), detail::seen_by(b, block));
+  }
+  constexpr SeenBy keys_seen(const Block& block) const {
+    return detail::seen_by_either(detail::keys_seen(a, block), detail::keys_seen(b, block));
   }
   void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
   constexpr Index valid_keys(Index sequence, Index n_keys) const {

@@ -159,7 +159,8 @@ class MultiHeadAttention {
   template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
   void forward_into(Out&& out, const X& x, std::span<const Index> row_offsets, std::span<C* const> caches,
                     const M& mask = causal, const F& score = plain, const LayerOptions& options = {},
-                    const E& executor = serial) const {
+                    const E& any = serial) const {
+    const detail::AnyExecutor executor(any);
     const ConstView<T> rows = view(x);
     check_operands(out, x);
     detail::check_batch(row_offsets, caches, x.rows());
@@ -226,18 +227,20 @@ class MultiHeadAttention {
     Workspace::Lease lease;
   };
 
-  template <class C, class M, class F, class E>
+  template <class C, class M, class F>
   void attend(View<T> context, View<T> q, C& cache, const M& mask, const F& score, const Options<T>& call,
-              const E& executor) const {
+              const detail::AnyExecutor& executor) const {
     if constexpr (detail::CanCountInCache<C>)
       if (rope_ && detail::counts_in_cache(cache))
-        return detail::attend_in_cache(context, view(q), cache, *rope_, heads(), mask, score, call, executor);
+        return detail::attend_in_cache(context, view(q), cache, *rope_, heads(),
+                                       detail::rule_of<T, typename C::Storage>(detail::as_mask(mask), score), call,
+                                       executor);
     attention_into(context, q, cache, heads(), mask, score, call, executor);
   }
 
   /// All three products in one go of the executor; then turn(q, k, row) for blocks of rows that begin at `row`.
-  template <class E, class Turn>
-  void project(Buffers& b, const ConstView<T>& x, const E& executor, Turn&& turn) const {
+  template <class Turn>
+  void project(Buffers& b, const ConstView<T>& x, const detail::AnyExecutor& executor, Turn&& turn) const {
     detail::run_together<T, 3>({{{&weights_.query, b.q, x}, {&weights_.key, b.k, x}, {&weights_.value, b.v, x}}},
                                executor);
     constexpr Index rows = 16;

@@ -14,7 +14,9 @@
 #include <concepts>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <type_traits>
 
 #include "matrix.hpp"
 
@@ -35,6 +37,43 @@ struct Serial {
 inline constexpr Serial serial{};
 
 namespace detail {
+
+/// A reference to something callable, of one type for all: a pointer to it and a pointer to a function that calls it.
+template <class Signature>
+class FunctionRef;
+template <class R, class... Args>
+class FunctionRef<R(Args...)> {
+ public:
+  template <class F>
+  requires(!std::same_as<std::remove_cvref_t<F>, FunctionRef>) FunctionRef(F&& f)
+      : object_(const_cast<void*>(static_cast<const void*>(std::addressof(f)))),
+        call_([](void* object, Args... args) -> R {
+          return (*static_cast<std::remove_reference_t<F>*>(object))(args...);
+        }) {}
+  R operator()(Args... args) const { return call_(object_, args...); }
+
+ private:
+  void* object_;
+  R (*call_)(void*, Args...);
+};
+
+/// An executor of whatever type, as kernels see it: they are compiled once for all executors.
+class AnyExecutor {
+ public:
+  template <Executor E>
+  requires(!std::same_as<E, AnyExecutor>) AnyExecutor(const E& executor)  // implicit: any executor will do
+      : executor_(&executor), serial_(std::same_as<E, Serial>), run_([](const void* e, Index n, FunctionRef<void(Index)> f) {
+          (*static_cast<const E*>(e))(n, f);
+        }) {}
+  /// Everything on the calling thread: work need not be cut finer than it is fast.
+  bool serial() const { return serial_; }
+  void operator()(Index n, FunctionRef<void(Index)> f) const { run_(executor_, n, f); }
+
+ private:
+  const void* executor_;
+  bool serial_;
+  void (*run_)(const void*, Index, FunctionRef<void(Index)>);
+};
 
 /// Keeps the first exception of several threads, for rethrowing on the caller's. Empty without exceptions.
 class FirstError {

@@ -37,12 +37,12 @@
 #include "softmax.hpp"                  // softmax, and the state (m, l, o) that merges
 #include "options.hpp"                  // what a call may ask for; which kernel serves it
 #include "key_rows.hpp"                 // what a kernel knows of a cache
+#include "kernel/pair_rule.hpp"         // what a kernel knows of masks and scores
 #include "kernel/task.hpp"              // what every kernel gets and gives
 #include "kernel/reference.hpp"         // loops straight from the formula: the oracle
 #include "kernel/panels.hpp"            // keys and values as the tiled kernel reads them
 #include "kernel/panel_packer.hpp"      // … and how they get there
 #include "kernel/query_panels.hpp"      // queries packed for the tiled kernel
-#include "kernel/lanes.hpp"             // masks and scores for a register of queries
 #include "kernel/panel_mask.hpp"        // what a panel of queries sees of a block of keys
 #include "kernel/panel_softmax.hpp"     // scores of a panel become weights
 #include "kernel/value_tile.hpp"        // the second product, at the edges of a mask too

@@ -13,9 +13,9 @@
 namespace qkv::inline QKV_ABI::detail {
 
 /// Rows [own, …) of a cache for query heads [first_head, first_head + heads.heads) of sequence s, on top of `prefix`.
-template <class T, class C, class M, class F, class E>
+template <class T, class C>
 void attend_heads(const Batch<T, C>& batch, Index s, Index own, const PrefixStates<T>* prefix, Heads heads,
-                  Index first_head, const M& mask, const F& score, const E& executor) {
+                  Index first_head, const Rule<T, typename C::Storage>& rule, const AnyExecutor& executor) {
   const Index n = batch.n(s), group = heads.group_size();
   auto keys = rows_from(batch.cache(s).key_rows(), own);
   const Index d = keys.head_dim, dv = keys.v_head_dim;
@@ -29,7 +29,7 @@ void attend_heads(const Batch<T, C>& batch, Index s, Index own, const PrefixStat
   options.first_position = batch.first_position(s);
   if (!options.sinks.empty())
     options.sinks = options.sinks.subspan(static_cast<std::size_t>(first_head), static_cast<std::size_t>(heads.heads));
-  auto task = make_task(view(columns(batch.q, d)), keys, heads, mask, score, options, 0);
+  auto task = make_task(view(columns(batch.q, d)), keys, heads, rule, options, 0);
   task.first_head = first_head;
 
   Workspace& workspace = batch.caches[static_cast<std::size_t>(s)]->workspace();
@@ -38,7 +38,7 @@ void attend_heads(const Batch<T, C>& batch, Index s, Index own, const PrefixStat
   const kernel::StateView<T> state{maximum, maximum + n * heads.heads, columns(batch.context, dv), heads.heads};
   if (prefix != nullptr) prefix->copy_to(state, batch.first(s), n, first_head, dv);
   launch(
-      choose_kernel<T>(options.kernel, n), task, state, workspace, executor,
+      choose_kernel<T>(options.kernel, n), task, rule, state, workspace, executor,
       [&](Index query, Index n_queries, Index head, Index n_heads) {
         finish_rows(state, query, n_queries, head, n_heads, dv, options, 0);
       },
@@ -46,14 +46,14 @@ void attend_heads(const Batch<T, C>& batch, Index s, Index own, const PrefixStat
 }
 
 /// Sequences [first, last) with queries, which have `own` rows and more each; those before are in `prefix`.
-template <class T, class C, class M, class F, class E>
+template <class T, class C, class M, class F>
 void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index own, const PrefixStates<T>* prefix,
-                      const M& mask, const F& score, Workspace& workspace, const E& executor) {
-  const auto attend_to = [&](Index s, Heads heads, Index first_head, const auto& how) {
+                      const M& mask, const F& score, Workspace& workspace, const AnyExecutor& executor) {
+  const auto attend_to = [&](Index s, Heads heads, Index first_head, const AnyExecutor& how) {
     const auto seen = visible(batch.cache(s)) & mask;
-    attend_heads(batch, s, own, prefix, heads, first_head, seen, score, how);
+    attend_heads(batch, s, own, prefix, heads, first_head, rule_of<T, typename C::Storage>(seen, score), how);
   };
-  if constexpr (std::is_same_v<E, Serial>) {
+  if (executor.serial()) {
     for (Index s = first; s < last; ++s)
       if (batch.n(s) > 0) attend_to(s, batch.heads, 0, executor);
   } else {
@@ -83,9 +83,9 @@ void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index o
 }
 
 /// batch.context ← the attention of every sequence over what its cache holds.
-template <class T, class C, class M, class F, class E>
+template <class T, class C, class M, class F>
 void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const M& mask, const F& score, Workspace& workspace,
-                  const E& executor) {
+                  const AnyExecutor& executor) {
   check_functions<M, F, T>();
   if constexpr (PooledCache<C>)
     if (share_prefixes) {

@@ -35,9 +35,9 @@ bool counts_in_cache(const C& cache) {
 
 /// attention_into for such a ring; q [n, heads·head_dim] is turned to its positions in the text, from
 /// options.first_position on.
-template <class T, CanCountInCache C, class M, class F, class E>
-void attend_in_cache(View<T> out, const ConstView<T>& q, C& cache, const Rope<T>& rope, Heads heads, const M& mask,
-                     const F& score, const Options<T>& options, const E& executor) {
+template <class T, CanCountInCache C>
+void attend_in_cache(View<T> out, const ConstView<T>& q, C& cache, const Rope<T>& rope, Heads heads,
+                     const Rule<T, typename C::Storage>& rule, const Options<T>& options, const AnyExecutor& executor) {
   using Run = KeyRun<typename C::Storage>;
   const auto all = cache.key_rows();
   const Index n = q.rows(), first = *options.first_position, full = cache.pinned() + cache.window();
@@ -81,9 +81,8 @@ void attend_in_cache(View<T> out, const ConstView<T>& q, C& cache, const Rope<T>
                              Start start) {
     auto part = all;
     part.runs = runs, part.first_row = first_row, part.rows = rows;
-    launch(
-        kernel, make_task(queries, part, heads, mask, score, options, 0), state, workspace, executor,
-        [](Index, Index, Index, Index) {}, start);
+    launch(kernel, make_task(queries, part, heads, rule, options, 0), rule, state, workspace, executor,
+           nothing_more, start);
   };
   attend_to(view(turned), {&pinned, 1}, 0, n_pinned, Start::empty);
   if (all.rows > n_pinned) attend_to(q, std::span(others).first(n_others), n_pinned, all.rows - n_pinned, Start::merge);

@@ -10,6 +10,7 @@
 #include "../options.hpp"
 #include "../score.hpp"
 #include "overlap.hpp"
+#include "rule.hpp"
 
 namespace qkv::inline QKV_ABI::detail {
 
@@ -33,6 +34,16 @@ constexpr void check_scalars() {
       "qkv: k and v must have the scalar of q, or be half, bfloat16 or float; int8 rows live in a cache");
   static_assert(!std::is_same_v<T, half> && !std::is_same_v<T, bfloat16> && !std::is_integral_v<T>,
                 "qkv: queries are float, double or wider (sums need it); use q.template cast<float>()");
+}
+
+/// Rows [first, first + n) of a view, as a view.
+template <class T>
+View<T> rows_of(const View<T>& x, Index first, Index n) {
+  return {const_cast<T*>(x.data()) + first * x.outerStride(), n, x.cols(), Eigen::OuterStride<>(x.outerStride())};
+}
+template <class T>
+ConstView<T> rows_of(const ConstView<T>& x, Index first, Index n) {
+  return {x.data() + first * x.outerStride(), n, x.cols(), Eigen::OuterStride<>(x.outerStride())};
 }
 
 /// One sequence of a batch: its rows of q and of k, v.
@@ -149,20 +160,19 @@ Index end_position(const KeyRows<S>& keys, Index rows) {
   return 0;
 }
 
-template <class M, StorageType S, class T>
-Index first_position(const M& mask, const KeyRows<S>& keys, Index sequence, Index n_queries,
+template <class T, StorageType S>
+Index first_position(const Rule<T, S>& rule, const KeyRows<S>& keys, Index sequence, Index n_queries,
                      const Options<T>& options) {
   if (options.first_position) return *options.first_position;
-  return end_position(keys, valid_keys(mask, sequence, keys.rows)) - n_queries;
+  return end_position(keys, rule.valid_keys(sequence, keys.rows)) - n_queries;
 }
 
-template <class M, class F, StorageType S>
-void check_call(const M& mask, const F& score, const KeyRows<S>& keys, const CallShape& shape) {
+template <class T, StorageType S>
+void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape& shape) {
   CallShape call = shape;
   call.n_keys = keys.rows;
   call.last_key_position = end_position(keys, keys.rows) - 1;
-  check_operand(mask, call);
-  check_operand(score, call);
+  rule.check(call);
 }
 
 template <class T>

@@ -4,27 +4,23 @@
 #include <algorithm>
 
 #include "../kernel/decode.hpp"
-#include "../kernel/reference.hpp"
 #include "../kernel/tiled.hpp"
 #include "../parallel.hpp"
 #include "call.hpp"
 
 namespace qkv::inline QKV_ABI::detail {
 
-/// Whether a launch begins with the state of no keys, or merges into what is there (tiled and decode only).
-enum class Start { empty, merge };
-
 /// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
-template <class A, class T, StorageType S, class M, class F, class E, class Done>
-void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
-                  const E& executor, const Done& done, Start start) {
+template <class A, class T, StorageType S>
+void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
+                  const AnyExecutor& executor, Done done, Start start) {
   using Panels = kernel::Panels<A>;
   const Index n = task.n_queries(), d = task.head_dim(), dv = task.v_head_dim(), group = task.heads.group_size();
   const Index n_blocks = kernel::count_blocks(task.keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
   const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
   // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
-  constexpr bool one_thread = std::is_same_v<E, Serial>;
+  const bool one_thread = executor.serial();
   const Index at_once =
       one_thread ? 1
                  : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
@@ -37,7 +33,7 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
     };
     for (Index kv_head = first; kv_head < first + count; ++kv_head)
       kernel::describe_blocks(panels_of(kv_head), task.keys);
-    if constexpr (!one_thread)
+    if (!one_thread)
       executor(count * n_blocks, [&](Index item) {
         const Panels panels = panels_of(first + item / n_blocks);
         kernel::BlockPacker<A, S>(panels, task.keys, first + item / n_blocks, item % n_blocks).run();
@@ -48,21 +44,21 @@ void launch_tiled(const kernel::Task<T, S, M, F>& task, const kernel::StateView<
       const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
       if (start == Start::empty) state.clear_sums(query, rows, head);  // then the kernel writes every row of weighted
       const Panels panels = panels_of(task.heads.kv_head(head));
-      kernel::Tiled<A, T, S, M, F>(task, state, panels, n_blocks, head, query, scratch.data()).run(done);
+      kernel::Tiled<A, T, S>(task, state, panels, n_blocks, head, query, scratch.data()).run(done);
     });
   }
 }
 
 /// The decode kernel: an item is some kv heads, or one split of their keys where several threads may share them.
-template <class D, class T, StorageType S, class M, class F, class E, class Done>
-void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state, Workspace& workspace,
-                   const E& executor, const Done& done, Start start) {
-  using Decode = kernel::Decode<D, T, S, M, F>;
+template <class D, class T, StorageType S>
+void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
+                   const AnyExecutor& executor, Done done, Start start) {
+  using Decode = kernel::Decode<D, T, S>;
   using State = kernel::DecodeState<T>;
   const Index n = task.n_queries(), kv_heads = task.heads.kv_heads, group = task.heads.group_size(),
               dv = task.v_head_dim();
   Index splits = 0, at_once = kernel::decode_heads_at_once<D>(task);
-  if constexpr (!std::is_same_v<E, Serial>) kernel::for_each_split(task.keys, [&](const kernel::Chunk&) { ++splits; });
+  if (!executor.serial()) kernel::for_each_split(task.keys, [&](const kernel::Chunk&) { ++splits; });
   const bool parallel = splits > 1 || (splits == 1 && kernel::decode_in_parallel(task));
   if (parallel) at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);  // heads share an item past sixteen
   const auto heads_of = [&](Index item) { return std::min(at_once, kv_heads - item * at_once); };
@@ -76,7 +72,7 @@ void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView
     const auto scratch = workspace.lease(scratch_bytes(count));
     begin(first, count);
     Decode(task, first, count, scratch.data()).run(state);
-    done(Index(0), n, first * group, count * group);
+    done(0, n, first * group, count * group);
   };
   if (splits <= 1) return kernel::decode_in_parallel(task) ? executor(items, all_keys) : serial(items, all_keys);
 
@@ -100,17 +96,14 @@ void launch_decode(const kernel::Task<T, S, M, F>& task, const kernel::StateView
   executor(kv_heads, [&](Index kv_head) {
     begin(kv_head, 1);
     for (Index s = 0; s < splits; ++s) kernel::merge_split(task, kv_head, state_of(kv_head, s), state);
-    done(Index(0), n, kv_head * group, group);
+    done(0, n, kv_head * group, group);
   });
 }
 
-/// Leaves the softmax state; `done(query, n_queries, head, n_heads)` is called by the item that computed its part.
-template <class T, StorageType S, class M, class F, class E, class Done>
-void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::StateView<T>& state,
-            Workspace& workspace, const E& executor, const Done& done, Start start = Start::empty) {
-  const Heads heads = task.heads;
-  const Index n = task.n_queries();
-  if (n == 0) return;
+/// Leaves the softmax state, by the tiled or the decode kernel; `done` is called by the item that computed its part.
+template <class T, StorageType S>
+void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
+                 const AnyExecutor& executor, Done done, Start start) {
   if (kernel == Kernel::tiled) {
     using Narrow = kernel::NarrowArithmetic<T, S>;
     if constexpr (std::is_same_v<Narrow, kernel::Quads>)
@@ -120,28 +113,23 @@ void launch(Kernel kernel, const kernel::Task<T, S, M, F>& task, const kernel::S
       if (task.arithmetic != Arithmetic::exact)
         return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
     launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
-  } else if (kernel == Kernel::decode) {
+  } else {
     using Narrow = kernel::NarrowDot<T, S>;
     if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
       if (kernel::decode_is_narrow<T, S>(task.arithmetic, task.heads.group_size()))
         return launch_decode<Narrow>(task, state, workspace, executor, done, start);
     launch_decode<kernel::WidenedDot<T, S>>(task, state, workspace, executor, done, start);
-  } else {
-    const Index dv = task.v_head_dim();
-    executor(heads.heads, [&](Index head) {
-      const auto memory = workspace.lease(kernel::ReferenceScratch<T>::bytes(task.keys.rows, dv));
-      Carver carver(memory.data());
-      const kernel::ReferenceScratch<T> scratch(carver, task.keys.rows, dv);
-      if (start == Start::empty) state.clear(0, n, head, 1, dv);
-      for (Index i = 0; i < n; ++i) {
-        // A finished output is a state too: maximum = log-sum-exp, sum = 1.
-        const T lse = kernel::reference(task, head, i, minus_infinity<T>, scratch.row, scratch.seen, scratch.out);
-        const T sum = lse == minus_infinity<T> ? T(0) : T(1);
-        merge_row(state.m(i, head), state.l(i, head), state.o(i, head, dv), lse, sum, scratch.out, dv);
-      }
-      done(Index(0), n, head, Index(1));
-    });
   }
+}
+
+/// Leaves the softmax state of a task, whose rule is set here.
+template <class T, StorageType S>
+void launch(Kernel kernel, kernel::Task<T, S> task, const Rule<T, S>& rule, const kernel::StateView<T>& state,
+            Workspace& workspace, const AnyExecutor& executor, Done done, Start start = Start::empty) {
+  if (task.n_queries() == 0) return;
+  task.rule = rule.pairs;
+  if (kernel == Kernel::reference) return rule.reference(rule.pairs, task, state, workspace, executor, done, start);
+  launch_fast(kernel, task, state, workspace, executor, done, start);
 }
 
 /// Divides by the sums: the last step of every item. The sinks join here; first_row is that of the log-sum-exp.
@@ -160,33 +148,28 @@ void finish_rows(const kernel::StateView<T>& state, Index query, Index n_queries
 }
 
 /// The output of one sequence: its rows of out and of the log-sum-exp.
-template <class T, StorageType S, class M, class F, class E>
-void attend(const kernel::Task<T, S, M, F>& task, const View<T>& out, Index first_row, const Options<T>& options,
-            Workspace& workspace, const E& executor) {
+template <class T, StorageType S>
+void attend(const kernel::Task<T, S>& task, const Rule<T, S>& rule, const View<T>& out, Index first_row,
+            const Options<T>& options, Workspace& workspace, const AnyExecutor& executor) {
   const Index n = task.n_queries(), heads = task.heads.heads, dv = task.v_head_dim();
   if (n == 0) return;
   const auto memory = workspace.lease(static_cast<std::size_t>(2 * n * heads) * sizeof(T));
   T* maximum = reinterpret_cast<T*>(memory.data());
   const kernel::StateView<T> state{maximum, maximum + n * heads, out, heads};
-  launch(choose_kernel<T>(options.kernel, n), task, state, workspace, executor,
+  launch(choose_kernel<T>(options.kernel, n), task, rule, state, workspace, executor,
          [&](Index query, Index n_queries, Index head, Index n_heads) {
            finish_rows(state, query, n_queries, head, n_heads, dv, options, first_row);
          });
 }
 
-/// The task of one sequence.
-template <class T, StorageType S, class M, class F>
-kernel::Task<T, S, M, F> make_task(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask,
-                                   const F& score, const Options<T>& options, Index sequence) {
-  return {q,
-          keys,
-          heads,
-          scale_of(options, keys.head_dim),
-          sequence,
-          first_position(mask, keys, sequence, q.rows(), options),
-          &mask,
-          &score,
-          options.arithmetic};
+/// The task of one sequence, without its rule.
+template <class T, StorageType S>
+kernel::Task<T, S> make_task(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const Rule<T, S>& rule,
+                             const Options<T>& options, Index sequence) {
+  kernel::Task<T, S> task{q, keys, heads, scale_of(options, keys.head_dim), sequence};
+  task.first_position = first_position(rule, keys, sequence, q.rows(), options);
+  task.arithmetic = options.arithmetic;
+  return task;
 }
 
 }  // namespace qkv::inline QKV_ABI::detail

@@ -26,16 +26,6 @@ void check_gain(const char* name, const RowVector<T>& gain, Index size) {
   require(gain.size() == size, "weight `", name, "` must have ", size, " elements; given ", gain.size());
 }
 
-/// Rows [first, first + n) of a view, as a view.
-template <class T>
-View<T> rows_of(const View<T>& x, Index first, Index n) {
-  return {const_cast<T*>(x.data()) + first * x.outerStride(), n, x.cols(), Eigen::OuterStride<>(x.outerStride())};
-}
-template <class T>
-ConstView<T> rows_of(const ConstView<T>& x, Index first, Index n) {
-  return {x.data() + first * x.outerStride(), n, x.cols(), Eigen::OuterStride<>(x.outerStride())};
-}
-
 /// f(sequence, first_row, n_rows) for each sequence's part of rows [row, row + n).
 template <class F>
 void for_each_sequence(std::span<const Index> row_offsets, Index row, Index n, F&& f) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -60,22 +61,67 @@ void append(std::string& text, Number number) {
   }
 }
 
-/// Raises Error with the concatenated parts unless `ok`.
-template <class Error = std::invalid_argument, class... Parts>
-void require(bool ok, const Parts&... parts) {
-  if (ok) [[likely]]
-    return;
-  std::string message;
-  (append(message, parts), ...);
-  raise<Error>(message);
-}
-
 /// Prints as "[rows, cols]" in error messages; costs nothing where there is no error.
 struct Shape {
   std::ptrdiff_t rows, cols;
 };
 inline void append(std::string& text, Shape shape) {
   text.append("[").append(std::to_string(shape.rows)).append(", ").append(std::to_string(shape.cols)).append("]");
+}
+
+/// A part of a message: text, a number or a shape. One type for all, so that a check is compiled without what prints it.
+class MessagePart {
+ public:
+  MessagePart(const char* text) : kind_(Kind::text), text_(text) {}
+  MessagePart(const std::string& text) : MessagePart(text.c_str()) {}
+  MessagePart(Shape shape) : kind_(Kind::shape), shape_(shape) {}
+  template <class Number>
+  requires std::is_arithmetic_v<Number> MessagePart(Number number) {
+    if constexpr (std::is_floating_point_v<Number>)
+      kind_ = Kind::real, real_ = static_cast<double>(number);
+    else if constexpr (std::is_signed_v<Number>)
+      kind_ = Kind::integer, integer_ = number;
+    else
+      kind_ = Kind::natural, natural_ = number;
+  }
+  void append_to(std::string& message) const {
+    switch (kind_) {
+      case Kind::text:
+        return append(message, text_);
+      case Kind::integer:
+        return append(message, integer_);
+      case Kind::natural:
+        return append(message, natural_);
+      case Kind::real:
+        return append(message, real_);
+      case Kind::shape:
+        return append(message, shape_);
+    }
+  }
+
+ private:
+  enum class Kind { text, integer, natural, real, shape } kind_;
+  union {
+    const char* text_;
+    long long integer_;
+    unsigned long long natural_;
+    double real_;
+    Shape shape_;
+  };
+};
+
+template <class Error>
+[[noreturn, gnu::cold, gnu::noinline]] void raise_parts(std::initializer_list<MessagePart> parts) {
+  std::string message;
+  for (const MessagePart& part : parts) part.append_to(message);
+  raise<Error>(message);
+}
+
+/// Raises Error with the concatenated parts unless `ok`.
+template <class Error = std::invalid_argument, class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    raise_parts<Error>({MessagePart(parts)...});
 }
 
 [[noreturn]] inline std::ptrdiff_t refuse_size(std::ptrdiff_t a, const char* sign, std::ptrdiff_t b) {

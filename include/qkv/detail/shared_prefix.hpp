@@ -116,9 +116,9 @@ StackedScore<F> stacked_score(const F& score, const Stacked& stacked) {
 template <class T>
 class PrefixStates {
  public:
-  template <class C, class M, class F, class E>
+  template <class C, class M, class F>
   PrefixStates(const Batch<T, C>& batch, const SharedPrefix& group, const M& mask, const F& score, Workspace& workspace,
-               const E& executor)
+               const AnyExecutor& executor)
       : first_row_(batch.first(group.first)),
         group_(batch.heads.group_size()),
         state_{nullptr, nullptr, View<T>(nullptr, 0, 0, Eigen::OuterStride<>(0)), batch.heads.kv_heads},
@@ -139,10 +139,11 @@ class PrefixStates {
     // Positions are the mask's business; 0 keeps the kernel's own away from overflow.
     Options<T> options = batch.options;
     options.first_position = 0;
+    const auto rule = rule_of<T, typename C::Storage>(stacked_mask, f);
     const auto task = make_task(ConstView<T>(q_.data(), n, q_.cols(), Eigen::OuterStride<>(q_.outerStride())), keys,
-                                {kv_heads, kv_heads}, stacked_mask, f, options, 0);
-    launch(choose_kernel<T>(options.kernel, n, decode_max_stacked_queries), task, state_, workspace, executor,
-           [](Index, Index, Index, Index) {});
+                                {kv_heads, kv_heads}, rule, options, 0);
+    launch(choose_kernel<T>(options.kernel, n, decode_max_stacked_queries), task, rule, state_, workspace, executor,
+           nothing_more);
   }
 
   /// Copies the states of query rows [row, row + to's rows) of the batch and some heads: what their own rows merge into.

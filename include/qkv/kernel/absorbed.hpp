@@ -46,7 +46,7 @@ struct LaneState {
 };
 
 /// Some lanes, in panels of Vectors registers, against the blocks of one split after another.
-template <class A, Index Vectors, class T, StorageType S, class M>
+template <class A, Index Vectors, class T, StorageType S>
 class Absorbed {
   using V = Simd<T>;
   using Vec = typename V::Vec;
@@ -57,17 +57,17 @@ class Absorbed {
   static_assert(n_rows % Shape<T>::score_rows(1) == 0 && n_rows % Shape<T>::score_rows(2) == 0);
 
  public:
-  static constexpr Index panel = Queries<A, Vectors, T, S, M>::panel;
+  static constexpr Index panel = Queries<A, Vectors, T, S>::panel;
   static_assert(panel % Shape<T>::value_lanes == 0);
 
   static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
-  static std::size_t bytes(const Task<T, S, M>& task, Index n_lanes) {
+  static std::size_t bytes(const Task<T, S>& task, Index n_lanes) {
     detail::Carver carver(nullptr);
     Absorbed(task, carver, 0, n_lanes);
     return carver.used();
   }
 
-  Absorbed(const Task<T, S, M>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
+  Absorbed(const Task<T, S>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
       : task_(task),
         block_(carver, task.rows, parts_of<A>(task.heads)),
         q_(task, carver, first_lane, n_lanes),
@@ -90,7 +90,7 @@ class Absorbed {
       follow(b + 1 < n_places ? places + b + 1 : next);
       for (Index p = 0; p < n_; p += panel) attend(p);
     }
-    const T unit = score_unit();
+    const T unit = kept_unit();
     for (Index i = 0; i < n_; ++i)
       if (state.m[i] != detail::minus_infinity<T>) state.m[i] *= unit;
   }
@@ -100,6 +100,8 @@ class Absorbed {
 
   /// Scores are kept as ±q·c, so that what enters the exponent is a difference before it is scaled.
   T score_unit() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
+  /// What the scores that are kept are then worth: a score function is given scaled ones.
+  T kept_unit() const { return task_.rule.plain ? score_unit() : T(1); }
 
   /// f(run, base, row, count, column, cover) for the pieces of the block as panel p sees them.
   template <class F>
@@ -126,11 +128,11 @@ class Absorbed {
     end = std::min(place.count, round_up(end, partial_sums));
     multiply_rows(p, begin, end);
     const bool finite = scores_.finite(begin, end);
-    if (mixed || held < place.count - place.begin) hide_unseen(p, begin, end);
+    if (!task_.rule.plain || mixed || held < place.count - place.begin) finish(p, begin, end);
     const Index from = begin / partial_sums * partial_sums;
     scores_.hide(from, begin);
     if (!finite) scores_.note_hidden(from, end);
-    if (scores_.soften(from, end, score_unit(), block_.value_scales(), state_.m + p, state_.l + p)) rescale(p);
+    if (scores_.soften(from, end, kept_unit(), block_.value_scales(), state_.m + p, state_.l + p)) rescale(p);
     if (finite)
       multiply_values(p, from, end);
     else
@@ -186,15 +188,18 @@ class Absorbed {
       for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
   }
 
-  void hide_unseen(Index p, Index begin, Index end) {
+  /// Scores of columns [begin, end) become what the rule makes of them; those without a row are hidden.
+  void finish(Index p, Index begin, Index end) {
     Index next = begin;  // columns before it are done
+    T unit[std::size_t(panel)];
+    std::fill_n(unit, panel, score_unit());
     for_each_cover(p, [&](const LatentRun<S>& run, Index base, Index row, Index count, Index column, Cover c) {
-      if (column + count <= begin || column >= end) return;
-      scores_.hide(next, column);
-      next = column + count;
-      if (c == Cover::none) scores_.hide(column, next);
-      if (c != Cover::some) return;
-      for (Index i = 0; i < count; ++i) masks_.hide_key(p, run, base, row + i, scores_.row(column + i));
+      const Index from = std::max(column, begin), to = std::min(column + count, end);
+      if (from >= to) return;
+      scores_.hide(next, from);
+      next = to;
+      if (c == Cover::none) return scores_.hide(from, to);
+      masks_.finish(p, run, base, row + from - column, to - from, c, scores_.row(from), unit);
     });
     scores_.hide(next, end);
   }
@@ -278,10 +283,10 @@ class Absorbed {
       std::tie(stream_.next, stream_.next_end) = range(task_.rows.rope(run, next->row), task_.rows.rope_row_stride);
   }
 
-  const Task<T, S, M>& task_;
+  const Task<T, S>& task_;
   BlockRows<A, T, S> block_;
-  Queries<A, Vectors, T, S, M> q_;
-  LaneMasks<panel, T, S, M> masks_;
+  Queries<A, Vectors, T, S> q_;
+  LaneMasks<panel, T, S> masks_;
   Scores scores_;
   T* row_;  // a latent, widened
   Index n_;

@@ -49,8 +49,8 @@ void for_each_split(const KeyRows<S>& keys, F&& f) {
 
 /// Whether rows of one split are worth waking other threads for: more than 1024 rows of 8 kv heads of 128. Measured on two
 /// cores: 1024 such rows in float take as long on two threads as on one, in int8 0.9 to 1.3 of the time; 2048 0.9 and 0.8.
-template <class T, StorageType S, class M, class F>
-bool decode_in_parallel(const Task<T, S, M, F>& task) {
+template <class T, StorageType S>
+bool decode_in_parallel(const Task<T, S>& task) {
   return task.keys.rows * task.heads.kv_heads * (task.head_dim() + task.v_head_dim()) >= Index{3} << 20;
 }
 
@@ -61,16 +61,16 @@ constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t sc
   constexpr std::size_t all_scratch = std::size_t{512} << 10;  // half of a second-level cache
   return apart >= long_stretch ? 1 : std::clamp<Index>(static_cast<Index>(all_scratch / scratch), 1, kv_heads);
 }
-template <class D, class T, StorageType S, class M, class F>
-Index decode_heads_at_once(const Task<T, S, M, F>& task) {
+template <class D, class T, StorageType S>
+Index decode_heads_at_once(const Task<T, S>& task) {
   return decode_heads_at_once(
       task.keys.key_head_stride * static_cast<Index>(sizeof(S)), task.heads.kv_heads,
       decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim(), task.v_head_dim()));
 }
 
 /// Adds the keys of one split, whose state is `state`, to what is in `into`. Splits are merged in ascending order.
-template <class T, StorageType S, class M, class F>
-void merge_split(const Task<T, S, M, F>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
+template <class T, StorageType S>
+void merge_split(const Task<T, S>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
   using V = Simd<T>;
   const Index dv = task.v_head_dim(), width = whole_registers<T>(dv), group = task.heads.group_size();
   for (Index i = 0; i < task.n_queries() * group; ++i) {
@@ -92,13 +92,13 @@ void merge_split(const Task<T, S, M, F>& task, Index kv_head, const DecodeState<
 }
 
 /// kv heads [first, first + count) of a task.
-template <class D, class T, StorageType S, class M, class F>
+template <class D, class T, StorageType S>
 class Decode {
-  using Head = DecodeHead<D, T, S, M, F>;
+  using Head = DecodeHead<D, T, S>;
   static_assert(std::is_trivially_destructible_v<Head>);  // heads live in scratch memory
 
  public:
-  Decode(const Task<T, S, M, F>& task, Index first, Index count, std::byte* scratch) : task_(task) {
+  Decode(const Task<T, S>& task, Index first, Index count, std::byte* scratch) : task_(task) {
     detail::Carver carver(scratch);
     Head* const heads = carver.take<Head>(count);
     const auto of_one = static_cast<Index>(
@@ -172,7 +172,7 @@ class Decode {
     return ends ? rows_of(std::false_type{}, r, row) : rows_of(std::bool_constant<Values>{}, r, row);
   }
 
-  const Task<T, S, M, F>& task_;
+  const Task<T, S>& task_;
   std::span<Head> heads_;
 };
 

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../score.hpp"
 #include "decode_scratch.hpp"
 #include "decode_weights.hpp"
 #include "pair_sums.hpp"
@@ -51,7 +50,7 @@ std::size_t decode_scratch_bytes(Index n, Index head_dim, Index v_head_dim) {
 }
 
 /// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q.
-template <class D, class T, StorageType S, class M, class F>
+template <class D, class T, StorageType S>
 class DecodeHead {
   using V = Simd<T>;
   using Vec = typename V::Vec;
@@ -59,7 +58,7 @@ class DecodeHead {
   using Sums = ValueSums<D>;
 
  public:
-  DecodeHead(const Task<T, S, M, F>& task, Index kv_head, std::byte* scratch)
+  DecodeHead(const Task<T, S>& task, Index kv_head, std::byte* scratch)
       : task_(task),
         kv_head_(kv_head),
         n_(task.n_queries() * task.heads.group_size()),
@@ -85,21 +84,17 @@ class DecodeHead {
 
   /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
   void score(const Piece<S>& piece, const Rows<S>& then) {
-    Cover least = Cover::all, most = Cover::none;
-    const Index asked = detail::ignores_heads<M> ? 1 : task_.heads.group_size();
-    for (Index h = head(0); h < head(0) + asked; ++h) {
-      const Cover c = detail::cover(
-          *task_.mask, task_.block(h, 0, task_.n_queries(), *piece.run, piece.base, piece.row, piece.count));
-      least = std::min(least, c), most = std::max(most, c);
-    }
-    if (most == Cover::none) return;
+    const PairTile pairs = task_.tile(head(0), task_.heads.group_size(), 0, n_, *piece.run, piece.base, piece.row,
+                                      piece.count);
+    const Cover cover = task_.rule.cover(pairs);
+    if (cover == Cover::none) return;
     s_.chunk.begin_scores(piece.column, piece.count);
     if constexpr (has_row_scale<S>) fetch_scales(piece);
     const Rows<S> keys = rows<false>(*piece.run, piece.row, piece.count);
     for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
       dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), s_.q, fetch(keys, k + block, then),
                   s_.chunk.scores(0, piece.column + k), decode_chunk);
-    if (has_row_scale<S> || !std::is_same_v<F, Plain> || least != Cover::all) finish_scores(piece, least != Cover::all);
+    if (has_row_scale<S> || !task_.rule.plain || cover != Cover::all) finish_scores(piece, pairs, cover);
   }
 
   /// From the scores of a chunk to weights.
@@ -155,8 +150,8 @@ class DecodeHead {
 
   /// What is left to do to q·k: the scales of the rows, the score function, the mask. Scales are multiplied with here only
   /// where something else follows.
-  void finish_scores(const Piece<S>& piece, bool mixed) {
-    const bool all = mixed || !std::is_same_v<F, Plain>;
+  void finish_scores(const Piece<S>& piece, const PairTile& pairs, Cover cover) {
+    const bool all = cover != Cover::all || !task_.rule.plain;
     if constexpr (has_row_scale<S>) {
       T* const scale_k = s_.chunk.key_scales(piece.column);
       T* const scale_v = s_.chunk.value_scales(piece.column);
@@ -177,17 +172,7 @@ class DecodeHead {
         std::fill_n(scale_k, piece.count, T(1));
       }
     }
-    for (Index i = 0; all && i < n_; ++i) {
-      T* const s = s_.chunk.scores(i, piece.column);
-      if constexpr (!std::is_same_v<F, Plain>)
-        for (Index j = 0; j < piece.count; ++j) s[j] = (*task_.score)(s[j], at(i, piece, j));
-      if (mixed)
-        for (Index j = 0; j < piece.count; ++j)
-          if (!task_.mask->sees(at(i, piece, j))) s[j] = detail::minus_infinity<T>;
-    }
-  }
-  At at(Index i, const Piece<S>& piece, Index j) const {
-    return task_.at(head(i), query(i), piece.base + piece.row + j, piece.run->position + piece.row + j);
+    task_.rule.template finish<Inner::keys>(pairs, cover, s_.chunk.scores(0, piece.column), decode_chunk);
   }
   /// Asked for before the rows are multiplied: in pages scales are too short for the processor to foresee them.
   void fetch_scales(const Piece<S>& piece) const {
@@ -243,7 +228,7 @@ class DecodeHead {
         add_rows(value, p, decode_chunk, 1, NextLines::none(value.first), state_.o + i * width);
     }
   }
-  const Task<T, S, M, F>& task_;
+  const Task<T, S>& task_;
   Index kv_head_, n_;
   detail::Carver carver_;
   DecodeScratch<D> s_;

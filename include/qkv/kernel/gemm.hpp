@@ -157,7 +157,7 @@ struct ProductItem {
       const Index depth = std::min(step, in - k);
       if (rows > 1)  // a single row is its own panel
         for (Index t = 0; t < tiles(); ++t)
-          pack_rows(x + tile_row(t) * x_stride + k, x_stride, tile_row(t + 1) - tile_row(t), depth,
+          pack_rows(x + tile_row(t) * x_stride + k, x_stride, tile_row(t + 1) - tile_row(t), tile_row(t + 1) - tile_row(t), depth,
                     storage + tile_row(t) * depth);
       const T* packed = rows > 1 ? storage : x + k;
       for (Index p = first; p < last;) {

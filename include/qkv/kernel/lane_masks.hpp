@@ -11,18 +11,16 @@
 #include <algorithm>
 
 #include "../detail/latent_rows.hpp"
-#include "../mask.hpp"
-#include "../softmax.hpp"
 #include "latent_grid.hpp"
 #include "latent_queries.hpp"
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
 /// The masks of lanes [first, first + n) of a task, in panels of Panel lanes.
-template <Index Panel, class T, StorageType S, class M>
+template <Index Panel, class T, StorageType S>
 class LaneMasks {
  public:
-  LaneMasks(const Task<T, S, M>& task, Index first, Index n) : task_(task), first_(first), n_(n) {}
+  LaneMasks(const Task<T, S>& task, Index first, Index n) : task_(task), first_(first), n_(n) {}
 
   /// Calls f(run, base, row, count, column, cover) for the pieces of the block, mixed ones cut into 16 columns.
   template <Index Rows, class F>
@@ -38,43 +36,23 @@ class LaneMasks {
                            }
                          });
   }
-  /// s [lanes of panel p] ← -inf where a lane does not see row `row` of the run.
-  void hide_key(Index p, const LatentRun<S>& run, Index base, Index row, T* s) const {
-    for_each_head(p, run, base, row, 1, [&](const Block& block, Index lane) {
-      const SeenBy seen = detail::seen_by(*task_.mask, block);
-      At at{block.sequence, block.head, block.query, block.key, block.query_position, block.key_position};
-      for (Index i = 0; i < block.n_queries; ++i, ++at.query, ++at.query_position, lane += task_.heads)
-        if (seen.exact ? i < seen.begin || i >= seen.end : !task_.mask->sees(at)) s[lane] = detail::minus_infinity<T>;
-    });
+  /// Scores s [count][Panel] of panel p and the keys [row, row + count) of the run become what the rule makes of them.
+  /// `unit` [Panel]: of each lane.
+  void finish(Index p, const LatentRun<S>& run, Index base, Index row, Index count, Cover cover, T* s,
+              const T* unit) const {
+    task_.rule.template finish<Inner::lanes>(tile(p, run, base, row, count), cover, s, Panel, unit);
   }
 
  private:
-  /// f(block of one head's queries × the keys, first lane of them) for all heads of the panel; lanes lie `heads` apart.
-  template <class F>
-  void for_each_head(Index p, const LatentRun<S>& run, Index base, Index row, Index count, F&& f) const {
-    const Index end = std::min(n_, p + Panel);
-    for (Index i = p; i < std::min(end, p + task_.heads); ++i) {
-      const Index lane = first_ + i, query = lane / task_.heads, n = (end - 1 - i) / task_.heads + 1;
-      f(Block{task_.sequence, lane % task_.heads, query, n, task_.first_position + query, base + row, count,
-              run.position + row},
-        i - p);
-    }
+  PairTile tile(Index p, const LatentRun<S>& run, Index base, Index row, Index count) const {
+    return {task_.sequence,        0,          task_.heads,        first_ + p, std::min(n_ - p, Panel),
+            task_.first_position,  base + row, run.position + row, count};
   }
   Cover cover(Index p, const LatentRun<S>& run, Index base, Index row, Index count) const {
-    if constexpr (detail::ignores_heads<M>) {  // one rectangle for all of them
-      const Index query = (first_ + p) / task_.heads, last = (first_ + std::min(n_, p + Panel) - 1) / task_.heads;
-      return detail::cover(*task_.mask, Block{task_.sequence, 0, query, last - query + 1, task_.first_position + query,
-                                              base + row, count, run.position + row});
-    }
-    Cover least = Cover::all, most = Cover::none;
-    for_each_head(p, run, base, row, count, [&](const Block& block, Index) {
-      const Cover c = detail::cover(*task_.mask, block);
-      least = std::min(least, c), most = std::max(most, c);
-    });
-    return least == most ? least : Cover::some;
+    return task_.rule.cover(tile(p, run, base, row, count));
   }
 
-  const Task<T, S, M>& task_;
+  const Task<T, S>& task_;
   Index first_, n_;
 };
 

@@ -73,29 +73,27 @@ struct LatentTask {
 };
 
 /// Merges rows [first_row, first_row + n) at consecutive positions, given as plain keys and values, into the state.
-template <class T, class Key, StorageType S, class M, class F, class E>
+template <class T, class Key, StorageType S, class M, class F>
 void merge_rows(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const KeyRun<Key>& run, KeyRows<Key> keys,
-                const StateView<T>& state, Workspace& workspace, const E& executor) {
+                const StateView<T>& state, Workspace& workspace, const detail::AnyExecutor& executor) {
   keys.runs = {&run, 1};
   keys.rows = run.rows;
-  const Task<T, Key, M, F> part{
-      q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position, task.mask, task.score};
-  detail::launch(
-      choose_kernel<T>(task.kernel, q.rows()), part, state, workspace, executor, [](Index, Index, Index, Index) {},
-      detail::Start::merge);
+  const Task<T, Key> part{q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position};
+  detail::launch(choose_kernel<T>(task.kernel, q.rows()), part, detail::rule_of<T, Key>(*task.mask, *task.score), state,
+                 workspace, executor, detail::nothing_more, detail::Start::merge);
 }
 
 /// q [n_queries, heads·(latent_dim + rope_dim)], the absorbed queries; state.weighted [n_queries, heads·latent_dim].
-template <class T, StorageType S, class M, class F, class E>
+template <class T, StorageType S, class M, class F>
 void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const StateView<T>& state,
-                     Workspace& workspace, const E& executor) {
+                     Workspace& workspace, const detail::AnyExecutor& executor) {
   const Index latent = task.rows.latent_dim, rope = task.rows.rope_dim, width = latent + rope;
   state.clear(0, q.rows(), 0, task.heads, latent);
-  if constexpr (absorbed::serves<T, F>)
+  if constexpr (absorbed::serves<T>)
     if (task.kernel == Kernel::automatic)
-      return absorbed::run(
-          absorbed::Task<T, S, M>{q, task.rows, task.heads, task.scale, task.sequence, task.first_position, task.mask},
-          task.arithmetic, state, workspace, executor);
+      return absorbed::run(absorbed::Task<T, S>{q, task.rows, task.heads, task.scale, task.sequence, task.first_position,
+                                                detail::pair_rule<T>(*task.mask, *task.score)},
+                           task.arithmetic, state, workspace, executor);
   const auto scratch = workspace.lease(static_cast<std::size_t>(latent_chunk * width) * sizeof(T));
   T* rows = reinterpret_cast<T*>(scratch.data());
   for_each_latent_chunk(
@@ -119,9 +117,10 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
 
 /// q [n_queries, heads·(nope_dim + rope_dim)]; state.weighted [n_queries, heads·v_head_dim]. key_up [latent_dim,
 /// heads·nope_dim] and value_up [latent_dim, heads·v_head_dim] restore the heads.
-template <class T, StorageType S, class M, class F, class E>
+template <class T, StorageType S, class M, class F>
 void latent_naive(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const Projection<T>& key_up,
-                  const Projection<T>& value_up, const StateView<T>& state, Workspace& workspace, const E& executor) {
+                  const Projection<T>& value_up, const StateView<T>& state, Workspace& workspace,
+                  const detail::AnyExecutor& executor) {
   const Index latent = task.rows.latent_dim, rope = task.rows.rope_dim, heads = task.heads;
   const Index nope = key_up.out_dim() / heads, head_dim = nope + rope, v_head_dim = value_up.out_dim() / heads;
   const Index chunk = naive_chunk<T>(latent + rope + heads * (nope + head_dim + v_head_dim));

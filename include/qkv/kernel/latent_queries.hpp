@@ -28,6 +28,7 @@
 #include "lane_parts.hpp"
 #include "latent_grid.hpp"
 #include "latent_tiles.hpp"
+#include "pair_rule.hpp"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
@@ -37,14 +38,14 @@
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
 /// One sequence. q [n_queries, heads·(latent_dim + rope_dim)].
-template <class T, StorageType S, class M>
+template <class T, StorageType S>
 struct Task {
   ConstView<T> q;
   LatentRows<S> rows;
   Index heads;
   T scale;
   Index sequence, first_position;
-  const M* mask;
+  PairRule<T> rule;
 
   Index lanes() const { return q.rows() * heads; }
   Index width() const { return rows.latent_dim + rows.rope_dim; }
@@ -52,7 +53,7 @@ struct Task {
 };
 
 /// Lanes [first, first + n) of a task.
-template <class A, Index Vectors, class T, StorageType S, class M>
+template <class A, Index Vectors, class T, StorageType S>
 class Queries {
   using V = Simd<T>;
   using Vec = typename V::Vec;
@@ -64,7 +65,7 @@ class Queries {
  public:
   static constexpr Index panel = Vectors * W;
 
-  Queries(const Task<T, S, M>& task, detail::Carver& carver, Index first, Index n)
+  Queries(const Task<T, S>& task, detail::Carver& carver, Index first, Index n)
       : task_(task), first_(first), n_(n), parts_(parts_of<A>(task.heads)) {
     const Index slots = round_up(n, panel) * parts_;
     q_ = carver.take<Number>(steps() * slots);
@@ -189,7 +190,7 @@ class Queries {
     }
   }
 
-  const Task<T, S, M>& task_;
+  const Task<T, S>& task_;
   Index first_, n_, parts_;
   const T* from_[std::size_t(W)] = {};  // lanes of the register that is loaded
   Number* q_ = nullptr;

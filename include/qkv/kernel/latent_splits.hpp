@@ -16,7 +16,6 @@
 #include <type_traits>
 
 #include "../parallel.hpp"
-#include "../score.hpp"
 #include "../softmax.hpp"
 #include "../workspace.hpp"
 #include "absorbed.hpp"
@@ -26,8 +25,8 @@
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
 /// Merges the state of lanes [first, first + n) of one split.
-template <class T, StorageType S, class M>
-void merge_lanes(const Task<T, S, M>& task, const LaneState<T>& from, Index first, Index n, const StateView<T>& state) {
+template <class T, StorageType S>
+void merge_lanes(const Task<T, S>& task, const LaneState<T>& from, Index first, Index n, const StateView<T>& state) {
   const Index latent = task.rows.latent_dim;
   for (Index i = 0; i < n; ++i) {
     const Index query = (first + i) / task.heads, head = (first + i) % task.heads;
@@ -48,9 +47,10 @@ inline constexpr Index most_groups_at_once = 4;
 /// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.
 inline constexpr Index most_partial_bytes = Index(64) << 20;
 
-template <class A, Index Vectors, class T, StorageType S, class M, class E>
-void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& workspace, const E& executor) {
-  using Worker = Absorbed<A, Vectors, T, S, M>;
+template <class A, Index Vectors, class T, StorageType S>
+void run(const Task<T, S>& task, const StateView<T>& state, Workspace& workspace,
+         const detail::AnyExecutor& executor) {
+  using Worker = Absorbed<A, Vectors, T, S>;
   constexpr Index rows = block_rows<A::words>;
   static_assert(split_rows % rows == 0);
   Index n_blocks = 0;
@@ -72,7 +72,7 @@ void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& worksp
 
   const Index lanes = task.lanes();
   const Index group =
-      std::min(group_lanes<A, T, S>(std::is_same_v<E, Serial> ? n_blocks : n_splits), round_up(lanes, Worker::panel));
+      std::min(group_lanes<A, T, S>(executor.serial() ? n_blocks : n_splits), round_up(lanes, Worker::panel));
   const Index groups = (lanes + group - 1) / group, width = Worker::features(task.rows) + Simd<T>::width;
   const auto lanes_of = [&](Index g) { return std::min(group, lanes - g * group); };
   const auto state_bytes = [&](Index n) {
@@ -92,7 +92,7 @@ void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& worksp
                   to);
   };
   // However they are ordered, each lane's splits are merged in ascending order: the same bits.
-  if (std::is_same_v<E, Serial> && groups > 1 && groups <= most_groups_at_once && n_splits > 1) {
+  if (executor.serial() && groups > 1 && groups <= most_groups_at_once && n_splits > 1) {
     // Split by split: the rows that one group has read are still near for the next.
     const auto scratch = workspace.lease((own + part) * static_cast<std::size_t>(groups));
     std::array<std::optional<Worker>, std::size_t(most_groups_at_once)> workers;
@@ -109,7 +109,7 @@ void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& worksp
       }
     return;
   }
-  if (std::is_same_v<E, Serial> || n_splits == 1 || groups >= n_splits * 4 ||
+  if (executor.serial() || n_splits == 1 || groups >= n_splits * 4 ||
       static_cast<Index>(part) > most_partial_bytes / (groups * n_splits)) {
     executor(groups, [&](Index g) {
       const auto scratch = workspace.lease(own + part);
@@ -141,15 +141,14 @@ void run(const Task<T, S, M>& task, const StateView<T>& state, Workspace& worksp
   });
 }
 
-/// What it covers: numbers that fill registers, and scores that are left as they are.
-template <class T, class F>
-inline constexpr bool serves =
-    (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2 && std::is_same_v<F, Plain>;
+/// What it covers: numbers that fill registers.
+template <class T>
+inline constexpr bool serves = (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2;
 
 /// Merges all rows into the state, in the arithmetic of the storage or exactly.
-template <class T, StorageType S, class M, class E>
-void run(const Task<T, S, M>& task, Arithmetic arithmetic, const StateView<T>& state, Workspace& workspace,
-         const E& executor) {
+template <class T, StorageType S>
+void run(const Task<T, S>& task, Arithmetic arithmetic, const StateView<T>& state, Workspace& workspace,
+         const detail::AnyExecutor& executor) {
   const auto in = [&]<class A>(std::type_identity<A>) {
     if constexpr (Simd<T>::width % Shape<T>::value_lanes == 0)
       if (task.lanes() <= Simd<T>::width) return run<A, 1>(task, state, workspace, executor);

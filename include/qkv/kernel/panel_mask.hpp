@@ -6,15 +6,15 @@
 //     v = 1    │ all │ all │ all │ all │some │    of register 1: five
 //              └─────┴─────┴─────┴─────┴─────┘
 //
-// The mask is asked for the block, then for steps of a mixed block, then for the registers of a mixed step, then for keys.
+// The rule (kernel/pair_rule.hpp) says what is seen of the block, then of the steps of a mixed block, then of the registers of
+// a mixed step; mixed steps it finishes key by key.
 // What it hides in whole at either end is never computed; what it hides in between gets a score of -inf.
 //
-// Before: kernel/lanes.hpp   Next: kernel/panel_softmax.hpp
+// Before: kernel/query_panels.hpp   Next: kernel/panel_softmax.hpp
 #pragma once
 
 #include <algorithm>
 
-#include "lanes.hpp"
 #include "panels.hpp"
 #include "task.hpp"
 
@@ -29,11 +29,10 @@ struct Columns {
   bool holds(Index column) const { return begin <= column && column < end; }
 };
 
-template <class T, StorageType S, class M, class F>
+template <class T, StorageType S>
 class PanelMask {
   using V = Simd<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
-  static constexpr bool plain = std::is_same_v<F, Plain>;
 
  public:
   /// A multiple of every tile height, and of the partial sums of kernel/panel_softmax.hpp: bits must not depend on where
@@ -42,7 +41,7 @@ class PanelMask {
   static_assert(step % TileShape<T>::rows == 0 && tile_keys % step == 0);
 
   /// `n_queries` <= lanes queries from row `query` on, of one head, and a block of keys.
-  PanelMask(const Task<T, S, M, F>& task, const KeyBlock& block, Index head, Index query, Index n_queries)
+  PanelMask(const Task<T, S>& task, const KeyBlock& block, Index head, Index query, Index n_queries)
       : task_(task), block_(block), head_(head), query_(query), n_queries_(n_queries) {
     look();
   }
@@ -54,11 +53,10 @@ class PanelMask {
     return true;
   }
 
-  /// Scores [column][lanes] of register v, in natural units after `unit` where there is a score function, in place.
-  void rescore(Index v, T* scores, typename V::Vec unit) const {
+  /// Scores [column][lanes] of register v become what the rule makes of them, in place. `unit` [width]: of each lane.
+  void finish(Index v, T* scores, const T* unit) const {
     const Index begin = columns_[v].begin, end = columns_[v].end;
-    const bool mixed = columns_[v].mixed;
-    if (!mixed && plain) return;
+    if (!columns_[v].mixed && task_.rule.plain) return;
     T* const at = scores + v * V::width;
     const auto hide = [&](Index from, Index to) {
       for (; from < to; ++from) V::store(at + from * lanes, V::broadcast(detail::minus_infinity<T>));
@@ -69,13 +67,14 @@ class PanelMask {
       hide(next, column);
       next = std::min(column + count, end);
       for (Index c = std::max(column, begin); c < next;) {
-        const Index to = std::min(next, (c / step + 1) * step);
         const Cover cover = cover_[v][c / step];
+        Index to = std::min(next, (c / step + 1) * step);
+        while (to < next && cover_[v][to / step] == cover) to = std::min(next, to + step);
         if (cover == Cover::none)
           hide(c, to);
-        else if (!plain || cover == Cover::some)
-          for (Index i = c; i < to; ++i)
-            rescore_key(v, key_block(v, run, base, row + i - column, 1), at + i * lanes, unit, cover == Cover::some);
+        else
+          task_.rule.template finish<Inner::lanes>(tile(v, run, base, row + c - column, to - c), cover, at + c * lanes,
+                                                   lanes, unit);
         c = to;
       }
     });
@@ -88,8 +87,9 @@ class PanelMask {
     for_each_piece(task_.keys, tile_keys, block_.first, block_.run, block_.base, block_.row, f);
   }
   Index queries(Index v) const { return std::clamp<Index>(n_queries_ - v * V::width, 0, V::width); }
-  Block key_block(Index v, const KeyRun<S>& run, Index base, Index row, Index count) const {
-    return task_.block(head_, query_ + v * V::width, queries(v), run, base, row, count);
+  /// Register v × some keys.
+  PairTile tile(Index v, const KeyRun<S>& run, Index base, Index row, Index count) const {
+    return task_.tile(head_, 1, query_ + v * V::width, queries(v), run, base, row, count);
   }
 
   void look() {
@@ -115,7 +115,7 @@ class PanelMask {
     };
     each_piece([&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
       const auto whole = [&](Index from, Index n) {
-        return detail::cover(*task_.mask, task_.block(head_, query_, n_queries_, run, base, row + from, n));
+        return task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, run, base, row + from, n));
       };
       if (const Cover c = whole(0, count); c != Cover::some) return all_of(c, column, count);
       for (Index i = 0; i < count;) {
@@ -125,7 +125,7 @@ class PanelMask {
           note(v,
                queries(v) == 0    ? Cover::none
                : c != Cover::some ? c
-                                  : detail::cover(*task_.mask, key_block(v, run, base, row + i, some)),
+                                  : task_.rule.cover(tile(v, run, base, row + i, some)),
                column + i);
         i += some;
       }
@@ -137,25 +137,7 @@ class PanelMask {
       left = right = {std::min(left.begin, right.begin), std::max(left.end, right.end), true};
   }
 
-  void rescore_key(Index v, const Block& one, T* s, typename V::Vec unit, bool mixed) const {
-    const Index n = queries(v);
-    const At first = task_.at(head_, one.query, one.key, one.key_position);
-    typename V::Vec score = V::load(s);
-    if constexpr (!plain) score = score_lanes<T>(*task_.score, V::mul(unit, score), LaneAt{first, n});
-    if (!mixed) return V::store(s, score);
-    const SeenBy seen = detail::seen_by(*task_.mask, one);
-    if (seen.exact) {
-      const auto low = V::broadcast(static_cast<T>(seen.begin)), high = V::broadcast(static_cast<T>(seen.end));
-      const auto visible = V::both(V::less_equal(low, V::iota()), V::less(V::iota(), high));
-      V::store(s, V::select(visible, score, V::broadcast(detail::minus_infinity<T>)));
-    } else {
-      V::store(s, score);
-      for (Index i = 0; i < n; ++i)
-        if (!task_.mask->sees(LaneAt{first, n}.at(i))) s[i] = detail::minus_infinity<T>;
-    }
-  }
-
-  const Task<T, S, M, F>& task_;
+  const Task<T, S>& task_;
   const KeyBlock& block_;
   Index head_, query_, n_queries_;
   Columns columns_[std::size_t(vectors)];

@@ -23,6 +23,7 @@ template <class A, StorageType S>
 class BlockPacker {
   using T = typename A::Scalar;
   using V = Simd<T>;
+  using Shape = TileShape<T>;
   static constexpr Index R = Panels<A>::rows;
 
  public:
@@ -62,15 +63,16 @@ class BlockPacker {
  private:
   /// Up to n keys from column c on, inside one tile; returns how many.
   Index pack_keys(const KeyRun<S>& run, Index row, Index n, Index c) {
-    const Index tile = c / R, height = std::min(R, block_.count - tile * R), some = std::min(n, tile * R + height - c);
+    const Index tile = c / R, held = std::min(R, block_.count - tile * R), some = std::min(n, tile * R + held - c);
+    const Index height = Shape::tail_height(held);
     const Index d = panels_.head_dim, stride = keys_.key_row_stride;
     const S* const from = keys_.key(run, kv_head_, row);
     auto* const to = panels_.block_keys(b_) + tile * R * panels_.key_depth();
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::words) {
       constexpr auto size = static_cast<Index>(sizeof(S));
-      if (some == height) {
-        pack_words(from, stride * size, height, d * size, to);
+      if (some == held) {
+        pack_words(from, stride * size, held, height, d * size, to);
       } else {  // a tile whose rows lie in several runs
         for (Index j = 0; j < some; ++j)
           for (Index w = 0; w < panels_.key_depth(); ++w) {
@@ -92,8 +94,8 @@ class BlockPacker {
 #endif
 #ifdef QKV_DETAIL_SHORTS
     if constexpr (A::shorts) {
-      if (some == height) {
-        pack_shorts(from, stride, height, d, to);
+      if (some == held) {
+        pack_shorts(from, stride, held, height, d, to);
       } else {  // a tile whose rows lie in several runs
         for (Index j = 0; j < some; ++j)
           for (Index x = 0; x < d; x += 2) {
@@ -106,8 +108,8 @@ class BlockPacker {
     }
 #endif
     if constexpr (!A::words) {
-      if (some == height && !has_row_scale<S>) {
-        pack_rows(from, stride, height, d, to);
+      if (some == held && !has_row_scale<S>) {
+        pack_rows(from, stride, held, height, d, to);
       } else {
         for (Index j = 0; j < some; ++j) {
           const T scale = static_cast<T>(keys_.key_scale(run, kv_head_, row + j));
@@ -127,7 +129,7 @@ class BlockPacker {
 
   typename V::Vec value(const Source& from, Index x) const {
     if (!from.row) return V::zero();
-    const Index left = panels_.v_head_dim - x;
+    const Index left = std::max<Index>(panels_.v_head_dim - x, 0);
     const auto v = left >= V::width ? V::load(from.row + x) : V::load_n(from.row + x, left);
     return has_row_scale<S> ? V::mul(v, V::broadcast(static_cast<T>(from.scale))) : v;
   }
@@ -135,7 +137,7 @@ class BlockPacker {
 #ifdef QKV_DETAIL_SHORTS
   /// word_lanes features of two rows, side by side.
   Words pairs(const Source& first, const Source& second, Index x) const {
-    const Index left = panels_.v_head_dim - x;
+    const Index left = std::max<Index>(panels_.v_head_dim - x, 0);
     const auto bytes = [&](const Source& from) {
       if (!from.row) return _mm_setzero_si128();
       return left >= word_lanes ? load_few_bytes(from.row + x) : load_bytes_n(from.row + x, left);
@@ -181,7 +183,7 @@ class BlockPacker {
   void pack_values(const Source (&sources)[std::size_t(tile_keys)]) const {
     const Index dv = panels_.v_head_dim, depth = (block_.count + A::keys - 1) / A::keys;
     for (Index slice = 0; slice < dv; slice += R) {
-      const Index height = std::min(R, dv - slice);
+      const Index height = Shape::tail_height(std::min(R, dv - slice));
       auto* to = panels_.block_values(b_) + slice * depth;
       for (Index k = 0; k < depth; ++k, to += height)
         for (Index x = 0; x < height; x += V::width) {

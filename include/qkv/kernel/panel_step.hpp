@@ -13,7 +13,6 @@
 #include <numbers>
 #include <type_traits>
 
-#include "../score.hpp"
 #include "../softmax.hpp"
 #include "arithmetic.hpp"
 #include "panel_mask.hpp"
@@ -44,20 +43,20 @@ struct QueryPanel {
 };
 
 /// What panels of one head do with one block after another.
-template <class A, class T, StorageType S, class M, class F>
+template <class A, class T, StorageType S>
 class PanelStep {
   using Number = typename A::Number;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Softmax = PanelSoftmax<A>;
-  using Mask = PanelMask<T, S, M, F>;
+  using Mask = PanelMask<T, S>;
   using Panel = QueryPanel<A>;
+  using Shape = TileShape<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors, rows = TileShape<T>::rows;
-  static constexpr bool plain = std::is_same_v<F, Plain>;
 
  public:
   /// Scratch: scores and hidden [tile_keys, lanes].
-  PanelStep(const Task<T, S, M, F>& task, const Panels<A>& panels, Index head, T* scores, bool* hidden)
+  PanelStep(const Task<T, S>& task, const Panels<A>& panels, Index head, T* scores, bool* hidden)
       : task_(task), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
 
   /// Merges block b into the state of the panel. `fetch` is asked for meanwhile.
@@ -73,7 +72,7 @@ class PanelStep {
     multiply_keys<1>(b, p, 0, before, fetch);
     multiply_keys<2>(b, p, 0, both, fetch);
     multiply_keys<1>(b, p, 1, after, fetch);
-    for (Index v = 0; v < vectors; ++v) mask.rescore(v, s_, V::load(p.sums.unit + v * V::width));
+    for (Index v = 0; v < vectors; ++v) mask.finish(v, s_, p.sums.unit + v * V::width);
     mark_hidden(block, b, mask);
     soften(mask, b, p.sums);
     multiply_values(b, p.sums.o, before, both, after, fetch);
@@ -94,7 +93,7 @@ class PanelStep {
       op.a = a + c * depth, op.b = p.q + v * V::width, op.c = s_ + c * lanes + v * V::width;
       packed_tiles<rows, Vectors>(op, full, depth * rows, lanes * rows, fetch);
       op.a = a + last * depth, op.b = p.q, op.c = s_ + last * lanes;
-      if (rest > 0) packed_tile_of<T>(rest, op);
+      if (rest > 0) packed_tile_of<T, T, 0, Shape::tail_step>(Shape::tail_height(rest), op);
     }
 #if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
     if constexpr (A::words) {
@@ -106,7 +105,7 @@ class PanelStep {
         return op;
       };
       word_tiles<Dot, rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch);
-      if (rest > 0) word_tile_of<Dot>(rest, at(last, 0), fetch);
+      if (rest > 0) word_tile_of<Dot>(Shape::tail_height(rest), at(last, 0), fetch);
     }
 #endif
   }
@@ -126,7 +125,7 @@ class PanelStep {
       T* const m = panel.m + v * V::width;
       T* const l = panel.l + v * V::width;
       const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
-      const Vec unit = plain ? V::load(panel.unit + v * V::width) : one;
+      const Vec unit = task_.rule.plain ? V::load(panel.unit + v * V::width) : one;
       const Vec old = V::load(m);
       Vec largest, to_log2 = V::mul(V::broadcast(log2_e<T>), unit);
 #ifdef QKV_DETAIL_WORDS
@@ -175,7 +174,7 @@ class PanelStep {
 
   /// Oᵀ += Vᵀ Sᵀ, `rows` features at a time.
   void multiply_values(Index b, T* o, Span before, Span both, Span after, FetchList& fetch) const {
-    const Index dv = task_.v_head_dim(), full = dv / rows, rest = dv % rows;
+    const Index features = panels_.value_rows(), full = features / rows, rest = features % rows;
     const Index count = (panels_.blocks[b].count + A::keys - 1) / A::keys;
     for (Span* span : {&before, &both, &after})
       *span = span->begin >= span->end ? Span{} : Span{span->begin / A::keys, (span->end + A::keys - 1) / A::keys};
@@ -186,7 +185,7 @@ class PanelStep {
     if constexpr (A::steps) op.take = take_;
     value_tiles<ValueDot<A>, rows>(op, full, count * rows, fetch);
     op.a += full * rows * count, op.o += full * rows * lanes;
-    if (rest > 0) value_tile_of<ValueDot<A>, rows>(rest, op, fetch);
+    if (rest > 0) value_tile_of<ValueDot<A>, rows, Shape::tail_step>(rest, op, fetch);
   }
 
   /// Which lanes do not see the value rows that are not finite: before scores become weights.
@@ -217,7 +216,7 @@ class PanelStep {
     }
   }
 
-  const Task<T, S, M, F>& task_;
+  const Task<T, S>& task_;
   const Panels<A>& panels_;
   Index head_;
   T* s_;          // [tile_keys, lanes]: scores, then weights

@@ -2,7 +2,7 @@
 //
 //     m, l     [lanes]           the maximum so far, of s / unit where nothing but the scale is applied; the sum of weights
 //     unit     [lanes]           what one of m is in natural units
-//     Oᵀ       [v_dim][lanes]    weighted values: turned back when it is merged into the state (m, l, o) of the rows
+//     Oᵀ       [v_dim][lanes]    weighted values, rows up to TileShape::tail_height(v_dim): turned back when it is merged into the state (m, l, o) of the rows
 //
 // Before: kernel/value_tile.hpp   Next: kernel/panel_step.hpp
 #pragma once
@@ -30,7 +30,7 @@ struct PanelSums {
   void clear(Index v_head_dim) const {
     std::fill_n(m, lanes, detail::minus_infinity<T>);
     std::fill_n(l, lanes, T(0));
-    std::fill_n(o, v_head_dim * lanes, T(0));
+    std::fill_n(o, TileShape<T>::tail_height(v_head_dim) * lanes, T(0));
   }
 };
 
@@ -43,11 +43,11 @@ EIGEN_ALWAYS_INLINE void store_turned_block(const T* from, T* to, Index stride, 
   (V::store(to + Index(I) * stride, block[I]), ...);
 }
 
-/// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. Where InUnits, m times unit
+/// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. Where in_units, m times unit
 /// is the score. Rows that hold nothing yet (m = -inf) are written, not read; a lane that saw nothing changes no bit of a
 /// row that holds something.
-template <bool InUnits, class T>
-void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index query, Index n, Index head,
+template <class T>
+void merge_panel(const PanelSums<T>& panel, bool in_units, const StateView<T>& state, Index query, Index n, Index head,
                  Index v_head_dim) {
   using V = Simd<T>;
   constexpr Index lanes = PanelSums<T>::lanes;
@@ -58,7 +58,7 @@ void merge_panel(const PanelSums<T>& panel, const StateView<T>& state, Index que
     T& m = state.m(query + i, head);
     T& l = state.l(query + i, head);
     const bool seen = panel.m[i] != detail::minus_infinity<T>;
-    const T here = InUnits && seen ? panel.m[i] * panel.unit[i] : panel.m[i], top = detail::nan_max(m, here);
+    const T here = in_units && seen ? panel.m[i] * panel.unit[i] : panel.m[i], top = detail::nan_max(m, here);
     empty[i] = m == detail::minus_infinity<T>;
     unseen[i] = !seen;
     all_empty = all_empty && empty[i];

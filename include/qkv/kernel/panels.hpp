@@ -5,6 +5,9 @@
 //       keys    [tile][head_dim][height]     tile t holds columns t·R … t·R + height-1;   height ≤ R rows of registers
 //       values  [slice][count][height]       slice x holds features x·R … x·R + height-1
 //
+// The last tile and the last slice may be lower, but are a multiple of TileShape::tail_step high: rows past the keys held
+// are undefined, features past v_head_dim are zeros.
+//
 // In narrow arithmetic (kernel/arithmetic.hpp) a word takes the place of a number: 2 (bfloat16, int16) or 4 (int8) features
 // of a key, two keys of a value. Values of int8 are restored and rounded to bfloat16, or stay whole numbers: four keys to a
 // word of bytes, two to one of int16.
@@ -81,7 +84,9 @@ struct Panels {
   /// order.
   Index key_stride() const { return tile_keys * key_depth() + pack_slack<T>; }
   Number* block_keys(Index b) const { return keys + b * key_stride(); }
-  Index value_stride() const { return tile_keys / A::keys * v_head_dim + pack_slack<T>; }
+  /// Features of the slices together.
+  Index value_rows() const { return TileShape<T>::tail_height(v_head_dim); }
+  Index value_stride() const { return tile_keys / A::keys * value_rows() + pack_slack<T>; }
   Number* block_values(Index b) const { return values + b * value_stride(); }
 };
 

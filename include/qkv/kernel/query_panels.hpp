@@ -9,7 +9,7 @@
 //
 // The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
 //
-// Before: kernel/panel_packer.hpp   Next: kernel/lanes.hpp
+// Before: kernel/panel_packer.hpp   Next: kernel/panel_mask.hpp
 #pragma once
 
 #include <algorithm>

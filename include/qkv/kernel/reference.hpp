@@ -36,9 +36,10 @@ struct ReferenceScratch {
 };
 
 /// One row of the matrix of weights, at any stage, as ONNX orders the steps.
-/// row [n_keys] is written; returns the log-sum-exp (only where stage is probabilities).
+/// row [n_keys] is written; returns the log-sum-exp (only where stage is probabilities). The task's rule is not asked.
 template <class T, StorageType S, class M, class F>
-T reference_weights(const Task<T, S, M, F>& task, Index head, Index query, T sink, Stage stage, T* row) {
+T reference_weights(const Task<T, S>& task, const M& mask, const F& score, Index head, Index query, T sink, Stage stage,
+                    T* row) {
   using std::exp;
   using std::log;
   const Index kv_head = task.heads.kv_head(head);
@@ -46,8 +47,9 @@ T reference_weights(const Task<T, S, M, F>& task, Index head, Index query, T sin
   Index j = 0;
   for (const auto& run : task.keys.runs)
     for (Index r = 0; r < run.rows; ++r, ++j) {
-      const At at = task.at(head, query, task.keys.first_row + j, run.position + r);
-      if (stage >= Stage::masked && !task.mask->sees(at)) {
+      const At at{task.sequence, task.first_head + head,    query, task.keys.first_row + j, task.first_position + query,
+                  run.position + r};
+      if (stage >= Stage::masked && !mask.sees(at)) {
         row[j] = detail::minus_infinity<T>;
         continue;
       }
@@ -57,7 +59,7 @@ T reference_weights(const Task<T, S, M, F>& task, Index head, Index query, T sin
       for (Index d = 0; d < task.head_dim(); ++d) dot += q[d] * static_cast<T>(k[d]);
       if constexpr (has_row_scale<S>) dot *= static_cast<T>(task.keys.key_scale(run, kv_head, r));
       row[j] = task.scale * dot;
-      if (stage >= Stage::scored) row[j] = (*task.score)(row[j], at);
+      if (stage >= Stage::scored) row[j] = score(row[j], at);
       top = detail::nan_max(top, row[j]);
     }
   if (stage < Stage::probabilities) return 0;
@@ -75,11 +77,12 @@ T reference_weights(const Task<T, S, M, F>& task, Index head, Index query, T sin
 
 /// One query and head: out [v_head_dim] is written; returns the log-sum-exp. `row` and `seen` are scratch for n_keys.
 template <class T, StorageType S, class M, class F>
-T reference(const Task<T, S, M, F>& task, Index head, Index query, T sink, T* row, bool* seen, T* out) {
+T reference(const Task<T, S>& task, const M& mask, const F& score, Index head, Index query, T sink, T* row, bool* seen,
+            T* out) {
   const Index kv_head = task.heads.kv_head(head);
-  reference_weights(task, head, query, sink, Stage::masked, row);
+  reference_weights(task, mask, score, head, query, sink, Stage::masked, row);
   for (Index j = 0; j < task.keys.rows; ++j) seen[j] = row[j] != detail::minus_infinity<T>;
-  const T lse = reference_weights(task, head, query, sink, Stage::probabilities, row);
+  const T lse = reference_weights(task, mask, score, head, query, sink, Stage::probabilities, row);
   for (Index d = 0; d < task.v_head_dim(); ++d) out[d] = 0;
   Index j = 0;
   for (const auto& run : task.keys.runs)

@@ -41,6 +41,11 @@ struct TileShape {
   static constexpr Index rows = wide ? 12 : Simd<T>::fused ? 6 : 4;  // without FMA a product needs a register
   static constexpr Index vectors = 2;
   static constexpr Index columns = vectors * Simd<T>::width;
+  // Where a last, lower tile may be computed with more rows than it has, its height is a multiple of this: every height is
+  // compiled, and there are three of them instead of twelve.
+  static constexpr Index tail_step = wide ? 4 : 2;
+  static_assert(rows % tail_step == 0);
+  static constexpr Index tail_height(Index n) { return (n + tail_step - 1) / tail_step * tail_step; }
 };
 
 /// Memory wanted soon: an address that moves on by `step` bytes, and may run past the end of what is wanted. A burst of
@@ -169,15 +174,15 @@ void packed_tiles(TileOperands<T, S> op, Index tiles, Index a_next, Index c_next
   }
 }
 
-/// packed_tile for 1 … TileShape<T>::rows rows, chosen at run time.
-template <class T, class S = T, int AheadLines = 0>
+/// packed_tile for Step, 2·Step … TileShape<T>::rows rows, chosen at run time.
+template <class T, class S = T, int AheadLines = 0, Index Step = 1>
 void packed_tile_of(Index rows, const TileOperands<T, S>& op) {
   using Shape = TileShape<T>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&packed_tile<R + 1, Shape::vectors, AheadLines, T, S>...};
+    return std::array{&packed_tile<(R + 1) * Step, Shape::vectors, AheadLines, T, S>...};
   }
-  (std::make_integer_sequence<Index, Shape::rows>{});
-  tiles[static_cast<std::size_t>(rows - 1)](op);
+  (std::make_integer_sequence<Index, Shape::rows / Step>{});
+  tiles[static_cast<std::size_t>(rows / Step - 1)](op);
 }
 
 /// pack_rows may write this many numbers past the end of its panel.
@@ -195,9 +200,10 @@ EIGEN_ALWAYS_INLINE void pack_block(const S* x, Index stride, Index some, T* pan
   (V::store(panel + Index(Lane) * rows, block[Lane]), ...);
 }
 
-/// x [rows, depth] in rows `stride` apart -> panel [depth][rows], with room for `pack_slack` numbers more.
+/// x [rows, depth] in rows `stride` apart -> panel [depth][height], with room for `pack_slack` numbers more. Rows from
+/// `rows` to `height` are left undefined.
 template <class T, class S>
-void pack_rows(const S* x, Index stride, Index rows, Index depth, T* panel) {
+void pack_rows(const S* x, Index stride, Index rows, Index height, Index depth, T* panel) {
   constexpr Index width = Simd<T>::width;
   Index packed = 0;  // rows
   while (rows > 1 && (rows - packed >= width || (packed == 0 && rows > 0))) {
@@ -205,13 +211,13 @@ void pack_rows(const S* x, Index stride, Index rows, Index depth, T* panel) {
     const S* from = x + packed * stride;
     Index k = 0;
     for (; k + width <= depth; k += width)
-      pack_block(from + k, stride, some, panel + k * rows + packed, rows, std::make_index_sequence<Simd<T>::lanes>{});
+      pack_block(from + k, stride, some, panel + k * height + packed, height, std::make_index_sequence<Simd<T>::lanes>{});
     for (; k < depth; ++k)
-      for (Index r = 0; r < some; ++r) panel[k * rows + packed + r] = static_cast<T>(from[r * stride + k]);
+      for (Index r = 0; r < some; ++r) panel[k * height + packed + r] = static_cast<T>(from[r * stride + k]);
     packed += some;
   }
   for (; packed < rows; ++packed)
-    for (Index k = 0; k < depth; ++k) panel[k * rows + packed] = static_cast<T>(x[packed * stride + k]);
+    for (Index k = 0; k < depth; ++k) panel[k * height + packed] = static_cast<T>(x[packed * stride + k]);
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel

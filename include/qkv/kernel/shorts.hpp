@@ -193,7 +193,7 @@ EIGEN_ALWAYS_INLINE __m128i load_bytes_n(const std::int8_t* row, Index some) {
 }
 /// Rows of d int8, `stride` apart -> words of two features [words][rows], rows <= word_lanes. `to` needs room for pack_slack
 /// words more.
-inline void pack_shorts(const std::int8_t* from, Index stride, Index rows, Index d, Word* to) {
+inline void pack_shorts(const std::int8_t* from, Index stride, Index rows, Index height, Index d, Word* to) {
   using V = Simd<float>;
   const Index words = (d + 1) / 2;
   for (Index w = 0; w < words; w += word_lanes) {
@@ -202,7 +202,7 @@ inline void pack_shorts(const std::int8_t* from, Index stride, Index rows, Index
       block[r] = r < rows ? words_as_float(widen_bytes(load_bytes_n(from + r * stride + 2 * w, d - 2 * w))) : V::zero();
     V::transpose(block);
     for (Index i = 0; i < std::min(word_lanes, words - w); ++i)
-      V::store(reinterpret_cast<float*>(to + (w + i) * rows), block[i]);
+      V::store(reinterpret_cast<float*>(to + (w + i) * height), block[i]);
   }
 }
 #else

@@ -1,6 +1,6 @@
 // kernel/task.hpp — the attention of one sequence as every kernel sees it, and what every kernel must produce.
 //
-// Before: key_rows.hpp   Next: kernel/reference.hpp
+// Before: kernel/pair_rule.hpp   Next: kernel/reference.hpp
 #pragma once
 
 #include <algorithm>
@@ -8,36 +8,34 @@
 
 #include "../heads.hpp"
 #include "../key_rows.hpp"
-#include "../mask.hpp"
 #include "../options.hpp"
 #include "../softmax.hpp"
+#include "pair_rule.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
 /// Inputs. Everything has been checked; nothing here is written.
-template <class T, StorageType S, class M, class F>
+template <class T, StorageType S>
 struct Task {
   ConstView<T> q;  // [n_queries, heads·head_dim]
   KeyRows<S> keys;
   Heads heads;
   T scale;
   Index sequence = 0, first_position = 0;
-  const M* mask;
-  const F* score;
+  PairRule<T> rule = {};
   Arithmetic arithmetic = Arithmetic::automatic;
-  Index first_head = 0;  // what masks and scores are told of head 0: not 0 where this is a part of the heads
+  Index first_head = 0;  // as masks and scores count heads: not 0 where this is a part of them
 
   Index n_queries() const { return q.rows(); }
   Index head_dim() const { return keys.head_dim; }
   Index v_head_dim() const { return keys.v_head_dim; }
   const T* query(Index row, Index head) const { return q.data() + row * q.outerStride() + head * keys.head_dim; }
 
-  /// The rectangle of `n` queries × the keys [row, row + count) of `run`, whose rows begin at logical row `base`.
-  Block block(Index head, Index query, Index n, const KeyRun<S>& run, Index base, Index row, Index count) const {
-    return {sequence, first_head + head, query, n, first_position + query, base + row, count, run.position + row};
-  }
-  At at(Index head, Index query, Index key, Index key_position) const {
-    return {sequence, first_head + head, query, key, first_position + query, key_position};
+  /// `lanes` lanes, queries of `heads` heads side by side, from lane `lane` on × the keys [row, row + count) of `run`, whose
+  /// rows begin at logical row `base`.
+  PairTile tile(Index head, Index n_heads, Index lane, Index lanes, const KeyRun<S>& run, Index base, Index row,
+                Index count) const {
+    return {sequence, first_head + head, n_heads, lane, lanes, first_position, base + row, run.position + row, count};
   }
 };
 

@@ -20,10 +20,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
-#include <type_traits>
 
-#include "../mask.hpp"
-#include "../score.hpp"
 #include "../workspace.hpp"
 #include "panel_packer.hpp"
 #include "panel_step.hpp"
@@ -59,7 +56,7 @@ struct TiledScratch {
   TiledScratch(detail::Carver& carver, Index head_dim, Index v_head_dim)
       : q(carver.take<T>(panels * head_dim * lanes)),
         s(carver.take<T>(tile_keys * lanes)),
-        o(carver.take<T>(panels * v_head_dim * lanes)),
+        o(carver.take<T>(panels * TileShape<T>::tail_height(v_head_dim) * lanes)),
         m(carver.take<T>(panels * lanes)),
         l(carver.take<T>(panels * lanes)),
         unit(carver.take<T>(panels * lanes)),
@@ -73,14 +70,14 @@ struct TiledScratch {
 };
 
 /// One head and one block of queries against all packed keys of its kv head.
-template <class A, class T, StorageType S, class M, class F>
+template <class A, class T, StorageType S>
 class Tiled {
   using Number = typename A::Number;
   using V = Simd<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
 
  public:
-  Tiled(const Task<T, S, M, F>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
+  Tiled(const Task<T, S>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
         Index query, std::byte* scratch)
       : task_(task),
         state_(state),
@@ -132,15 +129,14 @@ class Tiled {
  private:
   Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
   Number* q(Index p) const { return reinterpret_cast<Number*>(scratch_.q) + p * panels_.key_depth() * lanes; }
-  T* o(Index p) const { return scratch_.o + p * task_.v_head_dim() * lanes; }
+  T* o(Index p) const { return scratch_.o + p * panels_.value_rows() * lanes; }
   PanelSums<T> sums(Index p) const {
     return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes, o(p)};
   }
 
   Index section_of(Index b) const { return panels_.blocks[b].first / section_keys; }
   void merge(Index p) const {
-    merge_panel<std::is_same_v<F, Plain>>(sums(p), state_, query_ + p * lanes, panel_queries(p), head_,
-                                          task_.v_head_dim());
+    merge_panel(sums(p), task_.rule.plain, state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim());
   }
 
   /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
@@ -162,8 +158,8 @@ class Tiled {
     bool any = false;
     for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
                    [&](const KeyRun<S>& run, Index base, Index row, Index count, Index) {
-                     any = any || detail::cover(*task_.mask, task_.block(head_, query_, n_queries_, run, base, row,
-                                                                         count)) != Cover::none;
+                     any = any || task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, run, base, row, count)) !=
+                                      Cover::none;
                    });
     return any;
   }
@@ -185,14 +181,14 @@ class Tiled {
                              task_.v_head_dim(), n));
   }
 
-  const Task<T, S, M, F>& task_;
+  const Task<T, S>& task_;
   const StateView<T>& state_;
   const Panels<A>& panels_;
   Index n_blocks_, head_, query_, n_queries_;
   detail::Carver carver_;
   TiledScratch<T> scratch_;
   FetchList fetch_;
-  PanelStep<A, T, S, M, F> step_;
+  PanelStep<A, T, S> step_;
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -133,14 +133,14 @@ void value_tiles(ValueOperands<typename Dot::Number> op, Index tiles, Index a_ne
   }
 }
 
-/// One tile of 1 … rows features, chosen at run time.
-template <class Dot, Index Rows>
+/// One tile of Step, 2·Step … Rows features, chosen at run time.
+template <class Dot, Index Rows, Index Step>
 void value_tile_of(Index features, const ValueOperands<typename Dot::Number>& op, FetchList& fetch) {
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&value_tiles<Dot, R + 1>...};
+    return std::array{&value_tiles<Dot, (R + 1) * Step>...};
   }
-  (std::make_integer_sequence<Index, Rows>{});
-  tiles[static_cast<std::size_t>(features - 1)](op, 1, 0, fetch);
+  (std::make_integer_sequence<Index, Rows / Step>{});
+  tiles[static_cast<std::size_t>(features / Step - 1)](op, 1, 0, fetch);
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -64,15 +64,15 @@ void word_tiles(WordOperands op, Index tiles, Index a_next, Index c_next, FetchL
   }
 }
 
-/// One tile of 1 … TileShape<float>::rows rows.
+/// One tile, of a multiple of TileShape<float>::tail_step rows.
 template <class Dot>
 void word_tile_of(Index rows, const WordOperands& op, FetchList& fetch) {
   using Shape = TileShape<float>;
   constexpr auto tiles = []<Index... R>(std::integer_sequence<Index, R...>) {
-    return std::array{&word_tiles<Dot, R + 1, Shape::vectors>...};
+    return std::array{&word_tiles<Dot, (R + 1) * Shape::tail_step, Shape::vectors>...};
   }
-  (std::make_integer_sequence<Index, Shape::rows>{});
-  tiles[static_cast<std::size_t>(rows - 1)](op, 1, 0, 0, fetch);
+  (std::make_integer_sequence<Index, Shape::rows / Shape::tail_step>{});
+  tiles[static_cast<std::size_t>(rows / Shape::tail_step - 1)](op, 1, 0, 0, fetch);
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -78,8 +78,9 @@ EIGEN_ALWAYS_INLINE __m512i row_words(const void* row, Index bytes, Index first)
   return _mm512_maskz_loadu_epi8(left <= 0 ? 0 : (~__mmask64{0} >> (64 - left)), at);
 }
 
-/// Rows of `bytes` bytes, `stride` bytes apart -> [words][rows], rows <= 16. `to` needs room for pack_slack words more.
-inline void pack_words(const void* from, Index stride, Index rows, Index bytes, Word* to) {
+/// Rows of `bytes` bytes, `stride` bytes apart -> [words][height], rows <= height <= 16; zeros past `rows`. `to` needs room
+/// for pack_slack words more.
+inline void pack_words(const void* from, Index stride, Index rows, Index height, Index bytes, Word* to) {
   using V = Simd<float>;
   const Index words = (bytes + 3) / 4;
   for (Index w = 0; w < words; w += word_lanes) {
@@ -89,7 +90,7 @@ inline void pack_words(const void* from, Index stride, Index rows, Index bytes, 
                           : _mm512_setzero_ps();
     V::transpose(block);
     for (Index i = 0; i < std::min(word_lanes, words - w); ++i)
-      store_words(to + (w + i) * rows, _mm512_castps_si512(block[i]));
+      store_words(to + (w + i) * height, _mm512_castps_si512(block[i]));
   }
 }
 
