@@ -24,15 +24,15 @@ struct Chunk {
 /// The grid walked by the library.
 std::vector<Chunk> walked(const KeyRows<float>& keys, Index chunk) {
   std::vector<Chunk> chunks;
-  kernel::for_each_chunk(keys, chunk, [&](Index first, std::size_t r, Index base, Index row) {
-    chunks.push_back({first, {}});
-    kernel::for_each_piece(
-        keys, chunk, first, r, base, row,
-        [&](const KeyRun<float>& run, Index run_base, Index run_row, Index count, Index column) {
-          for (Index i = 0; i < count; ++i)
-            chunks.back().rows.push_back({run_base + run_row + i, run.position + run_row + i, column + i});
-        });
-  });
+  for (const kernel::GridCell& cell : kernel::GridCells(keys.runs, chunk)) {
+    chunks.push_back({cell.first, {}});
+    for (const kernel::GridPiece& piece : kernel::GridPieces(keys.runs, chunk, cell))
+      for (Index i = 0; i < piece.count; ++i) {
+        const KeyRun<float>& run = keys.runs[piece.run];
+        REQUIRE(run.position + piece.row == piece.position);
+        chunks.back().rows.push_back({piece.key + i, piece.position + i, piece.column + i});
+      }
+  }
   return chunks;
 }
 

@@ -216,7 +216,7 @@ SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, He
   detail::check_call(rule, source.rows,
                      {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
 
-  auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim());
+  auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim);
   Workspace local;
   detail::launch(
       choose_kernel<T>(options.kernel, q.rows()), task, rule,

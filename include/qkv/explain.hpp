@@ -82,25 +82,24 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
     e.arithmetic = std::is_same_v<Narrow, kernel::Quads> && options.arithmetic == Arithmetic::int8 ? kernel::Bytes::name
                                                                                                    : Narrow::name;
 
-  kernel::Task<T, S> task{ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)), keys, heads, T(1)};
+  kernel::Task<T, S> task(ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)), keys, heads, T(1));
   task.first_position = first;
   task.rule = rule.pairs;
   double pairs = 0;
   for (Index h = 0; h < heads.heads && n_queries > 0; ++h)
     for (Index q = 0; q < n_queries; q += kernel::tile_queries) {
       const Index n = std::min(kernel::tile_queries, n_queries - q);
-      kernel::for_each_chunk(keys, kernel::tile_keys, [&](Index grid, std::size_t r, Index base, Index row) {
+      for (const kernel::GridCell& cell : kernel::GridCells(keys.runs, kernel::tile_keys, keys.first_row)) {
         Cover least = Cover::all, most = Cover::none;
         Index count = 0;
-        kernel::for_each_piece(keys, kernel::tile_keys, grid, r, base, row,
-                               [&](const KeyRun<S>& run, Index run_base, Index run_row, Index rows, Index) {
-                                 const Cover c = task.rule.cover(task.tile(h, 1, q, n, run, run_base, run_row, rows));
-                                 least = std::min(least, c), most = std::max(most, c);
-                                 count += c == Cover::none ? 0 : rows;
-                               });
+        for (const kernel::GridPiece& piece : kernel::GridPieces(keys.runs, kernel::tile_keys, cell)) {
+          const Cover c = task.rule.cover(task.tile(h, 1, q, n, piece, 0, piece.count));
+          least = std::min(least, c), most = std::max(most, c);
+          count += c == Cover::none ? 0 : piece.count;
+        }
         ++(most == Cover::none ? e.blocks_none : least == Cover::all ? e.blocks_all : e.blocks_some);
         pairs += static_cast<double>(n * count);
-      });
+      }
     }
   e.flops = 2 * pairs * static_cast<double>(keys.head_dim + keys.v_head_dim);
   e.bytes =

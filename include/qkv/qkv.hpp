@@ -38,6 +38,7 @@
 #include "options.hpp"                  // what a call may ask for; which kernel serves it
 #include "key_rows.hpp"                 // what a kernel knows of a cache
 #include "kernel/pair_rule.hpp"         // what a kernel knows of masks and scores
+#include "kernel/position_grid.hpp"     // keys in cells of absolute positions
 #include "kernel/task.hpp"              // what every kernel gets and gives
 #include "kernel/reference.hpp"         // loops straight from the formula: the oracle
 #include "kernel/panels.hpp"            // keys and values as the tiled kernel reads them
@@ -81,7 +82,6 @@
 #include "kernel/latent_packing.hpp"    // latent rows packed: values, scales, offsets
 #include "kernel/latent_blocks.hpp"     // latent rows as they are multiplied
 #include "kernel/latent_queries.hpp"    // queries turned so that lanes are heads
-#include "kernel/lane_masks.hpp"        // what its lanes see
 #include "kernel/lane_scores.hpp"       // scores of its lanes become weights
 #include "kernel/absorbed.hpp"          // absorbed latent attention: all heads share a row
 #include "kernel/latent_splits.hpp"     // its keys in splits, its heads in groups

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <span>
 
 #include "../kernel/decode.hpp"
+#include "../kernel/panel_packer.hpp"
 #include "../kernel/tiled.hpp"
 #include "../parallel.hpp"
 #include "call.hpp"
@@ -11,19 +14,21 @@
 namespace qkv::inline QKV_ABI::detail {
 
 /// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
-template <class A, class T, StorageType S>
-void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
+template <class A>
+void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kernel::BlockSource<A>& source,
+                  Index first_row, const kernel::StateView<typename A::Scalar>& state, Workspace& workspace,
                   const AnyExecutor& executor, Done done, Start start) {
+  using T = typename A::Scalar;
   using Panels = kernel::Panels<A>;
-  const Index n = task.n_queries(), d = task.head_dim(), dv = task.v_head_dim(), group = task.heads.group_size();
-  const Index n_blocks = kernel::count_blocks(task.keys),
+  const Index n = task.n_queries(), d = task.head_dim, dv = task.v_head_dim, group = task.heads.group_size();
+  const Index n_blocks = kernel::count_cells(source.runs, kernel::tile_keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
   const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
   // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
-  const bool one_thread = executor.serial();
   const Index at_once =
-      one_thread ? 1
-                 : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
+      executor.serial()
+          ? 1
+          : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
   for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
     const Index count = std::min(at_once, task.heads.kv_heads - first);
@@ -32,11 +37,10 @@ void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& st
       return Panels::carve(carver, n_blocks, d, dv);
     };
     for (Index kv_head = first; kv_head < first + count; ++kv_head)
-      kernel::describe_blocks(panels_of(kv_head), task.keys);
-    if (!one_thread)
+      kernel::describe_blocks(panels_of(kv_head), source.runs, first_row);
+    if (!executor.serial())
       executor(count * n_blocks, [&](Index item) {
-        const Panels panels = panels_of(first + item / n_blocks);
-        kernel::BlockPacker<A, S>(panels, task.keys, first + item / n_blocks, item % n_blocks).run();
+        source.pack(panels_of(first + item / n_blocks), first + item / n_blocks, item % n_blocks);
       });
     executor(count * group * query_blocks, [&](Index item) {
       const Index head = first * group + item / query_blocks, query = item % query_blocks * kernel::tile_queries;
@@ -44,9 +48,20 @@ void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& st
       const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
       if (start == Start::empty) state.clear_sums(query, rows, head);  // then the kernel writes every row of weighted
       const Panels panels = panels_of(task.heads.kv_head(head));
-      kernel::Tiled<A, T, S>(task, state, panels, n_blocks, head, query, scratch.data()).run(done);
+      kernel::Tiled<A>(task, source, state, panels, n_blocks, head, query, scratch.data()).run(done);
     });
   }
+}
+/// The same for keys of storage S.
+template <class A, class T, StorageType S>
+void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
+                  const AnyExecutor& executor, Done done, Start start) {
+  const auto memory = workspace.lease(task.keys.runs.size() * sizeof(kernel::RunShape));
+  auto* const runs = reinterpret_cast<kernel::RunShape*>(memory.data());
+  std::size_t n = 0;
+  for (const auto& run : task.keys.runs) std::construct_at(runs + n++, kernel::RunShape{run.rows, run.position});
+  launch_tiled(task, kernel::block_source<A>(task.keys, std::span<const kernel::RunShape>(runs, n)), task.keys.first_row,
+               state, workspace, executor, done, start);
 }
 
 /// The decode kernel: an item is some kv heads, or one split of their keys where several threads may share them.
@@ -56,13 +71,13 @@ void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& s
   using Decode = kernel::Decode<D, T, S>;
   using State = kernel::DecodeState<T>;
   const Index n = task.n_queries(), kv_heads = task.heads.kv_heads, group = task.heads.group_size(),
-              dv = task.v_head_dim();
+              dv = task.v_head_dim;
   Index splits = 0, at_once = kernel::decode_heads_at_once<D>(task);
-  if (!executor.serial()) kernel::for_each_split(task.keys, [&](const kernel::Chunk&) { ++splits; });
+  if (!executor.serial()) splits = kernel::count_cells(task.keys.runs, kernel::decode_split);
   const bool parallel = splits > 1 || (splits == 1 && kernel::decode_in_parallel(task));
   if (parallel) at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);  // heads share an item past sixteen
   const auto heads_of = [&](Index item) { return std::min(at_once, kv_heads - item * at_once); };
-  const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, n * group, task.head_dim(), dv); };
+  const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, n * group, task.head_dim, dv); };
   const Index items = (kv_heads + at_once - 1) / at_once;
   const auto begin = [&](Index kv_head, Index count) {
     if (start == Start::empty) state.clear(0, n, kv_head * group, count * group, dv);
@@ -78,10 +93,11 @@ void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& s
 
   const std::size_t state_bytes = State::bytes(n * group, dv);
   const auto states = static_cast<std::size_t>(splits * kv_heads);
-  const auto memory = workspace.lease(states * state_bytes + static_cast<std::size_t>(splits) * sizeof(kernel::Chunk));
-  auto* const split = reinterpret_cast<kernel::Chunk*>(memory.data() + states * state_bytes);
+  const auto memory = workspace.lease(states * state_bytes + static_cast<std::size_t>(splits) * sizeof(kernel::GridCell));
+  auto* const split = reinterpret_cast<kernel::GridCell*>(memory.data() + states * state_bytes);
   Index count = 0;
-  kernel::for_each_split(task.keys, [&](const kernel::Chunk& s) { split[count++] = s; });
+  for (const kernel::GridCell& cell : kernel::GridCells(task.keys.runs, kernel::decode_split, task.keys.first_row))
+    split[count++] = cell;
   const auto state_of = [&](Index kv_head, Index s) {
     Carver carver(memory.data() + static_cast<std::size_t>(kv_head * splits + s) * state_bytes);
     return State(carver, n * group, dv);
@@ -151,7 +167,7 @@ void finish_rows(const kernel::StateView<T>& state, Index query, Index n_queries
 template <class T, StorageType S>
 void attend(const kernel::Task<T, S>& task, const Rule<T, S>& rule, const View<T>& out, Index first_row,
             const Options<T>& options, Workspace& workspace, const AnyExecutor& executor) {
-  const Index n = task.n_queries(), heads = task.heads.heads, dv = task.v_head_dim();
+  const Index n = task.n_queries(), heads = task.heads.heads, dv = task.v_head_dim;
   if (n == 0) return;
   const auto memory = workspace.lease(static_cast<std::size_t>(2 * n * heads) * sizeof(T));
   T* maximum = reinterpret_cast<T*>(memory.data());
@@ -166,7 +182,7 @@ void attend(const kernel::Task<T, S>& task, const Rule<T, S>& rule, const View<T
 template <class T, StorageType S>
 kernel::Task<T, S> make_task(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const Rule<T, S>& rule,
                              const Options<T>& options, Index sequence) {
-  kernel::Task<T, S> task{q, keys, heads, scale_of(options, keys.head_dim), sequence};
+  kernel::Task<T, S> task(q, keys, heads, scale_of(options, keys.head_dim), sequence);
   task.first_position = first_position(rule, keys, sequence, q.rows(), options);
   task.arithmetic = options.arithmetic;
   return task;

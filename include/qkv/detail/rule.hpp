@@ -20,7 +20,7 @@ enum class Start { empty, merge };
 template <class T, StorageType S, class M, class F>
 void launch_reference(const kernel::Task<T, S>& task, const M& mask, const F& score, const kernel::StateView<T>& state,
                       Workspace& workspace, const AnyExecutor& executor, Done done, Start start) {
-  const Index n = task.n_queries(), dv = task.v_head_dim();
+  const Index n = task.n_queries(), dv = task.v_head_dim;
   executor(task.heads.heads, [&](Index head) {
     const auto memory = workspace.lease(kernel::ReferenceScratch<T>::bytes(task.keys.rows, dv));
     Carver carver(memory.data());

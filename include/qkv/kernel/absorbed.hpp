@@ -23,7 +23,6 @@
 
 #include "../softmax.hpp"
 #include "../workspace.hpp"
-#include "lane_masks.hpp"
 #include "lane_scores.hpp"
 #include "latent_blocks.hpp"
 #include "latent_grid.hpp"
@@ -71,9 +70,9 @@ class Absorbed {
       : task_(task),
         block_(carver, task.rows, parts_of<A>(task.heads)),
         q_(task, carver, first_lane, n_lanes),
-        masks_(task, first_lane, n_lanes),
         scores_(carver),
         row_(carver.take<T>(features(task.rows))),
+        first_(first_lane),
         n_(n_lanes) {}
 
   void load_queries() { q_.load(); }
@@ -103,10 +102,27 @@ class Absorbed {
   /// What the scores that are kept are then worth: a score function is given scaled ones.
   T kept_unit() const { return task_.rule.plain ? score_unit() : T(1); }
 
-  /// f(run, base, row, count, column, cover) for the pieces of the block as panel p sees them.
+  PairTile tile(Index p, const GridPiece& piece) const {
+    return {task_.sequence,       0,         task_.heads,    first_ + p, std::min(n_ - p, panel),
+            task_.first_position, piece.key, piece.position, piece.count};
+  }
+  /// f(part of a piece, its cover) for the pieces of the block as panel p sees them: whole ones, or cut into 16 columns where
+  /// some pairs are hidden.
   template <class F>
   void for_each_cover(Index p, F&& f) const {
-    masks_.template for_each_cover<n_rows>(block_.place(), p, f);
+    for (const GridPiece& piece : GridPieces(task_.rows.runs, n_rows, block_.place().cell)) {
+      const Cover all = task_.rule.cover(tile(p, piece));
+      if (all != Cover::some) {
+        f(piece, all);
+        continue;
+      }
+      for (Index i = 0; i < piece.count;) {
+        const Index some = std::min(piece.count - i, 16 - (piece.column + i) % 16);
+        const GridPiece part = piece.part(i, some);
+        f(part, task_.rule.cover(tile(p, part)));
+        i += some;
+      }
+    }
   }
 
   // ---- one block, one panel ----
@@ -114,12 +130,12 @@ class Absorbed {
     const Place& place = block_.place();
     Index begin = n_rows, end = 0, held = 0;
     bool mixed = false;
-    for_each_cover(p, [&](const LatentRun<S>&, Index, Index, Index count, Index column, Cover c) {
-      held += count;
+    for_each_cover(p, [&](const GridPiece& piece, Cover c) {
+      held += piece.count;
       mixed = mixed || c != Cover::all;
       if (c == Cover::none) return;
-      begin = std::min(begin, column);
-      end = std::max(end, column + count);
+      begin = std::min(begin, piece.column);
+      end = std::max(end, piece.column + piece.count);
     });
     if (end <= begin) return;
     // Whole pairs and partial sums: a row beside those that are seen must not be NaN times zero unnoticed.
@@ -193,13 +209,14 @@ class Absorbed {
     Index next = begin;  // columns before it are done
     T unit[std::size_t(panel)];
     std::fill_n(unit, panel, score_unit());
-    for_each_cover(p, [&](const LatentRun<S>& run, Index base, Index row, Index count, Index column, Cover c) {
-      const Index from = std::max(column, begin), to = std::min(column + count, end);
+    for_each_cover(p, [&](const GridPiece& piece, Cover c) {
+      const Index from = std::max(piece.column, begin), to = std::min(piece.column + piece.count, end);
       if (from >= to) return;
       scores_.hide(next, from);
       next = to;
       if (c == Cover::none) return scores_.hide(from, to);
-      masks_.finish(p, run, base, row + from - column, to - from, c, scores_.row(from), unit);
+      task_.rule.template finish<Inner::lanes>(tile(p, piece.part(from - piece.column, to - from)), c, scores_.row(from),
+                                               panel, unit);
     });
     scores_.hide(next, end);
   }
@@ -272,24 +289,23 @@ class Absorbed {
   void follow(const Place* next) {
     stream_ = {};
     if (next == nullptr) return;
-    const LatentRun<S>& run = task_.rows.runs[next->run];
-    const Index count = std::min(next->count - next->begin, run.rows - next->row);
+    const LatentRun<S>& run = task_.rows.runs[next->cell.run];
+    const Index count = std::min(next->count - next->begin, run.rows - next->cell.row);
     const auto range = [&](const auto* from, Index step) {
       const auto at = reinterpret_cast<std::uintptr_t>(from);
       return std::pair{at, at + static_cast<std::uintptr_t>(count * step * Index(sizeof(*from)))};
     };
-    std::tie(stream_.at, stream_.end) = range(task_.rows.latent(run, next->row), task_.rows.latent_row_stride);
+    std::tie(stream_.at, stream_.end) = range(task_.rows.latent(run, next->cell.row), task_.rows.latent_row_stride);
     if constexpr (has_row_scale<S>)
-      std::tie(stream_.next, stream_.next_end) = range(task_.rows.rope(run, next->row), task_.rows.rope_row_stride);
+      std::tie(stream_.next, stream_.next_end) = range(task_.rows.rope(run, next->cell.row), task_.rows.rope_row_stride);
   }
 
   const Task<T, S>& task_;
   BlockRows<A, T, S> block_;
   Queries<A, Vectors, T, S> q_;
-  LaneMasks<panel, T, S> masks_;
   Scores scores_;
   T* row_;  // a latent, widened
-  Index n_;
+  Index first_, n_;
   LaneState<T> state_{};
   Stream stream_;
 };

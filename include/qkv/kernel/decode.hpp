@@ -39,19 +39,11 @@ namespace qkv::inline QKV_ABI::kernel {
 
 inline constexpr Index decode_split = 8 * decode_chunk;
 
-/// f(split) for all splits that hold keys, in ascending order.
-template <StorageType S, class F>
-void for_each_split(const KeyRows<S>& keys, F&& f) {
-  for_each_chunk(keys, decode_split, [&](Index first, std::size_t run, Index base, Index row) {
-    f(Chunk{first, run, base, row});
-  });
-}
-
 /// Whether rows of one split are worth waking other threads for: more than 1024 rows of 8 kv heads of 128. Measured on two
 /// cores: 1024 such rows in float take as long on two threads as on one, in int8 0.9 to 1.3 of the time; 2048 0.9 and 0.8.
 template <class T, StorageType S>
 bool decode_in_parallel(const Task<T, S>& task) {
-  return task.keys.rows * task.heads.kv_heads * (task.head_dim() + task.v_head_dim()) >= Index{3} << 20;
+  return task.keys.rows * task.heads.kv_heads * (task.head_dim + task.v_head_dim) >= Index{3} << 20;
 }
 
 /// How many kv heads take turns: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the
@@ -65,14 +57,14 @@ template <class D, class T, StorageType S>
 Index decode_heads_at_once(const Task<T, S>& task) {
   return decode_heads_at_once(
       task.keys.key_head_stride * static_cast<Index>(sizeof(S)), task.heads.kv_heads,
-      decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim(), task.v_head_dim()));
+      decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim));
 }
 
 /// Adds the keys of one split, whose state is `state`, to what is in `into`. Splits are merged in ascending order.
 template <class T, StorageType S>
 void merge_split(const Task<T, S>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
   using V = Simd<T>;
-  const Index dv = task.v_head_dim(), width = whole_registers<T>(dv), group = task.heads.group_size();
+  const Index dv = task.v_head_dim, width = whole_registers<T>(dv), group = task.heads.group_size();
   for (Index i = 0; i < task.n_queries() * group; ++i) {
     if (state.m[i] == detail::minus_infinity<T>) continue;
     const Index query = i / group, head = kv_head * group + i % group;
@@ -102,7 +94,7 @@ class Decode {
     detail::Carver carver(scratch);
     Head* const heads = carver.take<Head>(count);
     const auto of_one = static_cast<Index>(
-        decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim(), task.v_head_dim()));
+        decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim));
     for (Index h = 0; h < count; ++h) std::construct_at(heads + h, task, first + h, carver.take<std::byte>(of_one));
     heads_ = {heads, static_cast<std::size_t>(count)};
   }
@@ -115,61 +107,49 @@ class Decode {
 
   /// All keys, split by split, merged into `into`.
   void run(const StateView<T>& into) {
-    for_each_split(task_.keys, [&](const Chunk& split) {
+    for (const GridCell& split : GridCells(task_.keys.runs, decode_split, task_.keys.first_row)) {
       for (Head& head : heads_) head.begin(head.own_state());
       add_split(split);
       for (const Head& head : heads_) merge_split(task_, head.kv_head(), head.own_state(), into);
-    });
+    }
   }
 
   /// The keys of one split; leaves their states in state_of(kv_head).
   template <class StateOf>
-  void run_split(const Chunk& split, const StateOf& state_of) {
+  void run_split(const GridCell& split, const StateOf& state_of) {
     for (Head& head : heads_) head.begin(state_of(head.kv_head()));
     add_split(split);
   }
 
  private:
-  void add_split(const Chunk& split) {
-    for_each_chunk(task_.keys, decode_chunk, split.run, split.base, split.row, split.first + decode_split,
-                   [&](Index first, std::size_t run, Index base, Index row) {
-                     const Chunk chunk{first, run, base, row};
-                     for (Head& head : heads_) head.begin_chunk();
-                     for_each_turn<false>(
-                         chunk, [](Head& head, const auto& piece, const auto& then) { head.score(piece, then); });
-                     for (Head& head : heads_) head.weigh();
-                     for_each_turn<true>(
-                         chunk, [](Head& head, const auto& piece, const auto& then) { head.add_values(piece, then); });
-                     for (Head& head : heads_) head.end_chunk();
-                   });
+  void add_split(const GridCell& split) {
+    for (const GridCell& chunk : GridCells(task_.keys.runs, decode_chunk, split, split.first + decode_split)) {
+      for (Head& head : heads_) head.begin_chunk();
+      for (const GridPiece& piece : GridPieces(task_.keys.runs, decode_chunk, chunk))
+        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].score(piece, next_rows<false>(chunk, piece, h));
+      for (Head& head : heads_) head.weigh();
+      for (const GridPiece& piece : GridPieces(task_.keys.runs, decode_chunk, chunk))
+        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].add_values(piece, next_rows<true>(chunk, piece, h));
+      for (Head& head : heads_) head.end_chunk();
+    }
   }
 
-  /// f(head, piece, then) for all pieces of the chunk and all heads; `then`: the rows of the next turn.
-  template <bool Values, class Turn>
-  void for_each_turn(const Chunk& chunk, const Turn& f) {
-    for_each_piece(task_.keys, decode_chunk, chunk.first, chunk.run, chunk.base, chunk.row,
-                   [&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
-                     const Piece<S> piece{&run, base, row, count, column};
-                     for (std::size_t h = 0; h + 1 < heads_.size(); ++h)
-                       f(heads_[h], piece, heads_[h + 1].template rows<Values>(run, row, count));
-                     f(heads_.back(), piece, after<Values>(chunk, piece));
-                   });
-  }
-
-  /// The first head's rows after a piece: of the next one; where the chunk ends, its values or the keys of the next chunk.
+  /// The rows that are read after a piece of head h: the next head's; after the last head the first one's of the next piece;
+  /// where the chunk ends, its values or the keys of the next chunk.
   template <bool Values>
-  Rows<S> after(const Chunk& chunk, const Piece<S>& piece) const {
+  Rows<S> next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
+    if (h + 1 < heads_.size()) return heads_[h + 1].template rows<Values>(piece.run, piece.row, piece.count);
     const auto runs = task_.keys.runs;
-    auto r = static_cast<std::size_t>(piece.run - runs.data());
+    std::size_t r = piece.run;
     Index row = piece.row + piece.count;
     while (r < runs.size() && row == runs[r].rows) row = 0, ++r;
     const bool ends = r == runs.size() || runs[r].position + row >= chunk.first + decode_chunk;
-    const auto rows_of = [&]<bool V>(std::bool_constant<V>, std::size_t i, Index first) {
-      return heads_.front().template rows<V>(runs[i], first, runs[i].rows - first);
-    };
-    if (ends && !Values) return rows_of(std::true_type{}, chunk.run, chunk.row);
+    const bool values = ends != Values;
+    if (ends && values) r = chunk.run, row = chunk.row;
     if (r == runs.size()) return {};
-    return ends ? rows_of(std::false_type{}, r, row) : rows_of(std::bool_constant<Values>{}, r, row);
+    const Head& head = heads_.front();
+    return values ? head.template rows<true>(r, row, runs[r].rows - row)
+                  : head.template rows<false>(r, row, runs[r].rows - row);
   }
 
   const Task<T, S>& task_;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "decode_scratch.hpp"
@@ -63,9 +64,9 @@ class DecodeHead {
         kv_head_(kv_head),
         n_(task.n_queries() * task.heads.group_size()),
         carver_(scratch),
-        s_(carver_, n_, task.head_dim(), task.v_head_dim()),
+        s_(carver_, n_, task.head_dim, task.v_head_dim),
         state_(s_.state) {
-    for (Index i = 0; i < n_; ++i) s_.q.pack(i, task_.query(query(i), head(i)), task_.head_dim(), task_.scale);
+    for (Index i = 0; i < n_; ++i) s_.q.pack(i, task_.query(query(i), head(i)), task_.head_dim, task_.scale);
   }
 
   Index kv_head() const { return kv_head_; }
@@ -76,21 +77,20 @@ class DecodeHead {
     state_ = state;
     std::fill_n(state.m, n_, detail::minus_infinity<T>);
     std::fill_n(state.l, n_, T(0));
-    std::fill_n(state.o, n_ * whole_registers<T>(task_.v_head_dim()), T(0));
+    std::fill_n(state.o, n_ * whole_registers<T>(task_.v_head_dim), T(0));
   }
 
   /// A chunk begins: its pieces are scored, then it is weighed, then the values of its pieces are added.
   void begin_chunk() { s_.chunk.begin(); }
 
   /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
-  void score(const Piece<S>& piece, const Rows<S>& then) {
-    const PairTile pairs = task_.tile(head(0), task_.heads.group_size(), 0, n_, *piece.run, piece.base, piece.row,
-                                      piece.count);
+  void score(const GridPiece& piece, const Rows<S>& then) {
+    const PairTile pairs = task_.tile(head(0), task_.heads.group_size(), 0, n_, piece, 0, piece.count);
     const Cover cover = task_.rule.cover(pairs);
     if (cover == Cover::none) return;
     s_.chunk.begin_scores(piece.column, piece.count);
     if constexpr (has_row_scale<S>) fetch_scales(piece);
-    const Rows<S> keys = rows<false>(*piece.run, piece.row, piece.count);
+    const Rows<S> keys = rows<false>(piece.run, piece.row, piece.count);
     for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
       dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), s_.q, fetch(keys, k + block, then),
                   s_.chunk.scores(0, piece.column + k), decode_chunk);
@@ -100,14 +100,14 @@ class DecodeHead {
   /// From the scores of a chunk to weights.
   void weigh() {
     if (s_.chunk.empty()) return;
-    s_.chunk.weigh(state_, task_.v_head_dim());
-    if constexpr (Sums::integers) std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim()), 0);
+    s_.chunk.weigh(state_, task_.v_head_dim);
+    if constexpr (Sums::integers) std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim), 0);
   }
 
   /// The values of a piece. Rows `then` will be read next.
-  void add_values(const Piece<S>& piece, const Rows<S>& then) {
+  void add_values(const GridPiece& piece, const Rows<S>& then) {
     if (s_.chunk.empty()) return;
-    const Rows<S> values = rows<true>(*piece.run, piece.row, piece.count);
+    const Rows<S> values = rows<true>(piece.run, piece.row, piece.count);
     const Index block = block_rows(values.width);
     for (Index k = 0, some = 0; k < piece.count; k += std::max<Index>(some, 1)) {
       const Index most = std::min(block, piece.count - k), column = piece.column + k;
@@ -129,7 +129,7 @@ class DecodeHead {
   void end_chunk() {
     if constexpr (Sums::integers) {
       if (s_.chunk.empty()) return;
-      const Index dv = task_.v_head_dim();
+      const Index dv = task_.v_head_dim;
       for (Index i = 0; i < n_; ++i)
         if (const T largest = s_.chunk.largest(i); largest != T(0))
           Sums::finish(s_.sums + i * Sums::row(dv), largest, dv, state_.o + i * whole_registers<T>(dv));
@@ -138,10 +138,11 @@ class DecodeHead {
 
   /// Keys or values of this head.
   template <bool Values>
-  Rows<S> rows(const KeyRun<S>& run, Index row, Index count) const {
+  Rows<S> rows(std::size_t r, Index row, Index count) const {
     const auto& keys = task_.keys;
-    if constexpr (Values) return {keys.value(run, kv_head_, row), keys.value_row_stride, count, task_.v_head_dim()};
-    return {keys.key(run, kv_head_, row), keys.key_row_stride, count, task_.head_dim()};
+    const KeyRun<S>& run = keys.runs[r];
+    if constexpr (Values) return {keys.value(run, kv_head_, row), keys.value_row_stride, count, task_.v_head_dim};
+    return {keys.key(run, kv_head_, row), keys.key_row_stride, count, task_.head_dim};
   }
 
  private:
@@ -150,13 +151,14 @@ class DecodeHead {
 
   /// What is left to do to q·k: the scales of the rows, the score function, the mask. Scales are multiplied with here only
   /// where something else follows.
-  void finish_scores(const Piece<S>& piece, const PairTile& pairs, Cover cover) {
+  void finish_scores(const GridPiece& piece, const PairTile& pairs, Cover cover) {
     const bool all = cover != Cover::all || !task_.rule.plain;
     if constexpr (has_row_scale<S>) {
       T* const scale_k = s_.chunk.key_scales(piece.column);
       T* const scale_v = s_.chunk.value_scales(piece.column);
       const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
-      const float *const k = piece.run->key_scales + at, *const v = piece.run->value_scales + at;
+      const KeyRun<S>& run = task_.keys.runs[piece.run];
+      const float *const k = run.key_scales + at, *const v = run.value_scales + at;
       if (stride == 1) {
         std::copy_n(k, piece.count, scale_k);
         std::copy_n(v, piece.count, scale_v);
@@ -175,11 +177,12 @@ class DecodeHead {
     task_.rule.template finish<Inner::keys>(pairs, cover, s_.chunk.scores(0, piece.column), decode_chunk);
   }
   /// Asked for before the rows are multiplied: in pages scales are too short for the processor to foresee them.
-  void fetch_scales(const Piece<S>& piece) const {
+  void fetch_scales(const GridPiece& piece) const {
+    const KeyRun<S>& run = task_.keys.runs[piece.run];
     const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
     for (Index j = 0; j < piece.count; j += 16) {
-      prefetch_near(piece.run->key_scales + at + j * stride);
-      prefetch_near(piece.run->value_scales + at + j * stride);
+      prefetch_near(run.key_scales + at + j * stride);
+      prefetch_near(run.value_scales + at + j * stride);
     }
   }
 
@@ -194,7 +197,7 @@ class DecodeHead {
   /// are one and a half blocks: 9, 11, 14, 16 and 20 KB reach .70 to .76.
   std::uintptr_t further() const {
     constexpr Index from_memory = Index{32} << 20;
-    const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim() + task_.v_head_dim());
+    const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim + task_.v_head_dim);
     return wide<S> && numbers >= from_memory / static_cast<Index>(sizeof(S)) ? 12288 : 0;
   }
   /// What is read after the first `done` rows: the next block of them, or of `then`. Lines are asked for while other rows

@@ -17,20 +17,6 @@ namespace qkv::inline QKV_ABI::kernel {
 
 inline constexpr Index decode_chunk = 256;
 
-/// Keys at the positions of a grid from `first` on: where they begin, as for_each_chunk tells it.
-struct Chunk {
-  Index first;
-  std::size_t run;
-  Index base, row;
-};
-
-/// Rows row … row + count - 1 of a run, at columns column … of the chunk; the run's first row is logical row base.
-template <StorageType S>
-struct Piece {
-  const KeyRun<S>* run;
-  Index base, row, count, column;
-};
-
 /// The states of n queries over the keys of one split.
 template <class T>
 struct DecodeState {

@@ -7,7 +7,7 @@
 //
 // The powers themselves, in each arithmetic: kernel/panel_softmax.hpp.
 //
-// Before: kernel/lane_masks.hpp   Next: kernel/absorbed.hpp
+// Before: kernel/latent_queries.hpp   Next: kernel/absorbed.hpp
 #pragma once
 
 #include <algorithm>

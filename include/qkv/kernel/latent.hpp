@@ -78,7 +78,7 @@ void merge_rows(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const
                 const StateView<T>& state, Workspace& workspace, const detail::AnyExecutor& executor) {
   keys.runs = {&run, 1};
   keys.rows = run.rows;
-  const Task<T, Key> part{q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position};
+  const Task<T, Key> part(q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position);
   detail::launch(choose_kernel<T>(task.kernel, q.rows()), part, detail::rule_of<T, Key>(*task.mask, *task.score), state,
                  workspace, executor, detail::nothing_more, detail::Start::merge);
 }

@@ -75,7 +75,7 @@ class BlockRows {
     place_ = place;
     inspected_ = false;
     n_dropped_ = 0;
-    const LatentRun<S>& run = rows_.runs[place.run];
+    const LatentRun<S>& run = rows_.runs[place.cell.run];
     if (in_place(place)) {
       if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place));
       step_ = rows_.latent_row_stride;
@@ -101,7 +101,7 @@ class BlockRows {
   const RopeNumber* rope(Index column) const {
     if constexpr (A::shorts)
       if (place_.whole)
-        return rows_.rope(rows_.runs[place_.run], place_.row) + (column - place_.begin) * rows_.rope_row_stride;
+        return rows_.rope(rows_.runs[place_.cell.run], place_.cell.row) + (column - place_.begin) * rows_.rope_row_stride;
     return rope_ + column * rope_step();
   }
   Index rope_stride() const {
@@ -120,15 +120,16 @@ class BlockRows {
   }
   /// The latent of a column as T.
   void load_latent(Index column, T* to) const {
-    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index at) {
-      if (column >= at && column < at + count) {
-        const Index r = row + column - at;
-        widen_row(rows_.latent(run, r), rows_.latent_dim, rows_.scale(run, r), to);
-      }
-    });
+    for (const GridPiece& piece : pieces()) {
+      if (column < piece.column || column >= piece.column + piece.count) continue;
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      const Index row = piece.row + column - piece.column;
+      widen_row(rows_.latent(run, row), rows_.latent_dim, rows_.scale(run, row), to);
+    }
   }
 
  private:
+  GridPieces<LatentRun<S>> pieces() const { return {rows_.runs, n_rows, place_.cell}; }
   ColumnRows<Element> columns() const { return {first_, step_, place_.begin, place_.count, rows_.latent_dim}; }
   Index copied_dim() const { return A::scaled ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
   Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
@@ -136,7 +137,7 @@ class BlockRows {
   Index packed_step() const {
     return round_up(rows_.latent_dim, 32) + 16;
   }  // not a multiple of 4 KB: all in one L1 set
-  const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.row); }
+  const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
 
   bool in_place(const Place& place) const {
     if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
@@ -144,7 +145,7 @@ class BlockRows {
       return A::scaled;
     else
       return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
-             rows_.rope(rows_.runs[place.run], 0) == rows_.latent(rows_.runs[place.run], 0) + rows_.latent_dim;
+             rows_.rope(rows_.runs[place.cell.run], 0) == rows_.latent(rows_.runs[place.cell.run], 0) + rows_.latent_dim;
   }
 
   void copy() {
@@ -158,14 +159,15 @@ class BlockRows {
         std::fill_n(copy_ + next * step, step, Element(0));
       }
     };
-    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
-      clear(column);
-      for (Index i = 0; i < count; ++i, ++next) {
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      clear(piece.column);
+      for (Index i = 0; i < piece.count; ++i, ++next) {
         Element* const to = copy_ + next * step;
-        const S* const c = rows_.latent(run, row + i);
-        [[maybe_unused]] const WideStorage<S>* const r = rows_.rope(run, row + i);
+        const S* const c = rows_.latent(run, piece.row + i);
+        [[maybe_unused]] const WideStorage<S>* const r = rows_.rope(run, piece.row + i);
         if constexpr (!words) {
-          widen_row(c, latent, rows_.scale(run, row + i), to);
+          widen_row(c, latent, rows_.scale(run, piece.row + i), to);
           widen_row(r, rope, 1.0F, to + latent);
         } else if constexpr (A::scaled) {
           std::copy_n(c, latent, to);
@@ -175,34 +177,36 @@ class BlockRows {
         }
         std::fill(to + copied_dim(), to + step, Element(0));
       }
-    });
+    }
   }
 
   static constexpr Word key_bits = 0xFFFFFFFFU >> (32 - 32 / A::keys);  // of one key in a word of values
   void inspect() {
     inspected_ = true;
-    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
-      for (Index i = 0; i < count; ++i) {
-        const S* const c = rows_.latent(run, row + i);
-        const T scale = static_cast<T>(rows_.scale(run, row + i));
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      for (Index i = 0; i < piece.count; ++i) {
+        const S* const c = rows_.latent(run, piece.row + i);
+        const T scale = static_cast<T>(rows_.scale(run, piece.row + i));
         bool finite = true;
         for (Index x = 0; x < rows_.latent_dim; ++x) finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
-        dropped_[static_cast<std::size_t>(n_dropped_++)] = column + i;
+        dropped_[static_cast<std::size_t>(n_dropped_++)] = piece.column + i;
         if constexpr (words && !A::shorts)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
-            packed_[(column + i) / A::keys * packed_step() + x] &=
-                ~(key_bits << (32 / A::keys * ((column + i) % A::keys)));
+            packed_[(piece.column + i) / A::keys * packed_step() + x] &=
+                ~(key_bits << (32 / A::keys * ((piece.column + i) % A::keys)));
       }
-    });
+    }
   }
 
   /// Scales of the rows, and what follows from them and from the latents.
   void take_scales() {
     std::fill_n(scales_, n_rows, 0.0F);
-    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
-      for (Index i = 0; i < count; ++i) scales_[column + i] = rows_.scale(run, row + i);
-    });
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      for (Index i = 0; i < piece.count; ++i) scales_[piece.column + i] = rows_.scale(run, piece.row + i);
+    }
     if constexpr (A::shorts)
       for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
 #ifdef QKV_DETAIL_WORDS
@@ -217,10 +221,11 @@ class BlockRows {
   void take_rope() {
     if (A::shorts && place_.whole) return;
     std::fill_n(rope_, n_rows * rope_step(), RopeNumber(0));
-    for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
-      for (Index i = 0; i < count; ++i)
-        pack_rope(rows_.rope(run, row + i), rows_.rope_dim, rope_ + (column + i) * rope_step());
-    });
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      for (Index i = 0; i < piece.count; ++i)
+        pack_rope(rows_.rope(run, piece.row + i), rows_.rope_dim, rope_ + (piece.column + i) * rope_step());
+    }
   }
 
   LatentRows<S> rows_;

@@ -3,10 +3,7 @@
 //     block b: the rows at positions [b·block_rows, (b + 1)·block_rows), column = position - b·block_rows
 //     split s: the blocks at positions [s·split_rows, (s + 1)·split_rows), merged in ascending order
 //
-//     runs (pages)   ├──── 0 ────┤├──── 1 ────┤     ├─── 2 ───┤
-//     blocks         ├── 0 ──┼── 1 ──┼── 2 ──┼── 3 ──┼── 4 ──┤     block 1 has two pieces, block 3 two and a gap
-//
-// The grid is absolute: how rows were appended and where they lie does not change a bit.
+// The grid is absolute (kernel/position_grid.hpp): how rows were appended and where they lie does not change a bit.
 //
 // Before: kernel/latent_tiles.hpp   Next: kernel/latent_packing.hpp
 #pragma once
@@ -16,6 +13,7 @@
 
 #include "../detail/latent_rows.hpp"
 #include "latent_tiles.hpp"
+#include "position_grid.hpp"
 
 namespace qkv::inline QKV_ABI::kernel::absorbed {
 
@@ -29,57 +27,26 @@ inline constexpr Index split_rows = 768;
 
 constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
-/// Where a block's rows are.
+/// A block and where its rows are.
 struct Place {
-  Index first = 0;      // position of column 0
-  Index begin = 0;      // first column held
-  Index count = 0;      // one past the last column held
-  std::size_t run = 0;  // where its rows begin: run, logical row of that run's first row, row in the run
-  Index base = 0, row = 0;
+  GridCell cell;
+  Index begin = 0;     // first column held
+  Index count = 0;     // one past the last column held
   bool whole = false;  // all in one run
 };
 
-/// The pieces of a block: f(run, base, row, count, column).
-template <Index Rows, StorageType S, class F>
-void for_each_piece(const LatentRows<S>& rows, const Place& place, F&& f) {
-  Index base = place.base, row = place.row;
-  for (std::size_t r = place.run; r < rows.runs.size(); base += rows.runs[r].rows, row = 0, ++r) {
-    const auto& run = rows.runs[r];
-    if (run.rows == 0) continue;
-    const Index end = std::min(run.rows, place.first + Rows - run.position);
-    if (end <= row) return;
-    f(run, base, row, end - row, run.position + row - place.first);
+/// The block in a cell of the grid of `rows` positions.
+template <StorageType S>
+Place place_of(const LatentRows<S>& all, Index rows, const GridCell& cell) {
+  Place place{.cell = cell, .begin = rows};
+  Index pieces = 0;
+  for (const GridPiece& piece : GridPieces(all.runs, rows, cell)) {
+    place.begin = std::min(place.begin, piece.column);
+    place.count = piece.column + piece.count;
+    ++pieces;
   }
-}
-
-/// f(place) for all blocks that hold a row, in ascending position.
-template <Index Rows, StorageType S, class F>
-void for_each_block(const LatentRows<S>& rows, F&& f) {
-  const auto& runs = rows.runs;
-  std::size_t r = 0;
-  Index base = 0, row = 0;  // logical row of the run's first row; next row inside the run
-  while (r < runs.size()) {
-    if (row == runs[r].rows) {
-      base += runs[r].rows, row = 0, ++r;
-      continue;
-    }
-    const Index first = (runs[r].position + row) / Rows * Rows;
-    Place place{.first = first, .begin = Rows, .run = r, .base = base, .row = row};
-    Index pieces = 0;
-    for_each_piece<Rows>(rows, place, [&](const LatentRun<S>&, Index, Index, Index count, Index column) {
-      place.begin = std::min(place.begin, column);
-      place.count = column + count;
-      ++pieces;
-    });
-    place.whole = pieces == 1;
-    f(place);
-    while (r < runs.size()) {
-      row = std::min(runs[r].rows, first + Rows - runs[r].position);
-      if (row < runs[r].rows) break;
-      base += runs[r].rows, row = 0, ++r;
-      if (r < runs.size() && runs[r].position >= first + Rows) break;
-    }
-  }
+  place.whole = pieces == 1;
+  return place;
 }
 
 }  // namespace qkv::inline QKV_ABI::kernel::absorbed

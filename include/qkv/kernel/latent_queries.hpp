@@ -15,7 +15,7 @@
 // The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are
 // narrow already.
 //
-// Before: kernel/latent_blocks.hpp   Next: kernel/lane_masks.hpp
+// Before: kernel/latent_blocks.hpp   Next: kernel/lane_scores.hpp
 #pragma once
 
 #include <algorithm>

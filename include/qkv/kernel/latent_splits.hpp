@@ -53,8 +53,7 @@ void run(const Task<T, S>& task, const StateView<T>& state, Workspace& workspace
   using Worker = Absorbed<A, Vectors, T, S>;
   constexpr Index rows = block_rows<A::words>;
   static_assert(split_rows % rows == 0);
-  Index n_blocks = 0;
-  for_each_block<rows>(task.rows, [&](const Place&) { ++n_blocks; });
+  const Index n_blocks = count_cells(task.rows.runs, rows);
   if (n_blocks == 0) return;
   detail::Carver count(nullptr);
   const Index room = round_up(n_blocks + 1, 64);  // a growing cache seldom needs more
@@ -64,10 +63,10 @@ void run(const Task<T, S>& task, const StateView<T>& state, Workspace& workspace
   Place* const places = carver.take<Place>(room);
   Index* const splits = carver.take<Index>(room);  // first block of each
   Index n_splits = 0, b = 0;
-  for_each_block<rows>(task.rows, [&](const Place& place) {
-    if (b == 0 || place.first / split_rows != places[b - 1].first / split_rows) splits[n_splits++] = b;
-    places[b++] = place;
-  });
+  for (const GridCell& cell : GridCells(task.rows.runs, rows)) {
+    if (b == 0 || cell.first / split_rows != places[b - 1].cell.first / split_rows) splits[n_splits++] = b;
+    places[b++] = place_of(task.rows, rows, cell);
+  }
   splits[n_splits] = n_blocks;
 
   const Index lanes = task.lanes();

@@ -10,7 +10,7 @@
 //     absorbed    lanes are heads of one query after another         [key][lane]
 //     decode      lanes are the heads of a group, query after query  [lane][key]
 //
-// Before: key_rows.hpp   Next: kernel/task.hpp
+// Before: key_rows.hpp   Next: kernel/position_grid.hpp
 #pragma once
 
 #include "../mask.hpp"

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 
 #include "panels.hpp"
 #include "task.hpp"
@@ -29,7 +30,7 @@ struct Columns {
   bool holds(Index column) const { return begin <= column && column < end; }
 };
 
-template <class T, StorageType S>
+template <class T>
 class PanelMask {
   using V = Simd<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
@@ -41,8 +42,9 @@ class PanelMask {
   static_assert(step % TileShape<T>::rows == 0 && tile_keys % step == 0);
 
   /// `n_queries` <= lanes queries from row `query` on, of one head, and a block of keys.
-  PanelMask(const Task<T, S>& task, const KeyBlock& block, Index head, Index query, Index n_queries)
-      : task_(task), block_(block), head_(head), query_(query), n_queries_(n_queries) {
+  PanelMask(const QueryTask<T>& task, std::span<const RunShape> runs, const KeyBlock& block, Index head, Index query,
+            Index n_queries)
+      : task_(task), runs_(runs), block_(block), head_(head), query_(query), n_queries_(n_queries) {
     look();
   }
 
@@ -62,10 +64,11 @@ class PanelMask {
       for (; from < to; ++from) V::store(at + from * lanes, V::broadcast(detail::minus_infinity<T>));
     };
     Index next = begin;  // columns before it are done
-    each_piece([&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
-      if (column + count <= begin || column >= end) return;
+    for (const GridPiece& piece : pieces()) {
+      const Index column = piece.column;
+      if (column + piece.count <= begin || column >= end) continue;
       hide(next, column);
-      next = std::min(column + count, end);
+      next = std::min(column + piece.count, end);
       for (Index c = std::max(column, begin); c < next;) {
         const Cover cover = cover_[v][c / step];
         Index to = std::min(next, (c / step + 1) * step);
@@ -73,23 +76,19 @@ class PanelMask {
         if (cover == Cover::none)
           hide(c, to);
         else
-          task_.rule.template finish<Inner::lanes>(tile(v, run, base, row + c - column, to - c), cover, at + c * lanes,
-                                                   lanes, unit);
+          task_.rule.template finish<Inner::lanes>(tile(v, piece, c - column, to - c), cover, at + c * lanes, lanes, unit);
         c = to;
       }
-    });
+    }
     hide(next, end);
   }
 
  private:
-  template <class G>
-  void each_piece(G&& f) const {
-    for_each_piece(task_.keys, tile_keys, block_.first, block_.run, block_.base, block_.row, f);
-  }
+  GridPieces<RunShape> pieces() const { return {runs_, tile_keys, block_.cell}; }
   Index queries(Index v) const { return std::clamp<Index>(n_queries_ - v * V::width, 0, V::width); }
-  /// Register v × some keys.
-  PairTile tile(Index v, const KeyRun<S>& run, Index base, Index row, Index count) const {
-    return task_.tile(head_, 1, query_ + v * V::width, queries(v), run, base, row, count);
+  /// Register v × some keys of a piece.
+  PairTile tile(Index v, const GridPiece& piece, Index i, Index count) const {
+    return task_.tile(head_, 1, query_ + v * V::width, queries(v), piece, i, count);
   }
 
   void look() {
@@ -113,23 +112,26 @@ class PanelMask {
         i += some;
       }
     };
-    each_piece([&](const KeyRun<S>& run, Index base, Index row, Index count, Index column) {
+    for (const GridPiece& piece : pieces()) {
       const auto whole = [&](Index from, Index n) {
-        return task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, run, base, row + from, n));
+        return task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, piece, from, n));
       };
-      if (const Cover c = whole(0, count); c != Cover::some) return all_of(c, column, count);
-      for (Index i = 0; i < count;) {
-        const Index some = std::min(count - i, step - (column + i) % step);
+      if (const Cover c = whole(0, piece.count); c != Cover::some) {
+        all_of(c, piece.column, piece.count);
+        continue;
+      }
+      for (Index i = 0; i < piece.count;) {
+        const Index some = std::min(piece.count - i, step - (piece.column + i) % step);
         const Cover c = whole(i, some);
         for (Index v = 0; v < vectors; ++v)
           note(v,
                queries(v) == 0    ? Cover::none
                : c != Cover::some ? c
-                                  : task_.rule.cover(tile(v, run, base, row + i, some)),
-               column + i);
+                                  : task_.rule.cover(tile(v, piece, i, some)),
+               piece.column + i);
         i += some;
       }
-    });
+    }
     for (Columns& c : columns_) c.mixed = c.mixed || mixed;
     // Later queries are to see what is further on. Where a mask turns that round, both registers get all columns.
     Columns &left = columns_[0], &right = columns_[1];
@@ -137,7 +139,8 @@ class PanelMask {
       left = right = {std::min(left.begin, right.begin), std::max(left.end, right.end), true};
   }
 
-  const Task<T, S>& task_;
+  const QueryTask<T>& task_;
+  std::span<const RunShape> runs_;
   const KeyBlock& block_;
   Index head_, query_, n_queries_;
   Columns columns_[std::size_t(vectors)];

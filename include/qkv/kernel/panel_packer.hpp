@@ -38,13 +38,13 @@ class BlockPacker {
       if constexpr (A::quads) std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
     }
     Source sources[std::size_t(tile_keys)];
-    for_each_piece(
-        keys_, tile_keys, block_.first, block_.run, block_.base, block_.row,
-        [&](const KeyRun<S>& run, Index, Index row, Index n, Index column) {
-          for (Index i = 0; i < n;) i += pack_keys(run, row + i, n - i, column + i);
-          for (Index i = 0; i < n; ++i)
-            sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
-        });
+    for (const GridPiece& piece : GridPieces(keys_.runs, tile_keys, block_.cell)) {
+      const KeyRun<S>& run = keys_.runs[piece.run];
+      for (Index i = 0; i < piece.count;) i += pack_keys(run, piece.row + i, piece.count - i, piece.column + i);
+      for (Index i = 0; i < piece.count; ++i)
+        sources[piece.column + i] = {keys_.value(run, kv_head_, piece.row + i),
+                                     keys_.value_scale(run, kv_head_, piece.row + i)};
+    }
     drop_not_finite(sources);
     if constexpr (A::bytes)
       for (Index c = 0; c < block_.count; ++c) {
@@ -207,5 +207,26 @@ class BlockPacker {
   Index kv_head_, b_;
   KeyBlock& block_;
 };
+
+/// Blocks packed from rows of storage S; keys and runs outlive it.
+template <class A, StorageType S>
+BlockSource<A> block_source(const KeyRows<S>& keys, std::span<const RunShape> runs) {
+  using T = typename A::Scalar;
+  BlockSource<A> source{&keys, runs};
+  source.pack_block = [](const void* rows, const Panels<A>& panels, Index kv_head, Index b) {
+    BlockPacker<A, S>(panels, *static_cast<const KeyRows<S>*>(rows), kv_head, b).run();
+  };
+  source.value = [](const void* rows, Index kv_head, std::size_t run, Index row, Index x) {
+    const auto& all = *static_cast<const KeyRows<S>*>(rows);
+    return static_cast<T>(all.value(all.runs[run], kv_head, row)[x]) *
+           static_cast<T>(all.value_scale(all.runs[run], kv_head, row));
+  };
+  source.prefetch_rows = [](const void* rows, Index kv_head, std::size_t run, Index row, Index n, FetchList& list) {
+    const auto& all = *static_cast<const KeyRows<S>*>(rows);
+    list.add(FetchRows::of(all.key(all.runs[run], kv_head, row), all.key_row_stride, all.head_dim, n));
+    list.add(FetchRows::of(all.value(all.runs[run], kv_head, row), all.value_row_stride, all.v_head_dim, n));
+  };
+  return source;
+}
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -43,26 +43,28 @@ struct QueryPanel {
 };
 
 /// What panels of one head do with one block after another.
-template <class A, class T, StorageType S>
+template <class A>
 class PanelStep {
+  using T = typename A::Scalar;
   using Number = typename A::Number;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Softmax = PanelSoftmax<A>;
-  using Mask = PanelMask<T, S>;
+  using Mask = PanelMask<T>;
   using Panel = QueryPanel<A>;
   using Shape = TileShape<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors, rows = TileShape<T>::rows;
 
  public:
   /// Scratch: scores and hidden [tile_keys, lanes].
-  PanelStep(const Task<T, S>& task, const Panels<A>& panels, Index head, T* scores, bool* hidden)
-      : task_(task), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
+  PanelStep(const QueryTask<T>& task, const BlockSource<A>& source, const Panels<A>& panels, Index head, T* scores,
+            bool* hidden)
+      : task_(task), source_(source), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
 
   /// Merges block b into the state of the panel. `fetch` is asked for meanwhile.
   void run(Index b, const Panel& p, FetchList& fetch) {
     const KeyBlock& block = panels_.blocks[b];
-    const Mask mask(task_, block, head_, p.query, p.n);
+    const Mask mask(task_, source_.runs, block, head_, p.query, p.n);
     if (mask.all_empty()) return;
     static_assert(vectors == 2);
     const Columns &left = mask.columns(0), &right = mask.columns(1);
@@ -167,7 +169,7 @@ class PanelStep {
     }
     if (!moved) return;
     T* at = panel.o;
-    for (Index x = 0; x < task_.v_head_dim(); ++x, at += lanes)
+    for (Index x = 0; x < task_.v_head_dim; ++x, at += lanes)
       for (Index v = 0; v < vectors; ++v)
         V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(keep + v * V::width)));
   }
@@ -198,25 +200,22 @@ class PanelStep {
     }
   }
   void add_not_finite(const KeyBlock& block, Index b, const Panel& p) const {
-    const Index dv = task_.v_head_dim();
+    const Index kv_head = task_.heads.kv_head(head_);
     for (Index i = 0; i < block.not_finite; ++i) {
       const Index c = panels_.not_finite[b * tile_keys + i];
-      for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
-                     [&](const KeyRun<S>& run, Index, Index row, Index count, Index column) {
-                       if (c < column || c >= column + count) return;
-                       const Index kv_head = task_.heads.kv_head(head_), at = row + c - column;
-                       const S* const value = task_.keys.value(run, kv_head, at);
-                       const T scale = static_cast<T>(task_.keys.value_scale(run, kv_head, at));
-                       for (Index lane = 0; lane < p.n; ++lane)
-                         if (!hidden_[c * lanes + lane])
-                           for (Index x = 0; x < dv; ++x)
-                             p.sums.o[x * lanes + lane] +=
-                                 Softmax::weight(s_, c, lane) * (static_cast<T>(value[x]) * scale);
-                     });
+      for (const GridPiece& piece : GridPieces(source_.runs, tile_keys, block.cell)) {
+        if (c < piece.column || c >= piece.column + piece.count) continue;
+        for (Index x = 0; x < task_.v_head_dim; ++x) {
+          const T value = source_.value(source_.keys, kv_head, piece.run, piece.row + c - piece.column, x);
+          for (Index lane = 0; lane < p.n; ++lane)
+            if (!hidden_[c * lanes + lane]) p.sums.o[x * lanes + lane] += Softmax::weight(s_, c, lane) * value;
+        }
+      }
     }
   }
 
-  const Task<T, S>& task_;
+  const QueryTask<T>& task_;
+  const BlockSource<A>& source_;
   const Panels<A>& panels_;
   Index head_;
   T* s_;          // [tile_keys, lanes]: scores, then weights

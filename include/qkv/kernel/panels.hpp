@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 #include "../workspace.hpp"
 #include "arithmetic.hpp"
@@ -34,11 +35,9 @@ inline constexpr Index tile_keys = 192;
 
 /// One block of the grid that holds at least one key.
 struct KeyBlock {
-  Index first = 0;      // position of column 0
-  Index begin = 0;      // first column held
-  Index count = 0;      // one past the last column held
-  std::size_t run = 0;  // where its rows begin: run, logical row of that run's first row, row in the run
-  Index base = 0, row = 0;
+  GridCell cell;
+  Index begin = 0;  // first column held
+  Index count = 0;  // one past the last column held
   Index not_finite = 0;  // value rows that are not
   bool gaps = false;     // a column in between holds no row
   bool packed = false;
@@ -90,14 +89,6 @@ struct Panels {
   Number* block_values(Index b) const { return values + b * value_stride(); }
 };
 
-/// Blocks of the grid that hold a key of `keys`.
-template <StorageType S>
-Index count_blocks(const KeyRows<S>& keys) {
-  Index n = 0;
-  for_each_chunk(keys, tile_keys, [&](Index, std::size_t, Index, Index) { ++n; });
-  return n;
-}
-
 /// How many kv heads are packed at a time: as many as fit 32 MB, so that threads meet seldom and memory stays bounded.
 inline Index heads_at_once(std::size_t bytes_per_head, Index kv_heads) {
   constexpr std::size_t budget = std::size_t{32} << 20;
@@ -112,22 +103,37 @@ std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
   return carver.used();
 }
 
-/// Fills the blocks' descriptions, in order.
-template <class A, StorageType S>
-void describe_blocks(const Panels<A>& panels, const KeyRows<S>& keys) {
+/// Fills the blocks' descriptions, in order; `first_row`: logical row of the first.
+template <class A>
+void describe_blocks(const Panels<A>& panels, std::span<const RunShape> runs, Index first_row) {
   KeyBlock* block = panels.blocks;
-  for_each_chunk(keys, tile_keys, [&](Index first, std::size_t r, Index base, Index row) {
-    *block = {.first = first, .begin = tile_keys, .run = r, .base = base, .row = row};
+  for (const GridCell& cell : GridCells(runs, tile_keys, first_row)) {
+    *block = {.cell = cell, .begin = tile_keys};
     Index held = 0;
-    for_each_piece(keys, tile_keys, first, r, base, row,
-                   [&](const KeyRun<S>&, Index, Index, Index count, Index column) {
-                     block->begin = std::min(block->begin, column);
-                     block->count = column + count;
-                     held += count;
-                   });
+    for (const GridPiece& piece : GridPieces(runs, tile_keys, cell)) {
+      block->begin = std::min(block->begin, piece.column);
+      block->count = piece.column + piece.count;
+      held += piece.count;
+    }
     block->gaps = held < block->count;
     ++block;
-  });
+  }
 }
+
+/// Where packed blocks come from: rows of whatever storage. The tiled kernel knows nothing else of them.
+template <class A>
+struct BlockSource {
+  using T = typename A::Scalar;
+
+  const void* keys = nullptr;  // KeyRows<S>
+  std::span<const RunShape> runs;
+  void (*pack_block)(const void* keys, const Panels<A>&, Index kv_head, Index b) = nullptr;
+  /// Feature x of a value row.
+  T (*value)(const void* keys, Index kv_head, std::size_t run, Index row, Index x) = nullptr;
+  /// Adds keys and values of n rows to what is prefetched.
+  void (*prefetch_rows)(const void* keys, Index kv_head, std::size_t run, Index row, Index n, FetchList&) = nullptr;
+
+  void pack(const Panels<A>& panels, Index kv_head, Index b) const { pack_block(keys, panels, kv_head, b); }
+};
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -56,7 +56,7 @@ T reference_weights(const Task<T, S>& task, const M& mask, const F& score, Index
       const T* q = task.query(query, head);
       const S* k = task.keys.key(run, kv_head, r);
       T dot = 0;
-      for (Index d = 0; d < task.head_dim(); ++d) dot += q[d] * static_cast<T>(k[d]);
+      for (Index d = 0; d < task.head_dim; ++d) dot += q[d] * static_cast<T>(k[d]);
       if constexpr (has_row_scale<S>) dot *= static_cast<T>(task.keys.key_scale(run, kv_head, r));
       row[j] = task.scale * dot;
       if (stage >= Stage::scored) row[j] = score(row[j], at);
@@ -83,14 +83,14 @@ T reference(const Task<T, S>& task, const M& mask, const F& score, Index head, I
   reference_weights(task, mask, score, head, query, sink, Stage::masked, row);
   for (Index j = 0; j < task.keys.rows; ++j) seen[j] = row[j] != detail::minus_infinity<T>;
   const T lse = reference_weights(task, mask, score, head, query, sink, Stage::probabilities, row);
-  for (Index d = 0; d < task.v_head_dim(); ++d) out[d] = 0;
+  for (Index d = 0; d < task.v_head_dim; ++d) out[d] = 0;
   Index j = 0;
   for (const auto& run : task.keys.runs)
     for (Index r = 0; r < run.rows; ++r, ++j) {
       if (!seen[j]) continue;
       const S* v = task.keys.value(run, kv_head, r);
       const T p = row[j] * static_cast<T>(task.keys.value_scale(run, kv_head, r));
-      for (Index d = 0; d < task.v_head_dim(); ++d) out[d] += p * static_cast<T>(v[d]);
+      for (Index d = 0; d < task.v_head_dim; ++d) out[d] += p * static_cast<T>(v[d]);
     }
   return lse;
 }

@@ -1,25 +1,25 @@
 // kernel/task.hpp — the attention of one sequence as every kernel sees it, and what every kernel must produce.
 //
-// Before: kernel/pair_rule.hpp   Next: kernel/reference.hpp
+// Before: kernel/position_grid.hpp   Next: kernel/reference.hpp
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "../heads.hpp"
 #include "../key_rows.hpp"
 #include "../options.hpp"
 #include "../softmax.hpp"
 #include "pair_rule.hpp"
+#include "position_grid.hpp"
 
 namespace qkv::inline QKV_ABI::kernel {
 
-/// Inputs. Everything has been checked; nothing here is written.
-template <class T, StorageType S>
-struct Task {
+/// The queries of a task and what is asked of them. Everything has been checked; nothing here is written.
+template <class T>
+struct QueryTask {
   ConstView<T> q;  // [n_queries, heads·head_dim]
-  KeyRows<S> keys;
   Heads heads;
+  Index head_dim, v_head_dim;
   T scale;
   Index sequence = 0, first_position = 0;
   PairRule<T> rule = {};
@@ -27,16 +27,24 @@ struct Task {
   Index first_head = 0;  // as masks and scores count heads: not 0 where this is a part of them
 
   Index n_queries() const { return q.rows(); }
-  Index head_dim() const { return keys.head_dim; }
-  Index v_head_dim() const { return keys.v_head_dim; }
-  const T* query(Index row, Index head) const { return q.data() + row * q.outerStride() + head * keys.head_dim; }
+  const T* query(Index row, Index head) const { return q.data() + row * q.outerStride() + head * head_dim; }
 
-  /// `lanes` lanes, queries of `heads` heads side by side, from lane `lane` on × the keys [row, row + count) of `run`, whose
-  /// rows begin at logical row `base`.
-  PairTile tile(Index head, Index n_heads, Index lane, Index lanes, const KeyRun<S>& run, Index base, Index row,
-                Index count) const {
-    return {sequence, first_head + head, n_heads, lane, lanes, first_position, base + row, run.position + row, count};
+  /// `lanes` lanes from lane `lane` on, queries of `n_heads` heads from `head` on side by side, × `count` keys of a piece from
+  /// its i-th on.
+  PairTile tile(Index head, Index n_heads, Index lane, Index lanes, const GridPiece& piece, Index i, Index count) const {
+    return {sequence,      first_head + head, n_heads, lane, lanes, first_position, piece.key + i,
+            piece.position + i, count};
   }
+};
+
+/// … and the keys.
+template <class T, StorageType S>
+struct Task : QueryTask<T> {
+  KeyRows<S> keys;
+
+  Task(const ConstView<T>& queries, const KeyRows<S>& rows, Heads all_heads, T by, Index of_sequence = 0,
+       Index position = 0)
+      : QueryTask<T>{queries, all_heads, rows.head_dim, rows.v_head_dim, by, of_sequence, position}, keys(rows) {}
 };
 
 /// Output: the softmax state of every query and head. A kernel merges its keys into what is there, so that keys may come
@@ -66,45 +74,5 @@ struct StateView {
       }
   }
 };
-
-/// Kernels cut the keys on a fixed grid of absolute positions: whatever runs hold them, and however the queries arrive,
-/// a chunk holds the same keys, so paged, ring and contiguous caches give the same bits.
-/// Chunks before the position `end`, from row `row` of run r on; the first row of that run is logical row `base`.
-template <StorageType S, class F>
-void for_each_chunk(const KeyRows<S>& keys, Index chunk, std::size_t r, Index base, Index row, Index end, F&& f) {
-  while (r < keys.runs.size()) {
-    if (row == keys.runs[r].rows) {
-      base += keys.runs[r].rows, row = 0, ++r;
-      continue;
-    }
-    const Index first = (keys.runs[r].position + row) / chunk * chunk;
-    if (first >= end) return;
-    f(first, r, base, row);  // the chunk [first, first + chunk) begins at run r, row `row`
-    while (r < keys.runs.size()) {
-      const auto& run = keys.runs[r];
-      row = std::min(run.rows, first + chunk - run.position);
-      if (row < run.rows) break;
-      base += run.rows, row = 0, ++r;
-      if (r < keys.runs.size() && keys.runs[r].position >= first + chunk) break;
-    }
-  }
-}
-/// All of them.
-template <StorageType S, class F>
-void for_each_chunk(const KeyRows<S>& keys, Index chunk, F&& f) {
-  for_each_chunk(keys, chunk, 0, keys.first_row, 0, infinite, std::forward<F>(f));
-}
-
-/// The pieces of the chunk that begins at (r, base, row): f(run, base, row, count, column), column = position - first.
-template <StorageType S, class F>
-void for_each_piece(const KeyRows<S>& keys, Index chunk, Index first, std::size_t r, Index base, Index row, F&& f) {
-  for (; r < keys.runs.size(); base += keys.runs[r].rows, row = 0, ++r) {
-    const auto& run = keys.runs[r];
-    if (run.rows == 0) continue;
-    const Index end = std::min(run.rows, first + chunk - run.position);
-    if (end <= row) return;
-    f(run, base, row, end - row, run.position + row - first);
-  }
-}
 
 }  // namespace qkv::inline QKV_ABI::kernel

@@ -21,8 +21,8 @@
 #include <cstddef>
 #include <limits>
 
+#include "../parallel.hpp"
 #include "../workspace.hpp"
-#include "panel_packer.hpp"
 #include "panel_step.hpp"
 #include "panel_sums.hpp"
 #include "panels.hpp"
@@ -70,16 +70,18 @@ struct TiledScratch {
 };
 
 /// One head and one block of queries against all packed keys of its kv head.
-template <class A, class T, StorageType S>
+template <class A>
 class Tiled {
+  using T = typename A::Scalar;
   using Number = typename A::Number;
   using V = Simd<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
 
  public:
-  Tiled(const Task<T, S>& task, const StateView<T>& state, const Panels<A>& panels, Index n_blocks, Index head,
-        Index query, std::byte* scratch)
+  Tiled(const QueryTask<T>& task, const BlockSource<A>& source, const StateView<T>& state, const Panels<A>& panels,
+        Index n_blocks, Index head, Index query, std::byte* scratch)
       : task_(task),
+        source_(source),
         state_(state),
         panels_(panels),
         n_blocks_(n_blocks),
@@ -87,12 +89,11 @@ class Tiled {
         query_(query),
         n_queries_(std::min(tile_queries, task.n_queries() - query)),
         carver_(scratch),
-        scratch_(carver_, task.head_dim(), task.v_head_dim()),
-        step_(task, panels, head, scratch_.s, scratch_.hidden) {}
+        scratch_(carver_, task.head_dim, task.v_head_dim),
+        step_(task, source, panels, head, scratch_.s, scratch_.hidden) {}
 
   /// Merges all keys of the task into the state of these queries; done(query, n_queries, head, 1) for some at a time.
-  template <class Done>
-  void run(const Done& done) {
+  void run(detail::FunctionRef<void(Index, Index, Index, Index)> done) {
     const Index n_panels = (n_queries_ + lanes - 1) / lanes;
     // The blocks that these queries see anything of lie in [first, last].
     Index first = 0, last = n_blocks_ - 1;
@@ -105,14 +106,14 @@ class Tiled {
       if (b != first && b != last && !seen(b)) continue;
       const bool next_section = section_of(b) != section;
       section = section_of(b);
-      if (!panels_.blocks[b].packed) BlockPacker<A, S>(panels_, task_.keys, task_.heads.kv_head(head_), b).run();
+      if (!panels_.blocks[b].packed) source_.pack(panels_, task_.heads.kv_head(head_), b);
       for (Index p = 0; p < n_panels; ++p) {
         if (b == first) load_panel(p);
-        if (next_section) merge(p), sums(p).clear(task_.v_head_dim());
+        if (next_section) merge(p), sums(p).clear(task_.v_head_dim);
         fetch_.clear();
         if (b == last || section_of(b + 1) != section)
-          fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim()),
-                                   state_.weighted.outerStride(), task_.v_head_dim(), panel_queries(p), true));
+          fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim),
+                                   state_.weighted.outerStride(), task_.v_head_dim, panel_queries(p), true));
         if (b == last && p + 1 == n_panels)  // of the item that is likely to come next
           fetch_queries(query_ + n_queries_);
         fetch_block(b + 1, p, n_panels);
@@ -122,7 +123,7 @@ class Tiled {
     }
     for (Index p = 0; p < n_panels; ++p) {
       merge(p);
-      done(query_ + p * lanes, panel_queries(p), head_, Index(1));
+      done(query_ + p * lanes, panel_queries(p), head_, 1);
     }
   }
 
@@ -134,9 +135,9 @@ class Tiled {
     return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes, o(p)};
   }
 
-  Index section_of(Index b) const { return panels_.blocks[b].first / section_keys; }
+  Index section_of(Index b) const { return panels_.blocks[b].cell.first / section_keys; }
   void merge(Index p) const {
-    merge_panel(sums(p), task_.rule.plain, state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim());
+    merge_panel(sums(p), task_.rule.plain, state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim);
   }
 
   /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
@@ -146,49 +147,41 @@ class Tiled {
     std::fill_n(scratch_.unit + p * lanes, lanes, scale);
     for (Index v = 0; v < vectors; ++v) {
       const Index first = p * lanes + v * V::width, some = std::clamp<Index>(n - v * V::width, 0, V::width);
-      const QueryRows<T> from{task_.query(query_ + first, head_), task_.q.outerStride(), some, task_.head_dim(),
+      const QueryRows<T> from{task_.query(query_ + first, head_), task_.q.outerStride(), some, task_.head_dim,
                               task_.scale < 0 ? T(-1) : T(1)};
       pack_queries(A{}, from, q(p) + v * V::width, lanes, scratch_.unit + first);
     }
-    sums(p).clear(task_.v_head_dim());
+    sums(p).clear(task_.v_head_dim);
   }
   /// Whether a query of this item may see a key of block b.
   bool seen(Index b) const {
-    const KeyBlock& block = panels_.blocks[b];
-    bool any = false;
-    for_each_piece(task_.keys, tile_keys, block.first, block.run, block.base, block.row,
-                   [&](const KeyRun<S>& run, Index base, Index row, Index count, Index) {
-                     any = any || task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, run, base, row, count)) !=
-                                      Cover::none;
-                   });
-    return any;
+    for (const GridPiece& piece : GridPieces(source_.runs, tile_keys, panels_.blocks[b].cell))
+      if (task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, piece, 0, piece.count)) != Cover::none) return true;
+    return false;
   }
   void fetch_queries(Index query) {
     const Index n = std::min(lanes, task_.n_queries() - query);
-    if (n > 0) fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim(), n));
+    if (n > 0) fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim, n));
   }
   /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
   void fetch_block(Index b, Index p, Index n_panels) {
     if (b >= n_blocks_ || panels_.blocks[b].packed) return;
     const KeyBlock& block = panels_.blocks[b];
-    const KeyRun<S>& run = task_.keys.runs[block.run];
-    const Index count = std::min(run.rows - block.row, block.count), kv_head = task_.heads.kv_head(head_);
-    const Index begin = count * p / n_panels, n = count * (p + 1) / n_panels - begin;
-    if (n <= 0) return;
-    fetch_.add(
-        FetchRows::of(task_.keys.key(run, kv_head, block.row + begin), task_.keys.key_row_stride, task_.head_dim(), n));
-    fetch_.add(FetchRows::of(task_.keys.value(run, kv_head, block.row + begin), task_.keys.value_row_stride,
-                             task_.v_head_dim(), n));
+    const Index held = std::min(source_.runs[block.cell.run].rows - block.cell.row, block.count);
+    const Index begin = held * p / n_panels, n = held * (p + 1) / n_panels - begin;
+    if (n > 0)
+      source_.prefetch_rows(source_.keys, task_.heads.kv_head(head_), block.cell.run, block.cell.row + begin, n, fetch_);
   }
 
-  const Task<T, S>& task_;
+  const QueryTask<T>& task_;
+  const BlockSource<A>& source_;
   const StateView<T>& state_;
   const Panels<A>& panels_;
   Index n_blocks_, head_, query_, n_queries_;
   detail::Carver carver_;
   TiledScratch<T> scratch_;
   FetchList fetch_;
-  PanelStep<A, T, S> step_;
+  PanelStep<A> step_;
 };
 
 }  // namespace qkv::inline QKV_ABI::kernel
