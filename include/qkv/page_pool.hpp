@@ -124,10 +124,8 @@ class PageUse {
   void join() { ++sequences_; }
   void leave() { --sequences_; }
   [[noreturn]] void outlived() const {
-    std::string message;
-    detail::append(message, "a page pool must outlive its sequences; it is destroyed while there are still ");
-    detail::append(message, sequences_);
-    detail::give_up(message);
+    detail::give_up(
+        detail::message_of({"a page pool must outlive its sequences; it is destroyed while there are still ", sequences_}));
   }
   void require_used(Index page) const {
     detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");

@@ -196,10 +196,7 @@ inline std::uint32_t little_endian_word(const std::byte* p) {
 /// Why the stream's next bytes are not a cache for `cache`, or an empty text and the cache restored.
 template <class Cache>
 std::string load_or_say_why(std::istream& in, Cache& cache) {
-  std::string why;
-  const auto refuse = [&](const auto&... parts) {
-    return (append(why, "the saved cache "), ..., append(why, parts)), why;
-  };
+  const auto refuse = [](const auto&... parts) { return message_of({"the saved cache ", MessagePart(parts)...}); };
 
   std::vector<std::byte> head = read_bytes(in, static_cast<Index>(SavedHeader::bytes));
   if (head.empty()) return refuse("is not there: the stream is at its end, or had failed before");
@@ -220,10 +217,7 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
 
   const SavedHeader mine = CacheFile::header(cache);
   const auto text = [](const std::array<std::int64_t, 3>& x) {
-    std::string sizes;
-    append(sizes, Shape{x[0], x[1]});
-    sizes.pop_back();
-    return sizes.append(", ").append(std::to_string(x[2])).append("]");
+    return message_of({"[", x[0], ", ", x[1], ", ", x[2], "]"});
   };
   if (saved.tags[1] != mine.tags[1])
     return refuse("is of kind ", saved.tags[1], ", this cache of kind ", mine.tags[1],

@@ -31,7 +31,7 @@ Footprint footprint(std::span<const T> x) {
 }
 
 /// Exact; costs one division per row of `a`, and only where the two ranges of addresses meet at all.
-inline bool share_an_element(const Footprint& a, const Footprint& b) {
+EIGEN_DONT_INLINE inline bool share_an_element(const Footprint& a, const Footprint& b) {
   if (a.empty() || b.empty() || a.end() <= b.begin || b.end() <= a.begin) return false;
   for (std::intptr_t i = 0; i < a.rows; ++i) {
     const std::intptr_t begin = a.begin + i * a.stride_bytes, end = begin + a.row_bytes;

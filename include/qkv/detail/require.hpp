@@ -9,7 +9,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <type_traits>
 
 #include "../version.hpp"
@@ -47,27 +46,10 @@ template <class Error>
 #endif
 }
 
-inline void append(std::string& text, std::string_view part) { text += part; }
-
-template <class Number>
-requires std::is_arithmetic_v<Number>
-void append(std::string& text, Number number) {
-  if constexpr (std::is_floating_point_v<Number>) {
-    char digits[32];  // "-1e-09": std::to_string would say "-0.000000"
-    std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(number));
-    text += digits;
-  } else {
-    text += std::to_string(number);
-  }
-}
-
 /// Prints as "[rows, cols]" in error messages; costs nothing where there is no error.
 struct Shape {
   std::ptrdiff_t rows, cols;
 };
-inline void append(std::string& text, Shape shape) {
-  text.append("[").append(std::to_string(shape.rows)).append(", ").append(std::to_string(shape.cols)).append("]");
-}
 
 /// A part of a message: text, a number or a shape. One type for all, so that a check is compiled without what prints it.
 class MessagePart {
@@ -85,18 +67,12 @@ class MessagePart {
       kind_ = Kind::natural, natural_ = number;
   }
   void append_to(std::string& message) const {
-    switch (kind_) {
-      case Kind::text:
-        return append(message, text_);
-      case Kind::integer:
-        return append(message, integer_);
-      case Kind::natural:
-        return append(message, natural_);
-      case Kind::real:
-        return append(message, real_);
-      case Kind::shape:
-        return append(message, shape_);
-    }
+    char digits[64] = "";
+    if (kind_ == Kind::integer) std::snprintf(digits, sizeof digits, "%lld", integer_);
+    if (kind_ == Kind::natural) std::snprintf(digits, sizeof digits, "%llu", natural_);
+    if (kind_ == Kind::real) std::snprintf(digits, sizeof digits, "%.9g", real_);  // "-1e-09", where to_string says -0.000000
+    if (kind_ == Kind::shape) std::snprintf(digits, sizeof digits, "[%td, %td]", shape_.rows, shape_.cols);
+    message += kind_ == Kind::text ? text_ : digits;
   }
 
  private:
@@ -110,11 +86,15 @@ class MessagePart {
   };
 };
 
-template <class Error>
-[[noreturn, gnu::cold, gnu::noinline]] void raise_parts(std::initializer_list<MessagePart> parts) {
+inline std::string message_of(std::initializer_list<MessagePart> parts) {
   std::string message;
   for (const MessagePart& part : parts) part.append_to(message);
-  raise<Error>(message);
+  return message;
+}
+
+template <class Error>
+[[noreturn, gnu::cold, gnu::noinline]] void raise_parts(std::initializer_list<MessagePart> parts) {
+  raise<Error>(message_of(parts));
 }
 
 /// Raises Error with the concatenated parts unless `ok`.
@@ -126,9 +106,7 @@ void require(bool ok, const Parts&... parts) {
 
 [[noreturn]] inline std::ptrdiff_t refuse_size(std::ptrdiff_t a, const char* sign, std::ptrdiff_t b) {
   require(a >= 0 && b >= 0, "a size must be >= 0; given ", a, " and ", b);
-  std::string message;
-  append(message, "the size "), append(message, a), append(message, sign), append(message, b);
-  raise<std::length_error>(message.append(" does not fit an Index"));
+  raise_parts<std::length_error>({"the size ", a, sign, b, " does not fit an Index"});
 }
 
 /// a*b and a+b for sizes, in constant expressions too; raise where an operand is negative or the result does not fit.

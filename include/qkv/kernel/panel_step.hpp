@@ -85,7 +85,7 @@ class PanelStep {
   /// Sᵀ of some columns, of Vectors registers from v on. The last tile of a block may be lower than the others: it is
   /// always computed for both registers.
   template <Index Vectors>
-  void multiply_keys(Index b, const Panel& p, Index v, const Span& columns, FetchList& fetch) const {
+  EIGEN_DONT_INLINE void multiply_keys(Index b, const Panel& p, Index v, const Span& columns, FetchList& fetch) const {
     const Index count = columns.end - columns.begin, depth = panels_.key_depth(), c = columns.begin;
     if (count <= 0) return;
     const Index full = count / rows, rest = count % rows, last = c + full * rows;

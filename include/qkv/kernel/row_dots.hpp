@@ -138,13 +138,14 @@ struct PackedQueries {
   }
 };
 
-// One register of each row times one of each query. By constant indices and without lambdas, as in register_tile.hpp.
-template <class D, Index Queries, Index Part, std::size_t... Sum, std::size_t... Q, std::size_t... R>
+// One register of each row times one of each query, which lie `apart` queries to a register. By constant indices and without
+// lambdas, as in register_tile.hpp.
+template <class D, Index Part, std::size_t... Sum, std::size_t... Q, std::size_t... R>
 EIGEN_ALWAYS_INLINE void dot_part(const Rows<typename D::Key>& keys, Index x, Index left, const typename D::Query* q,
-                                  typename D::Vec (&sum)[sizeof...(Sum)], std::index_sequence<Sum...>,
+                                  Index apart, typename D::Vec (&sum)[sizeof...(Sum)], std::index_sequence<Sum...>,
                                   std::index_sequence<Q...>, std::index_sequence<R...>) {
   typename D::Vec query[sizeof...(Q)], key[sizeof...(R)];
-  ((query[Q] = D::template query<Part>(q + x * Queries + Index(Q) * D::width)), ...);
+  ((query[Q] = D::template query<Part>(q + x * apart + Index(Q) * D::width)), ...);
   if (left >= D::width)
     ((key[R] = D::template key<Part>(keys.row(Index(R)) + x)), ...);
   else
@@ -153,18 +154,18 @@ EIGEN_ALWAYS_INLINE void dot_part(const Rows<typename D::Key>& keys, Index x, In
 }
 
 // The same, Step registers on.
-template <class D, Index Queries, std::size_t... Step, class Sums, class Indices, class Q, class R>
+template <class D, std::size_t... Step, class Sums, class Indices, class Q, class R>
 EIGEN_ALWAYS_INLINE void dot_steps(const Rows<typename D::Key>& keys, Index x, Index left, const typename D::Query* q,
-                                   Sums& sum, std::index_sequence<Step...>, Indices sums, Q queries, R rows) {
-  (dot_part<D, Queries, Index(Step) % D::parts>(keys, x + Index(Step) / D::parts * D::width, left, q, sum, sums,
-                                                queries, rows),
+                                   Index apart, Sums& sum, std::index_sequence<Step...>, Indices sums, Q queries, R rows) {
+  (dot_part<D, Index(Step) % D::parts>(keys, x + Index(Step) / D::parts * D::width, left, q, apart, sum, sums, queries,
+                                       rows),
    ...);
 }
 
 // Queries x At rows; their sums go to query by query Step apart.
 template <class D, Index Queries, Index At, Index Step, std::size_t... Sum, std::size_t... R>
-EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typename D::Query* q, NextLines& next,
-                                  typename D::Vec* to, std::index_sequence<Sum...> sums,
+EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typename D::Query* q, Index apart,
+                                  NextLines& next, typename D::Vec* to, std::index_sequence<Sum...> sums,
                                   std::index_sequence<R...> rows) {
   constexpr auto queries = std::make_index_sequence<std::size_t(Queries)>{};
   constexpr Index bytes = At * D::width * Index(sizeof(typename D::Key)), steps = NextLines::steps(bytes);
@@ -175,12 +176,12 @@ EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typen
   Index x = 0;
   for (; x + steps * D::width <= keys.width; x += steps * D::width) {
     next.template fetch<typename D::Key, steps * bytes>();
-    dot_steps<D, Queries>(keys, x, D::width, q, sum, several, sums, queries, rows);
+    dot_steps<D>(keys, x, D::width, q, apart, sum, several, sums, queries, rows);
   }
   if constexpr (steps > 1)
     for (; x + D::width <= keys.width; x += D::width)
-      dot_steps<D, Queries>(keys, x, D::width, q, sum, one, sums, queries, rows);
-  if (x < keys.width) dot_steps<D, Queries>(keys, x, keys.width - x, q, sum, one, sums, queries, rows);
+      dot_steps<D>(keys, x, D::width, q, apart, sum, one, sums, queries, rows);
+  if (x < keys.width) dot_steps<D>(keys, x, keys.width - x, q, apart, sum, one, sums, queries, rows);
   ((to[Index(Sum) / At * Step + Index(Sum) % At] = sum[Sum]), ...);
 }
 
@@ -188,10 +189,28 @@ EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typen
 template <class D, Index Queries, Index At, std::size_t... Group>
 EIGEN_ALWAYS_INLINE void dot_groups(const Rows<typename D::Key>& keys, const typename D::Query* q, NextLines& next,
                                     typename D::Vec (&sum)[std::size_t(D::lanes)], std::index_sequence<Group...>) {
-  (dot_some<D, Queries, At, D::lanes / Queries>(keys.from(Index(Group) * At, At), q, next, sum + Index(Group) * At,
+  (dot_some<D, Queries, At, D::lanes / Queries>(keys.from(Index(Group) * At, At), q, Queries, next,
+                                                sum + Index(Group) * At,
                                                 std::make_index_sequence<std::size_t(Queries * At)>{},
                                                 std::make_index_sequence<std::size_t(At)>{}),
    ...);
+}
+
+/// The last rows of a tile, query by query and row by row: the same sums in the first slot of every query.
+template <class D>
+EIGEN_DONT_INLINE void dot_last_rows(const Rows<typename D::Key>& keys, const PackedQueries<D>& queries, Index first,
+                                     Index n, NextLines next, typename D::Scalar* to, Index to_row) {
+  const Index step = D::lanes / n;
+  typename D::Vec sum[std::size_t(D::lanes)];
+  typename D::Scalar scores[std::size_t(D::lanes)];
+  for (Index r = 0; r < keys.count; ++r) {
+    for (auto& s : sum) s = D::zero();
+    for (Index i = 0; i < n; ++i)
+      dot_some<D, 1, 1, 1>(keys.from(r, 1), queries.packed + first * queries.row + i * D::width, n, next, sum + i * step,
+                           std::make_index_sequence<1>{}, std::make_index_sequence<1>{});
+    D::finish(sum, queries.factor + first * D::lanes, queries.shift + first * D::lanes, scores);
+    for (Index i = 0; i < n; ++i) to[i * to_row + r] = scores[i * step];
+  }
 }
 
 /// to[i, r] = factor_i · q_i·k_r for the tile of Queries queries that begins at query `first`, lanes/Queries rows at a time.
@@ -213,12 +232,7 @@ EIGEN_DONT_INLINE void dot_tile(const Rows<typename D::Key>& keys, const PackedQ
     for (Index i = 0; i < Queries; ++i)
       std::memcpy(to + i * to_row + r, scores + i * step, std::size_t(step) * sizeof(T));
   }
-  for (; r < keys.count; ++r) {  // one by one, in the first slot of every query
-    for (auto& s : sum) s = D::zero();
-    dot_groups<D, Queries, 1>(keys.from(r, 1), q, next, sum, std::make_index_sequence<1>{});
-    D::finish(sum, factor, shift, scores);
-    for (Index i = 0; i < Queries; ++i) to[i * to_row + r] = scores[i * step];
-  }
+  if (r < keys.count) dot_last_rows(keys.from(r, keys.count - r), queries, first, Queries, next, to + r, to_row);
 }
 
 /// to[i, r] = scale · q_i·k_r for all queries and rows; `next` is asked for meanwhile.
