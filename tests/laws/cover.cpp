@@ -17,16 +17,19 @@ namespace {
 struct AnyMask {
   std::function<bool(const At&)> see;
   std::function<Cover(const Block&)> answer;
-  std::function<SeenBy(const Block&)> interval = [](const Block&) { return SeenBy{0, 0, false}; };
+  std::function<SeenBy(const Block&)> queries = [](const Block&) { return SeenBy{0, 0, false}; };
+  std::function<SeenBy(const Block&)> keys = queries;
   bool sees(const At& at) const { return see(at); }
   Cover cover(const Block& block) const { return answer(block); }
-  SeenBy seen_by(const Block& block) const { return interval(block); }
+  SeenBy seen_by(const Block& block) const { return queries(block); }
+  SeenBy keys_seen(const Block& block) const { return keys(block); }
 };
 template <Mask M>
 AnyMask any(const M& mask) {
   return {[mask](const At& at) { return mask.sees(at); },
           [mask](const Block& block) { return detail::cover(mask, block); },
-          [mask](const Block& block) { return detail::seen_by(mask, block); }};
+          [mask](const Block& block) { return detail::seen_by(mask, block); },
+          [mask](const Block& block) { return detail::keys_seen(mask, block); }};
 }
 
 /// A user's mask that names the queries of a key as an interval: here they are the same for every key.
@@ -81,19 +84,34 @@ void check_block(const M& mask, const Block& block, bool exact = false) {
                 << block.n_keys << ", rows " << block.query << ", " << block.key);
 }
 
-/// The queries of the block that see its first key are the interval that the mask names, if it names one.
+/// What a mask names as an interval is exactly what it lets see: the queries that see the block's first key, and the keys
+/// that its first query sees. Says which of the two it names.
+struct Named {
+  bool queries, keys;
+};
 template <class M>
-bool check_interval(const M& mask, Block block) {
-  block.n_keys = 1;
-  const SeenBy said = detail::seen_by(mask, block);
-  if (!said.exact) return false;
-  for (Index i = 0; i < block.n_queries; ++i) {
-    const At at{block.sequence, block.head, block.query + i, block.key, block.query_position + i, block.key_position};
-    if (mask.sees(at) != (i >= said.begin && i < said.end))
-      FAIL("seen by [" << said.begin << ", " << said.end << "), but not so row " << i << " at position "
-                       << at.query_position << ", key position " << at.key_position);
-  }
-  return true;
+Named check_interval(const M& mask, const Block& block) {
+  Block column = block, row = block;
+  column.n_keys = row.n_queries = 1;
+  const SeenBy queries = detail::seen_by(mask, column), keys = detail::keys_seen(mask, row);
+  const auto check = [&](const SeenBy& said, Index i, const At& at) {
+    if (said.exact && mask.sees(at) != (i >= said.begin && i < said.end))
+      FAIL("[" << said.begin << ", " << said.end << ") are named, but not so " << i << ": query position "
+               << at.query_position << ", key position " << at.key_position);
+  };
+  for (const SeenBy& said : {queries, keys})
+    if (said.exact) REQUIRE((said.begin >= 0 && said.begin <= said.end));
+  for (Index i = 0; i < block.n_queries; ++i)
+    check(queries, i,
+          {block.sequence, block.head, block.query + i, block.key, block.query_position + i, block.key_position});
+  for (Index j = 0; j < block.n_keys; ++j)
+    check(keys, j, {block.sequence, block.head, block.query, block.key + j, block.query_position, block.key_position + j});
+  return {queries.exact, keys.exact};
+}
+template <class M>
+bool named(const M& mask, const Block& block) {
+  const Named both = check_interval(mask, block);
+  return both.queries && both.keys;
 }
 
 /// Operands that every random mask may look at.
@@ -205,28 +223,39 @@ TEST_CASE("cover of a block never contradicts brute force under & and |", "[mask
   CHECK(all > 1000);
 }
 
-TEST_CASE("the queries that see a key are the interval that a mask names", "[mask][laws]") {
+TEST_CASE("the queries that see a key, and the keys that a query sees, are the intervals that a mask names", "[mask][laws]") {
   Random pick{std::mt19937(16)};
-  int named = 0;
+  int queries = 0, keys = 0;
   for (int trial = 0; trial < 6000; ++trial) {
-    const Operands o(pick);
+    Operands o(pick);
     const Block low = random_block(pick, -20), block = random_block(pick, 0);
     for (const Window& w :
          {causal, window(pick(0, 25), pick(0, 25)), window(infinite, pick(0, 25)), window(pick(0, 25), infinite),
           window(infinite, infinite), Window{pick(-30, 25), pick(-30, 25)}, Window{infinite, pick(-30, -1)}})
-      REQUIRE(check_interval(w, low));
-    REQUIRE(check_interval(full, low));
-    REQUIRE(check_interval(prefix(pick(0, n_positions)), low));
-    REQUIRE(check_interval(lengths(o.valid), low));
-    REQUIRE(check_interval(causal & lengths(o.valid), low));
-    for (int depth = 1; depth < 4; ++depth) named += check_interval(random_mask(pick, o, depth), block);
+      REQUIRE(named(w, low));
+    REQUIRE(named(full, low));
+    REQUIRE(named(prefix(pick(0, n_positions)), low));
+    REQUIRE(named(lengths(o.valid), low));
+    REQUIRE(named(causal & lengths(o.valid), low));
+    REQUIRE(named(documents(o.ids), block));  // one document after another
+    REQUIRE(named(causal & documents(o.ids), block));
+    for (int depth = 1; depth < 4; ++depth) {
+      const Named both = check_interval(random_mask(pick, o, depth), block);
+      queries += both.queries, keys += both.keys;
+    }
+    std::shuffle(o.ids.begin(), o.ids.end(), pick.engine);
+    check_interval(documents(o.ids), block);
   }
-  CHECK(named > 5000);
+  CHECK(queries > 5000);
+  CHECK(keys > 5000);
   // Two intervals with a gap between them are no interval.
   const Block block{.n_queries = 9};
   CHECK(!(Band{0, 2} | Band{5, 7}).seen_by(block).exact);
-  CHECK(check_interval(Band{0, 2} | Band{3, 7}, block));
-  CHECK(check_interval(Band{0, 5} & Band{3, 7}, block));
+  CHECK(check_interval(Band{0, 2} | Band{3, 7}, block).queries);
+  CHECK(check_interval(Band{0, 5} & Band{3, 7}, block).queries);
+  const std::vector<Index> ids{0, 1, 0};
+  CHECK(!documents(ids).seen_by({.n_queries = 3}).exact);
+  CHECK(!documents(ids).keys_seen({.n_keys = 3}).exact);
 }
 
 TEST_CASE("& sees what both see and | sees what either sees, and blocks are skipped accordingly", "[mask][laws]") {
@@ -262,6 +291,6 @@ TEST_CASE("windows without bounds and positions far from zero do not overflow", 
         if (p == -most / 2 && offset < 0) continue;
         const Block block{0, 0, 0, 5, p, 0, 4, std::max<Index>(0, p + offset)};
         check_block(w, block, true);
-        CHECK(check_interval(w, block));
+        CHECK(named(w, block));
       }
 }
