@@ -9,6 +9,8 @@
 // Before: kernel/query_panels.hpp   Next: kernel/panel_mask.hpp
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "../mask.hpp"
@@ -39,6 +41,19 @@ inline constexpr bool is_then = false;
 template <class A, class B>
 inline constexpr bool is_then<Then<A, B>> = true;
 
+/// key_position - query_position of every lane: each the number rounded to T, as where it is asked for alone. Past 2²⁴
+/// (double: 2⁵³) a lane less is not one less.
+template <class T>
+EIGEN_ALWAYS_INLINE typename Simd<T>::Vec distances(const LaneAt& at) {
+  using V = Simd<T>;
+  constexpr Index exact = Index{1} << std::min(std::numeric_limits<T>::digits, 62);
+  const Index first = at.first.key_position - at.first.query_position;
+  if (first > -exact + V::width && first <= exact) return V::sub(V::broadcast(static_cast<T>(first)), V::iota());
+  T lanes[V::lanes];
+  for (Index i = 0; i < V::width; ++i) lanes[i] = static_cast<T>(first - i);
+  return V::load(lanes);
+}
+
 /// f of a register of scores.
 template <class T, class F>
 EIGEN_ALWAYS_INLINE typename Simd<T>::Vec score_lanes(const F& f, typename Simd<T>::Vec s, const LaneAt& at) {
@@ -50,8 +65,7 @@ EIGEN_ALWAYS_INLINE typename Simd<T>::Vec score_lanes(const F& f, typename Simd<
     return V::mul(cap, V::tanh(V::div(s, cap)));
   } else if constexpr (is_alibi<F>) {
     const T slope = static_cast<T>(f.slopes[static_cast<std::size_t>(at.first.head)]);
-    const T distance = static_cast<T>(at.first.key_position - at.first.query_position);
-    return V::fma(V::broadcast(slope), V::sub(V::broadcast(distance), V::iota()), s);
+    return V::fma(V::broadcast(slope), distances<T>(at), s);
   } else if constexpr (is_then<F>) {
     return score_lanes<T>(f.b, score_lanes<T>(f.a, s, at), at);
   } else {  // a user's: lane by lane
