@@ -23,7 +23,7 @@
 namespace qkv::inline QKV_ABI {
 
 /// Anything that holds the keys and values of one sequence: KvCache, RingCache, PagedCache, or your own type with
-/// key_rows().
+/// key_rows(), whose runs stand at ascending positions from 0 on.
 template <class C>
 concept KeySource = !MatrixLike<C> && requires(const C& cache) {
   cache.key_rows().runs;
@@ -146,6 +146,7 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   const auto& m = detail::as_mask(mask);
   const auto rows = cache.key_rows();
 
+  detail::check_runs(rows.runs, rows.rows);
   detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
   detail::check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
   detail::check_out(out, q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
@@ -223,6 +224,7 @@ namespace detail {
 template <class T, StorageType S, class M, class F>
 Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask, const F& score,
                      Stage stage, const Options<T>& options) {
+  check_runs(keys.runs, keys.rows);
   check_query(q.cols(), heads, keys.kv_heads, keys.head_dim);
   check_sizes(q.rows(), keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);

@@ -33,11 +33,14 @@ void check_absorbed(std::uint64_t cases) {
     const Index width = s.latent_dim + s.rope_dim;
     const auto arithmetic = draw.one_of({Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8});
     const SweepMask mask = SweepMask::drawn(draw);
-    const T scale = static_cast<T>(draw.one_of({1 / std::sqrt(static_cast<double>(width)), 0.3, -0.2, 1.0}));
+    const Magnitudes size = Magnitudes::drawn(draw, std::is_same_v<S, half>, true);
+    const T scale =
+        static_cast<T>(draw.one_of({1 / std::sqrt(static_cast<double>(width)), 0.3, -0.2, 1.0}) / (size.q * size.k));
 
     LatentCache<S> cache({.latent_dim = s.latent_dim, .rope_dim = s.rope_dim, .capacity = s.keys});
-    cache.append(numbers<T>(s.keys, s.latent_dim, draw.next()), numbers<T>(s.keys, s.rope_dim, draw.next()));
-    const Matrix<T> q = numbers<T>(s.tokens, s.heads * width, draw.next());
+    cache.append(numbers<T>(s.keys, s.latent_dim, draw.next()) * static_cast<T>(size.k),
+                 numbers<T>(s.keys, s.rope_dim, draw.next()) * static_cast<T>(size.k));
+    const Matrix<T> q = numbers<T>(s.tokens, s.heads * width, draw.next()) * static_cast<T>(size.q);
     LatentRows<S> rows = cache.latent_rows();
     const Pieces pieces(draw, s.keys, true);
     std::vector<LatentRun<S>> runs;
@@ -52,7 +55,8 @@ void check_absorbed(std::uint64_t cases) {
     const Index first = pieces.positions.back() + 1 - (draw.one_in(3) ? draw.from(0, 90) : s.tokens);
     text << storage_name<S> << ", " << s.heads << " heads, " << s.tokens << " tokens, " << s.keys << " keys in "
          << runs.size() << " runs, latent_dim " << s.latent_dim << ", rope_dim " << s.rope_dim << ", arithmetic "
-         << static_cast<int>(arithmetic) << ", scale " << scale << ", holes " << mask.holes;
+         << static_cast<int>(arithmetic) << ", scale " << scale << ", q " << size.q << ", k " << size.k << ", holes "
+         << mask.holes;
 
     Workspace workspace;
     Matrix<T> out(s.tokens, s.heads * s.latent_dim), m(s.tokens, s.heads), l(s.tokens, s.heads);

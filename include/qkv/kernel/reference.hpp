@@ -53,9 +53,10 @@ T reference_weights(const Task<T, S, M, F>& task, Index head, Index query, T sin
       }
       const T* q = task.query(query, head);
       const S* k = task.keys.key(run, kv_head, r);
+      const T key_scale = static_cast<T>(task.keys.key_scale(run, kv_head, r));
       T dot = 0;
-      for (Index d = 0; d < task.head_dim(); ++d) dot += q[d] * static_cast<T>(k[d]);
-      if constexpr (has_row_scale<S>) dot *= static_cast<T>(task.keys.key_scale(run, kv_head, r));
+      for (Index d = 0; d < task.head_dim(); ++d)
+        dot += q[d] * (has_row_scale<S> ? static_cast<T>(k[d]) * key_scale : static_cast<T>(k[d]));
       row[j] = task.scale * dot;
       if (stage >= Stage::scored) row[j] = (*task.score)(row[j], at);
       top = detail::nan_max(top, row[j]);
