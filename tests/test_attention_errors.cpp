@@ -117,10 +117,81 @@ TEST_CASE("what is of one sequence refuses offsets of either side", "[attention]
   CHECK(refused([&] { attention(q, cache, heads, full, plain, options); }));
 }
 
+/// Keys of one head with these runs, `rows` of them by their own account, in memory of their own.
+struct Runs {
+  std::vector<KeyRun<float>> runs;
+  Index rows;
+  Matrix<float> memory = Matrix<float>::Ones(400, 2);
+
+  explicit Runs(const std::vector<Page>& pages, Index extra = 0) : rows(extra) {
+    for (const Page& page : pages) {
+      runs.push_back({page.rows, page.position, memory.data(), memory.data()});
+      rows += page.rows;
+    }
+  }
+  KeyRows<float> key_rows() const {
+    return {.runs = runs, .rows = rows, .head_dim = 2, .v_head_dim = 2, .key_row_stride = 2, .value_row_stride = 2};
+  }
+};
+
+TEST_CASE("runs of rows that do not stand at ascending positions from 0 on are refused", "[attention][errors]") {
+  const Matrix<float> query = Matrix<float>::Ones(3, 2);
+  const auto refusals = [&](const Runs& source, const std::string& why) {
+    int n_refused = 0;
+    for (const Kernel kernel : kernels)
+      n_refused += contains(error_of(3, 2,
+                                     [&](auto& out, auto* log_sum_exp) {
+                                       attention_into(out, query, source, {}, full, plain,
+                                                      {.kernel = kernel, .log_sum_exp = log_sum_exp});
+                                     }),
+                            why);
+    return n_refused + contains(message_of([&] { attention_weights(query, source); }), why);
+  };
+  const std::string order = "in ascending order and none twice", count = "as many as their runs hold";
+  constexpr Index far = std::numeric_limits<Index>::max();
+  // Negative, out of order, one inside or twice, too far to be added up; also at the borders of what kernels go by.
+  for (const std::vector<Page>& pages : std::vector<std::vector<Page>>{{{5, -3}},
+                                                                       {{200, -200}},
+                                                                       {{1, -1}, {2, 0}},
+                                                                       {{3, 192}, {2, 191}},
+                                                                       {{3, 4}, {2, 0}},
+                                                                       {{200, 0}, {2, 199}},
+                                                                       {{3, 0}, {3, 0}},
+                                                                       {{2, 0}, {2, far - 1}},
+                                                                       {{2, far / 2}},
+                                                                       {{2, std::numeric_limits<Index>::min()}}}) {
+    CAPTURE(pages[0].rows, pages[0].position);
+    CHECK(refusals(Runs(pages), order) == 4);
+  }
+  CHECK(refusals(Runs({{3, 0}, {2, 3}}, 1), count) == 4);
+  CHECK(refusals(Runs({{3, 0}, {2, 3}}, -1), count) == 4);
+  CHECK(refusals(Runs({{3, 0}, {far, 3}}, 1 - far), count) == 4);
+  CHECK(refusals(Runs({{6, 0}, {-1, 6}}, 1), order) == 4);
+  // Gaps, runs without rows, and a far position are none of these.
+  for (const Kernel kernel : kernels)
+    CHECK(attention(query, Runs({{0, -7}, {3, 5}, {0, 2}, {2, 197}, {1, far / 8}}), {}, full, plain,
+                    {.kernel = kernel}) == Matrix<float>::Ones(3, 2));
+}
+
 TEST_CASE("options that do not fit are refused, with the rule and the numbers", "[attention][errors]") {
   const std::vector<float> three = {1, 2, 3};
   CHECK(contains(error_with({.sinks = three}), "sinks needs one logit per head; given 3 for 4 heads"));
   CHECK(contains(error_with({.scale = std::numeric_limits<double>::quiet_NaN()}), "scale must be a number; given NaN"));
+  CHECK(contains(error_with({.scale = -INFINITY}), "scale must be finite; given -inf"));
+  for (const double scale :
+       {1e300, -1e300, 3e38, 1e-39, -1e-310})  // not a normal number of float, or not twice as much
+    CHECK(contains(error_with({.scale = scale}),
+                   "scale must be 0 (1/sqrt(head_dim)) or lie between 1.17549435e-38 and "
+                   "1.70141173e+38, or their negatives"));
+  for (const double scale : {1.7e38, -1.7e38, 1.2e-38})
+    CHECK(message_of([&] { attention(q, k, v, heads, full, plain, {.scale = scale}); }).empty());
+  const Matrix<double> wide = q.cast<double>(), key = k.cast<double>(), value = v.cast<double>();
+  const auto of_double = [&](double scale) {
+    return message_of(
+        [&] { attention(wide, key, value, heads, full, plain, {.scale = scale, .kernel = Kernel::reference}); });
+  };
+  CHECK(of_double(1e300).empty());
+  CHECK(contains(of_double(1e308), "scale must be 0"));
 
   const auto offsets = [](const std::vector<Index>& queries, const std::vector<Index>& keys) {
     return error_with({.query_offsets = queries, .key_offsets = keys});

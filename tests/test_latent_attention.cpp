@@ -164,4 +164,8 @@ TEST_CASE("a weight of latent attention that has the wrong shape is named", "[la
   CHECK(contains(complaint(small_mla, [&](auto& w) { w.key_up = odd; }), "`key_up` must be [in, out] = [19, 33]"));
   CHECK(contains(complaint(small_mla, [&](auto& w) { w.value_up = odd; }), "`value_up` must be [in, out] = [19, 27]"));
   CHECK(contains(complaint(small_mla, [&](auto& w) { w.output = odd; }), "`output` must be [in, out] = [27, 29]"));
+  LatentAttentionConfig sharp = small_mla;
+  sharp.scale = -1e39;
+  CHECK(contains(message_of([&] { LatentAttention<float>(sharp, latent_layer<float>(small_mla).weights()); }),
+                 "scale must be 0"));
 }

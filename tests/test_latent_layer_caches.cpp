@@ -27,6 +27,7 @@ using WideInt8 = In<double, std::int8_t>;
 struct InRuns : LatentCache<float> {
   using LatentCache<float>::LatentCache;
   std::vector<qkv::LatentRun<float>> mutable runs = {};
+  Index before = 0;  // positions that they stand too early
 
   qkv::LatentRows<float> latent_rows() const {
     auto all = LatentCache<float>::latent_rows();
@@ -34,7 +35,7 @@ struct InRuns : LatentCache<float> {
     for (Index first = 0, n = 1; first < all.rows; first += n++) {
       auto run = all.runs[0];
       run.latent += first * all.latent_row_stride, run.rope += first * all.rope_row_stride;
-      run.position = first, run.rows = std::min(n, all.rows - first);
+      run.position = first - before, run.rows = std::min(n, all.rows - first);
       runs.push_back(run);
     }
     all.runs = runs;
@@ -139,6 +140,19 @@ TEST_CASE("latent rows may lie in several runs", "[layer]") {
                     latent_by_formula(layer, x, [&](const At& at) {
                       return causally(at) && (at.query < 30 || sees(at.query - 30, at.key));
                     }).bottomRows(40)) <= layer_tolerance<float>);
+  }
+}
+
+TEST_CASE("a latent cache whose rows stand before position 0 is refused, and stays as it was", "[layer]") {
+  const auto layer = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(20, 29, 9);
+  for (const LatentForm form : {LatentForm::naive, LatentForm::absorbed}) {
+    InRuns cache({.latent_dim = 19, .rope_dim = 6, .capacity = 70});
+    layer.forward(x, cache);
+    cache.before = 3;
+    const auto call = [&] { layer.forward(x, cache, qkv::causal, qkv::plain, LayerOptions{.form = form}); };
+    CHECK(contains(message_of(call), "given 1 rows at position -3"));
+    CHECK(cache.rows() == 20);
   }
 }
 

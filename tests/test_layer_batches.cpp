@@ -79,6 +79,32 @@ TEST_CASE("rings in a batch take chunks of any length", "[layer]") {
   CHECK(batch_equals_alone<float>(layer, together, alone));
 }
 
+TEST_CASE("a cache of the user's own whose rows stand before position 0 is refused, in a batch too", "[layer]") {
+  struct Early : KvCache<float> {
+    using KvCache<float>::KvCache;
+    qkv::KeyRun<float> mutable run = {};
+    bool early = false;
+
+    qkv::KeyRows<float> key_rows() const {
+      auto all = KvCache<float>::key_rows();
+      run = all.runs[0], run.position -= early ? 2 : 0;
+      all.runs = {&run, 1};
+      return all;
+    }
+  };
+  const auto layer = multi_head_layer<float>(small_gqa);
+  std::vector<Early> caches(2, Early({.kv_heads = 2, .head_dim = 10, .v_head_dim = 7, .capacity = 9}));
+  const Matrix<float> x = normals<float>(3, 23, 1);
+  for (auto& cache : caches) layer.forward(x, cache);
+  caches[1].early = true;
+  CHECK(contains(message_of([&] { layer.forward(x, caches[1]); }), "given 6 rows at position -2"));
+  CHECK(contains(message_of([&] {
+                   run_batch(layer, x, {0, 1, 3}, pointers_to(caches));
+                 }),
+                 "given 5 rows at position -2"));
+  for (const auto& cache : caches) CHECK(cache.rows() == 3);
+}
+
 TEST_CASE("one full cache stops the whole batch before it begins", "[layer]") {
   const auto layer = multi_head_layer<float>(small_gqa);
   auto caches = contiguous<float>(12);

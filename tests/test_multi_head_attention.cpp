@@ -194,4 +194,7 @@ TEST_CASE("a weight of the wrong shape is named", "[layer]") {
   MultiHeadAttentionConfig plain = small_gqa;
   plain.qk_norm = false;
   CHECK(contains(message_of([&] { MultiHeadAttention<float>(plain, good); }), "weight `query_norm` must have 0"));
+  MultiHeadAttentionConfig sharp = small_gqa;
+  sharp.scale = 1e39;
+  CHECK(contains(message_of([&] { MultiHeadAttention<float>(sharp, good); }), "scale must be 0"));
 }

@@ -23,7 +23,7 @@
 namespace qkv::inline QKV_ABI {
 
 /// Anything that holds the keys and values of one sequence: KvCache, RingCache, PagedCache, or your own type with
-/// key_rows().
+/// key_rows(), whose runs stand at ascending positions from 0 on.
 template <class C>
 concept KeySource = !MatrixLike<C> && requires(const C& cache) {
   cache.key_rows().runs;
@@ -115,6 +115,7 @@ void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<
 template <class T, StorageType S>
 void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& rows, Heads heads, const Rule<T, S>& rule,
                  const Options<T>& options, const AnyExecutor& executor) {
+  check_runs(rows.runs, rows.rows);
   check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
   check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
   check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
@@ -230,6 +231,7 @@ namespace detail {
 template <class T, StorageType S, class M, class F>
 Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask, const F& score,
                      Stage stage, const Options<T>& options) {
+  check_runs(keys.runs, keys.rows);
   check_query(q.cols(), heads, keys.kv_heads, keys.head_dim);
   check_sizes(q.rows(), keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);

@@ -60,6 +60,7 @@ namespace detail {
 template <class T, StorageType S, class M, class F>
 Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, Heads heads, const M& mask,
                          const F& score, const Options<T>& options) {
+  check_runs(keys.runs, keys.rows);
   check_query(q_cols, heads, keys.kv_heads, keys.head_dim);
   check_sizes(n_queries, keys.rows, heads, keys.head_dim, keys.v_head_dim);
   check_options(options, heads);

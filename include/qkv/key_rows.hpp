@@ -6,7 +6,8 @@
 //
 // Inside a run, row i of key/value head h begins at  keys + h·key_head_stride + i·key_row_stride  (elements), and its
 // position is  position + i. Plain matrices, contiguous, ring and paged caches all look like this; nobody copies.
-// Rows are given in ascending position. Scales (int8 only) follow the same pattern with their own strides.
+// Rows are given in ascending position from 0 on, none twice: a call refuses others. Scales (int8 only) follow the same
+// pattern with their own strides.
 //
 // Before: options.hpp   Next: kernel/pair_rule.hpp
 #pragma once

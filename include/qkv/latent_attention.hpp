@@ -60,6 +60,7 @@ class LatentAttention {
         rope_(weights_.rope_frequencies.size() == 0
                   ? Rope<T>(config.rope, config.rope_dim)
                   : Rope<T>(config.rope, config.rope_dim, weights_.rope_frequencies)) {
+    detail::check_scale<T>(scale());
     const Index heads = config_.heads;
     const Matrix<T> key_up = weights_.key_up.weight(), value_up = weights_.value_up.weight();
     for (Index h = 0; h < heads; ++h) {
@@ -235,6 +236,7 @@ class LatentAttention {
     using S = typename C::Storage;
     const auto& c = config_;
     const LatentRows<S> rows = cache.latent_rows();
+    detail::check_runs(rows.runs, rows.rows);
     using Narrow = kernel::NarrowArithmetic<T, S>;
     constexpr double cost = Narrow::shorts ? short_absorbed_cost : Narrow::words ? narrow_absorbed_cost : 1.0;
     const LatentForm form =

@@ -45,6 +45,7 @@ class MultiHeadAttention {
   MultiHeadAttention(const MultiHeadAttentionConfig& config, MultiHeadAttentionWeights<T> weights)
       : config_(config), weights_(std::move(weights)) {
     check(config_, weights_);
+    detail::check_scale<T>(config.scale);
     if (config.rope) rope_.emplace(*config.rope, config.head_dim);
   }
 

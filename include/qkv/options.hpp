@@ -85,7 +85,7 @@ enum class Stage {
 
 template <class T>
 struct Options {
-  double scale = 0;                               // 0: 1/√head_dim
+  double scale = 0;                               // 0: 1/√head_dim; else normal in T
   std::optional<Index> first_position = {};       // of the first query; default: the queries are the last valid tokens
   std::span<const T> sinks = {};                  // none, or one learned logit per head
   Kernel kernel = Kernel::automatic;              // force one

@@ -87,6 +87,10 @@ template <class T, class C, class M, class F>
 void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const M& mask, const F& score, Workspace& workspace,
                   const AnyExecutor& executor) {
   check_functions<M, F, T>();
+  for (Index s = 0; s < batch.size(); ++s) {
+    const auto keys = batch.cache(s).key_rows();
+    check_runs(keys.runs, keys.rows);
+  }
   if constexpr (PooledCache<C>)
     if (share_prefixes) {
       for (Index s = 0; s < batch.size();) {

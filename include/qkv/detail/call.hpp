@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <type_traits>
 
 #include "../heads.hpp"
 #include "../kernel/task.hpp"
@@ -85,11 +86,25 @@ class Sequences {
   Index n_queries_, n_keys_;
 };
 
+/// Kernels multiply with the scale and with log2(e) times it: both must be normal numbers of T.
+template <class T>
+void check_scale(double scale) {
+  require(scale == scale, "scale must be a number; given NaN");
+  require(std::abs(scale) <= std::numeric_limits<double>::max(), "scale must be finite; given ", scale);
+  if constexpr (std::is_floating_point_v<T>) {
+    constexpr auto least = static_cast<long double>(std::numeric_limits<T>::min()),
+                   most = static_cast<long double>(std::numeric_limits<T>::max() / 2);
+    const auto given = std::abs(static_cast<long double>(scale));
+    require(scale == 0 || (least <= given && given <= most), "scale must be 0 (1/sqrt(head_dim)) or lie between ",
+            least, " and ", most, ", or their negatives, in the scalar of q; given ", scale);
+  }
+}
+
 template <class T>
 void check_options(const Options<T>& options, Heads heads) {
   require(options.sinks.empty() || static_cast<Index>(options.sinks.size()) == heads.heads,
           "sinks needs one logit per head; given ", options.sinks.size(), " for ", heads.heads, " heads");
-  require(options.scale == options.scale, "scale must be a number; given NaN");
+  check_scale<T>(options.scale);
   constexpr Index far = std::numeric_limits<Index>::max() / 4;  // positions are added up without overflow
   require(!options.first_position || (*options.first_position >= -far && *options.first_position <= far),
           "first_position must lie within ", -far, " ... ", far, "; given ", options.first_position.value_or(0));
@@ -148,6 +163,25 @@ template <class Out>
 void check_out(const Out& out, Index rows, Index cols) {
   require(out.rows() == rows && out.cols() == cols, "out must be ", Shape{rows, cols}, "; given ",
           Shape{out.rows(), out.cols()});
+}
+
+/// Kernels walk a grid of positions and write where a run says that its rows are: those of your own cache are looked at
+/// once a call. Runs [runs] of key rows or of latent rows.
+template <class Run>
+void check_runs(std::span<const Run> runs, Index rows) {
+  constexpr Index far = std::numeric_limits<Index>::max() / 4;
+  Index held = 0, next = 0;
+  for (const Run& run : runs) {
+    if (run.rows == 0) continue;
+    require(run.rows <= rows - held, "key rows must be as many as their runs hold; given ", rows, " for runs of ", held,
+            " and ", run.rows);
+    require(run.rows > 0 && run.position >= next && run.position <= far, "runs of rows must stand at positions 0 ... ",
+            far, ", in ascending order and none twice; given ", run.rows, " rows at position ", run.position, " where ",
+            next, " is the first that is free");
+    next = run.position + run.rows;
+    held += run.rows;
+  }
+  require(held == rows, "key rows must be as many as their runs hold; given ", rows, " for runs of ", held);
 }
 
 /// Position one past logical row `rows - 1`: where the next token would stand.

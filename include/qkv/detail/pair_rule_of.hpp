@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "../kernel/pair_rule.hpp"
@@ -39,10 +40,18 @@ class PairRegister {
   /// All pairs are of one head, at consecutive positions of keys or queries.
   bool in_line() const { return keys || tile_.heads == 1; }
   const At& first() const { return first_; }
-  /// key_position - query_position of each, where they are in line.
+  /// key_position - query_position of each, where they are in line: the number rounded to T, as where it is asked for alone.
+  /// Past 2²⁴ (double: 2⁵³) one further is not one more.
   typename V::Vec distances() const {
-    const auto from = V::broadcast(static_cast<T>(first_.key_position - first_.query_position));
-    return keys ? V::add(from, V::iota()) : V::sub(from, V::iota());
+    constexpr Index exact = Index{1} << std::min(std::numeric_limits<T>::digits, 62);
+    const Index first = first_.key_position - first_.query_position, step = keys ? 1 : -1;
+    if (std::min(first, first + step * V::width) > -exact && std::max(first, first + step * V::width) <= exact) {
+      const auto from = V::broadcast(static_cast<T>(first));
+      return keys ? V::add(from, V::iota()) : V::sub(from, V::iota());
+    }
+    T one[V::lanes];
+    for (Index n = 0; n < V::width; ++n) one[n] = static_cast<T>(first + step * n);
+    return V::load(one);
   }
   /// f(n, at) for all that are there.
   template <class F>

@@ -156,12 +156,9 @@ class Absorbed {
   }
 
   void multiply_rows(Index p, Index begin, Index end) {
-    if constexpr (parts_of<A>(1) > 1) {
-      if (q_.parts() == 4)
-        return q_.in_pairs() ? multiply_rows<2, 4>(p, begin, end) : multiply_rows<1, 4>(p, begin, end);
-      if (q_.parts() == 2) return multiply_rows<2, 2>(p, begin, end);
-    }
-    if constexpr (Vectors > 1 || parts_of<A>(V::width) == 1) multiply_rows<Vectors, 1>(p, begin, end);
+    with_layout<A, Vectors>(q_.layout(), [&](auto registers, auto parts) {
+      multiply_rows<decltype(registers)::value, decltype(parts)::value>(p, begin, end);
+    });
   }
   template <Index Registers, Index Parts>
   void multiply_rows(Index p, Index begin, Index end) {

@@ -35,6 +35,9 @@ struct Numbers {
   static constexpr bool shorts = std::same_as<Key, std::int16_t>;
   // Keys are whole numbers: scales, and a rope part, are joined afterwards. Weights are whole numbers of steps.
   static constexpr bool scaled = quads || shorts, steps = bytes || shorts;
+  // What the largest whole number of a query is taken to be worth: left off the scale of a key, so that scores overflow
+  // only where q·k / max|q| does, and given to the unit of the query.
+  static constexpr float headroom = quads ? 128 : shorts ? 32768 : 1;
 };
 
 template <class T>

@@ -159,17 +159,19 @@ class DecodeHead {
       const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
       const KeyRun<S>& run = task_.keys.runs[piece.run];
       const float *const k = run.key_scales + at, *const v = run.value_scales + at;
-      if (stride == 1) {
-        std::copy_n(k, piece.count, scale_k);
-        std::copy_n(v, piece.count, scale_v);
-      } else {
-        for (Index j = 0; j < piece.count; ++j)
-          scale_k[j] = static_cast<T>(k[j * stride]), scale_v[j] = static_cast<T>(v[j * stride]);
-      }
+      constexpr auto room = static_cast<T>(headroom<S>);
+      Index j = 0;
+      if (stride == 1)
+        for (; j + W <= piece.count; j += W) {
+          V::store(scale_k + j, V::mul(V::load(k + j), V::broadcast(room)));
+          V::store(scale_v + j, V::load(v + j));
+        }
+      for (; j < piece.count; ++j)
+        scale_k[j] = static_cast<T>(k[j * stride]) * room, scale_v[j] = static_cast<T>(v[j * stride]);
       if (all) {
         for (Index i = 0; i < n_; ++i) {
           T* const s = s_.chunk.scores(i, piece.column);
-          for (Index j = 0; j < piece.count; ++j) s[j] *= scale_k[j];
+          for (j = 0; j < piece.count; ++j) s[j] *= scale_k[j];
         }
         std::fill_n(scale_k, piece.count, T(1));
       }

@@ -27,6 +27,11 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
+/// What queries leave off where keys are whole numbers, up to 127 for a key of 1: sums of products would overflow long
+/// before scores do. It comes back with the scale of the key.
+template <StorageType S>
+inline constexpr float headroom = has_row_scale<S> ? 64 : 1;
+
 /// q·k in T: what a register of a row is, how it is multiplied, and how a query is packed.
 template <class T, class S>
 struct WidenedDot {
@@ -59,7 +64,8 @@ struct WidenedDot {
     V::store(to, V::mul(V::sum_each(sum), V::load(factor)));
   }
   static T round(const T* query, Index n, T* to, std::int32_t&) {
-    std::copy_n(query, n, to);
+    constexpr T factor = T(1) / static_cast<T>(headroom<S>);
+    for (Index i = 0; i < n; ++i) to[i] = query[i] * factor;
     return T(1);
   }
 };
@@ -147,7 +153,7 @@ struct QuadsDot {
     const float scale = quantize_row(query, n, to);
     shift = 0;
     for (Index i = 0; i < n; ++i) shift += 128 * to[i];
-    return scale;
+    return scale / headroom<Key>;
   }
 };
 #elif defined(QKV_DETAIL_SHORTS)
@@ -186,7 +192,7 @@ struct PairsDot {
     V::store(to, V::mul(words_to_float(sum_each(sum)), V::load(factor)));
   }
   static float round(const float* query, Index n, std::int16_t* to, std::int32_t&) {
-    return quantize_row(query, n, to, static_cast<float>(largest_short(n)));
+    return quantize_row(query, n, to, static_cast<float>(largest_short(n))) / headroom<Key>;
   }
 };
 #endif

@@ -28,6 +28,36 @@ constexpr Index parts_of([[maybe_unused]] Index heads) {
   return 1;
 }
 
+/// How the queries of some lanes lie, and are multiplied: registers of width / parts lanes, `registers` side by side.
+struct LaneLayout {
+  Index parts, registers;
+
+  friend constexpr bool operator==(const LaneLayout&, const LaneLayout&) = default;
+};
+
+/// The one rule for it: without parts a panel's registers, in parts two, but where one of four parts holds all lanes.
+template <class A, Index Vectors>
+constexpr LaneLayout lane_layout(Index heads, Index lanes) {
+  const Index parts = parts_of<A>(heads);
+  if (parts == 1) return {1, Vectors};
+  return {parts, parts == 4 && lanes * parts <= Simd<typename A::Scalar>::width ? 1 : 2};
+}
+
+/// f(registers, parts) of a layout, as constants: of those that lane_layout gives.
+template <class A, Index Vectors, class F>
+void with_layout([[maybe_unused]] const LaneLayout& layout, F&& f) {
+  using One = std::integral_constant<Index, 1>;
+  using Two = std::integral_constant<Index, 2>;
+  using Four = std::integral_constant<Index, 4>;
+  if constexpr (parts_of<A>(1) > 1) {
+    if (layout == LaneLayout{4, 1}) return f(One{}, Four{});
+    if (layout == LaneLayout{4, 2}) return f(Two{}, Four{});
+    if (layout == LaneLayout{2, 2}) return f(Two{}, Two{});
+  }
+  if constexpr (Vectors > 1 || parts_of<A>(Simd<typename A::Scalar>::width) == 1)  // one register: few heads
+    f(std::integral_constant<Index, Vectors>{}, One{});
+}
+
 #if defined(EIGEN_VECTORIZE_AVX512)
 EIGEN_ALWAYS_INLINE __m512 repeat_2(double two) { return _mm512_castpd_ps(_mm512_set1_pd(two)); }
 EIGEN_ALWAYS_INLINE __m512 repeat_4(const float* four) { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }

@@ -9,8 +9,8 @@
 //     shorts   [register of lanes][latent_dim / width][lane][width] of int16, q ≈ short · max|q| / largest_short(latent_dim)
 //              per lane, and the rope part [panel][rope_dim][lanes] of float
 //
-// In parts (kernel/lane_parts.hpp) lanes are cut into registers of width / parts lanes, two side by side but where one
-// holds all of them: [two registers][steps][register][lane][part].
+// In parts lanes are cut into registers of width / parts lanes, one or two of them side by side (kernel/lane_parts.hpp):
+// [registers side by side][steps][register][lane][part].
 //
 // The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are
 // narrow already.
@@ -66,8 +66,8 @@ class Queries {
   static constexpr Index panel = Vectors * W;
 
   Queries(const Task<T, S>& task, detail::Carver& carver, Index first, Index n)
-      : task_(task), first_(first), n_(n), parts_(parts_of<A>(task.heads)) {
-    const Index slots = round_up(n, panel) * parts_;
+      : task_(task), first_(first), n_(n), layout_(lane_layout<A, Vectors>(task.heads, n)) {
+    const Index slots = round_up(n, panel) * layout_.parts;
     q_ = carver.take<Number>(steps() * slots);
     if constexpr (A::scaled) {
       rope_ = carver.take<RopeNumber>(rope_steps() * slots);
@@ -82,15 +82,13 @@ class Queries {
     }
   }
 
-  Index parts() const { return parts_; }
-  /// Parts: whether registers lie in twos.
-  bool in_pairs() const { return n_ * parts_ > W; }
+  const LaneLayout& layout() const { return layout_; }
   /// Numbers of a part of a lane, without a rope part kept apart; where the registers that begin with a lane lie.
-  Index steps() const { return (depth() + parts_ - 1) / parts_; }
-  const Number* at(Index lane) const { return q_ + lane * parts_ * steps(); }
-  Index rope_steps() const { return (rope_depth() + parts_ - 1) / parts_; }
-  const RopeNumber* rope(Index lane) const { return rope_ + lane * parts_ * rope_steps(); }
-  const float* unit(Index lane) const { return unit_ + lane * parts_; }
+  Index steps() const { return (depth() + layout_.parts - 1) / layout_.parts; }
+  const Number* at(Index lane) const { return q_ + lane * layout_.parts * steps(); }
+  Index rope_steps() const { return (rope_depth() + layout_.parts - 1) / layout_.parts; }
+  const RopeNumber* rope(Index lane) const { return rope_ + lane * layout_.parts * rope_steps(); }
+  const float* unit(Index lane) const { return unit_ + lane * layout_.parts; }
 
  private:
   Index depth() const {
@@ -115,7 +113,7 @@ class Queries {
     }
     const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
     const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
-    std::fill_n(unit_ + (lane + i) * parts_, parts_, (zeros ? 0 : amax / most) + nan);
+    std::fill_n(unit_ + (lane + i) * layout_.parts, layout_.parts, (zeros ? 0 : amax / most) + nan);
     return zeros ? 0 : most / amax;
   }
   /// Lanes [lane, lane + W) turned: [number][lane of the panel].
@@ -164,7 +162,7 @@ class Queries {
   }
   template <class F>
   void turn(T* to, Index lane, Index depth, F&& row) const {
-    if (parts_ > 1) return spread(to, lane, depth, row);
+    if (layout_.parts > 1) return spread(to, lane, depth, row);
     to += lane / panel * panel * depth + lane % panel;
     for (Index k = 0; k < depth; k += W) {
       Vec block[V::lanes];
@@ -177,21 +175,22 @@ class Queries {
   /// The same in parts.
   template <class F>
   void spread(T* to, Index lane, Index depth, F&& row) const {
-    const Index n_steps = (depth + parts_ - 1) / parts_, side = in_pairs() ? 2 : 1;  // registers side by side
+    const Index parts = layout_.parts, n_steps = (depth + parts - 1) / parts;
     alignas(detail::cache_line) T numbers[std::size_t(W)];
     for (Index i = 0; i < W; ++i) {
-      const Index at = (lane + i) * parts_, all = side * W;
+      const Index at = (lane + i) * parts, all = layout_.registers * W;
       T* const first = to + at / all * all * n_steps + at % all;
       for (Index k = 0; k < depth; k += W) {
         V::store(numbers, row(i, k));
-        for (Index j = 0; j < W && k + j < n_steps * parts_; j += parts_)
-          std::memcpy(first + (k + j) / parts_ * all, numbers + j, static_cast<std::size_t>(parts_) * sizeof(T));
+        for (Index j = 0; j < W && k + j < n_steps * parts; j += parts)
+          std::memcpy(first + (k + j) / parts * all, numbers + j, static_cast<std::size_t>(parts) * sizeof(T));
       }
     }
   }
 
   const Task<T, S>& task_;
-  Index first_, n_, parts_;
+  Index first_, n_;
+  LaneLayout layout_;
   const T* from_[std::size_t(W)] = {};  // lanes of the register that is loaded
   Number* q_ = nullptr;
   RopeNumber* rope_ = nullptr;

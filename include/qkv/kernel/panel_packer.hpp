@@ -87,7 +87,7 @@ class BlockPacker {
           std::int32_t sum = 0;
           for (Index x = 0; x < d; ++x) sum += from[j * stride + x];
           panels_.key_offsets[b_ * tile_keys + c + j] = -128 * sum;
-          panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j);
+          panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j) / A::headroom;
         }
       return some;
     }
@@ -104,7 +104,7 @@ class BlockPacker {
           }
       }
       for (Index j = 0; j < some; ++j)
-        panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j);
+        panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j) / A::headroom;
     }
 #endif
     if constexpr (!A::words) {

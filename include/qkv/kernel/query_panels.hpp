@@ -74,7 +74,8 @@ void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
 }
 
 /// What a whole number of query i is worth where `most` is the largest of them goes to `unit`; returns the inverse of that.
-inline float find_unit(const QueryRows<float>& from, Index i, float most, float& unit) {
+template <class A>
+float find_unit(const QueryRows<float>& from, Index i, float most, float& unit) {
   using V = Simd<float>;
   V::Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the query is not finite
   for (Index k = 0; k < from.head_dim; k += V::width) {
@@ -84,7 +85,7 @@ inline float find_unit(const QueryRows<float>& from, Index i, float most, float&
   }
   const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
   const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
-  if (!zeros || nan != 0) unit *= amax / most + nan;
+  if (!zeros || nan != 0) unit *= amax / (most / A::headroom) + nan;
   unit = std::max(unit, std::numeric_limits<float>::min());  // keeps NaN
   return zeros ? 0 : most / amax;
 }
@@ -113,7 +114,7 @@ inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index la
   using V = Simd<float>;
   const Index depth = (from.head_dim + 3) / 4;
   float inverse[16];
-  for (Index i = 0; i < word_lanes; ++i) inverse[i] = find_unit(from, i, 127, unit[i]);
+  for (Index i = 0; i < word_lanes; ++i) inverse[i] = find_unit<Quads>(from, i, 127, unit[i]);
   for (Index w = 0; w < depth; w += word_lanes) {
     __m512 block[16];
     for (Index i = 0; i < word_lanes; ++i) {
@@ -139,7 +140,7 @@ inline void pack_queries(Shorts, const QueryRows<float>& from, Word* to, Index l
   const Index depth = (from.head_dim + 1) / 2;
   const auto most = static_cast<float>(largest_short(from.head_dim));
   float inverse[V::lanes];
-  for (Index i = 0; i < V::width; ++i) inverse[i] = find_unit(from, i, most, unit[i]);
+  for (Index i = 0; i < V::width; ++i) inverse[i] = find_unit<Shorts>(from, i, most, unit[i]);
   for (Index w = 0; w < depth; w += word_lanes) {
     V::Vec block[V::lanes];
     for (Index i = 0; i < V::width; ++i) {

@@ -55,9 +55,10 @@ T reference_weights(const Task<T, S>& task, const M& mask, const F& score, Index
       }
       const T* q = task.query(query, head);
       const S* k = task.keys.key(run, kv_head, r);
+      const T key_scale = static_cast<T>(task.keys.key_scale(run, kv_head, r));
       T dot = 0;
-      for (Index d = 0; d < task.head_dim; ++d) dot += q[d] * static_cast<T>(k[d]);
-      if constexpr (has_row_scale<S>) dot *= static_cast<T>(task.keys.key_scale(run, kv_head, r));
+      for (Index d = 0; d < task.head_dim; ++d)
+        dot += q[d] * (has_row_scale<S> ? static_cast<T>(k[d]) * key_scale : static_cast<T>(k[d]));
       row[j] = task.scale * dot;
       if (stage >= Stage::scored) row[j] = score(row[j], at);
       top = detail::nan_max(top, row[j]);
