@@ -281,6 +281,8 @@ void packed_product_into(Out&& out, const X& x, const PackedWeights<T, S>& w, st
                   "a bias must be empty or have one element per output; there are ", w.out(), " outputs, the bias has ",
                   bias.size());
   detail::require_disjoint(out, x, "x");
+  detail::require(!detail::share_an_element(detail::footprint(out), detail::footprint(bias)),
+                  "the output must not share elements with the bias");
   executor(ProductCut<T>{x.rows(), w.in(), w.panels()}.items(),
            [&](Index item) { packed_product_item(to, from, w, bias.empty() ? nullptr : bias.data(), item); });
 }
