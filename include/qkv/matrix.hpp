@@ -23,7 +23,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "detail/eigen.hpp"
 #include "detail/require.hpp"
 #include "version.hpp"
 

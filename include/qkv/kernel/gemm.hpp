@@ -42,8 +42,8 @@ struct StreamShape {
   static constexpr Index vectors = std::max<Index>(4, panel_vectors);
   static constexpr Index panels = vectors / panel_vectors;
   static constexpr bool many = TileShape<T>::wide || (Simd<T>::fused && std::is_same_v<T, S>);
-  static constexpr Index rows = (many ? 16 : 8) / vectors;
-  static constexpr std::uintptr_t ahead = 6144;  // bytes fetched ahead
+  static constexpr Index rows = std::max<Index>((many ? 16 : 8) / vectors, 1);  // one lane: 16 or 32 a panel
+  static constexpr std::uintptr_t ahead = 6144;                                 // bytes fetched ahead
 };
 
 /// c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j) with b in panels that are `b_panel` elements apart, side by side in c.
