@@ -84,13 +84,13 @@ struct Rows {
 template <class T, class S, class M = qkv::Window, class E = qkv::Serial>
 Matrix<T> absorbed(const Sizes& s, const Rows<S>& rows, const Matrix<T>& q, T scale, Index first,
                    const M& mask = qkv::causal, Arithmetic arithmetic = Arithmetic::exact,
-                   const E& executor = qkv::serial, qkv::Kernel kernel = qkv::Kernel::automatic) {
+                   const E& executor = qkv::serial) {
   qkv::Workspace workspace;
   Matrix<T> out(s.n_new, s.heads * s.latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
   const auto& as_mask = qkv::detail::as_mask(mask);
   using Mask = std::remove_cvref_t<decltype(as_mask)>;
-  const qkv::kernel::LatentTask<T, S, Mask, qkv::Plain> task{rows.all, s.heads,     scale,  0,         first,
-                                                             &as_mask, &qkv::plain, kernel, arithmetic};
+  const qkv::kernel::LatentTask<T, S, Mask, qkv::Plain> task{
+      rows.all, s.heads, scale, 0, first, &as_mask, &qkv::plain, qkv::Kernel::automatic, arithmetic};
   const qkv::kernel::StateView<T> state{m.data(), l.data(), qkv::writable_view(out), s.heads};
   qkv::kernel::latent_absorbed(task, qkv::view(q), state, workspace, executor);
   for (Index i = 0; i < s.n_new; ++i)
@@ -216,18 +216,15 @@ TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, piece
     const Rows<TestType> pages(s, lengths);
     const Index width = s.heads * (s.latent_dim + s.rope_dim), first = 1801 - s.n_new;
     const Matrix<T> q = numbers<T>(s.n_new, width, 9);
-    // Without vectors the general way serves the call: then bits are those of one kernel.
-    constexpr auto kernel = qkv::kernel::absorbed::serves<T, qkv::Plain> ? qkv::Kernel::automatic : qkv::Kernel::tiled;
     for (const Arithmetic in : {Arithmetic::automatic, Arithmetic::int8}) {
-      const auto whole = absorbed(s, rows, q, T(0.5), first, qkv::causal, in, qkv::serial, kernel);
-      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in, qkv::serial, kernel), whole));
-      CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, in, threaded(3), kernel), whole));
-      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in, shuffled(4), kernel), whole));
+      const auto whole = absorbed(s, rows, q, T(0.5), first, qkv::causal, in);
+      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in), whole));
+      CHECK(same_bits(absorbed(s, rows, q, T(0.5), first, qkv::causal, in, threaded(3)), whole));
+      CHECK(same_bits(absorbed(s, pages, q, T(0.5), first, qkv::causal, in, shuffled(4)), whole));
       for (Index i = 0; i < s.n_new; ++i) {
         const Sizes one{s.heads, 1, s.latent_dim, s.rope_dim};
         const Matrix<T> row = q.row(i);
-        CHECK(
-            same_bits(absorbed(one, rows, row, T(0.5), first + i, qkv::causal, in, qkv::serial, kernel), whole.row(i)));
+        CHECK(same_bits(absorbed(one, rows, row, T(0.5), first + i, qkv::causal, in), whole.row(i)));
       }
     }
   }

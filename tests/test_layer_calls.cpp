@@ -1,4 +1,5 @@
 #include <qkv/embedding.hpp>
+#include <qkv/explain.hpp>
 #include <qkv/multi_head_attention.hpp>
 #include <qkv/paged_cache.hpp>
 #include <qkv/position.hpp>
@@ -200,6 +201,41 @@ TEST_CASE("an output may lie upside down, but its rows share no element, whereve
   hold("embedding", 12, [&](Out out) { qkv::embed_into(out, table, ids); });
   hold("logits", 7, [&](Out out) { qkv::Embedding<float>(table).logits_into(out, q); });
   hold("projection", 23, [&](Out out) { gqa.weights().output.forward_into(out, normals<float>(n, 42, 11)); });
+}
+
+TEST_CASE("{} in an argument's place is that argument's default", "[layer]") {
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const auto mla = latent_layer<float>(small_mla);
+  const std::vector<Index> offsets = {0, 2, 5};
+  const auto check = [&](const auto& layer, const Matrix<float>& x) {
+    const auto held = layer.make_cache(9);
+    const Matrix<float> expected = layer.forward(x, qkv::causal);
+    CHECK_FALSE(same_bits(expected, layer.forward(x, qkv::full)));
+    CHECK(same_bits(layer.forward(x, {}), expected));
+    CHECK(same_bits(layer.forward(x, {}, {}, {}), expected));
+    CHECK(same_bits(layer.forward(x, {}, {}, {}, {}), expected));
+    auto cache = held, other = held;
+    const Matrix<float> through = layer.forward(x, cache, qkv::causal);
+    CHECK(same_bits(layer.forward(x, other, {}, {}, {}, {}), through));
+    Matrix<float> out(x.rows(), x.cols());
+    layer.forward_into(out, x, other = held, {}, {}, {}, {});
+    CHECK(same_bits(out, through));
+    std::vector caches(4, held);
+    const std::vector first = {&caches[0], &caches[1]}, second = {&caches[2], &caches[3]};
+    Matrix<float> batch(x.rows(), x.cols());
+    layer.forward_into(batch, x, offsets, first, qkv::causal);
+    layer.forward_into(out, x, offsets, second, {}, {}, {}, {});
+    CHECK(same_bits(out, batch));
+  };
+  check(gqa, normals<float>(5, 23, 1));
+  check(mla, normals<float>(5, 29, 2));
+  const Matrix<float> q = normals<float>(4, 23, 3), k = normals<float>(7, 23, 4);
+  CHECK(same_bits(gqa.forward(q, k, k, {}, {}, {}, {}), gqa.forward(q, k, k)));
+  CHECK(same_bits(qkv::attention(q, k, k, {}, {}, {}, {}, {}), qkv::attention(q, k, k)));
+  CHECK(same_bits(qkv::attention_weights(q, k, {}, {}, {}, {}, {}), qkv::attention_weights(q, k)));
+  CHECK(qkv::attention_weights(q, k).row(1).sum() > 0.999F);
+  CHECK(same_bits(qkv::attention_state(q, k, k, {}, {}, {}, {}, {}).maximum, qkv::attention_state(q, k, k).maximum));
+  CHECK(qkv::explain(q, k, k, {}, {}, {}, {}).text() == qkv::explain(q, k, k).text());
 }
 
 TEST_CASE("an output over an input that lies upside down is refused", "[layer]") {

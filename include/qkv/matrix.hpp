@@ -20,7 +20,9 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include "detail/require.hpp"
@@ -103,6 +105,18 @@ inline constexpr bool looks_elsewhere<Eigen::VectorBlock<X, Size>> = looks_elsew
 template <class X>
 concept DyingOperand = DyingMatrix<X> ||
     (MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X> && !looks_elsewhere<X>);
+
+template <class X, std::size_t N>
+void accept_span(const std::span<X, N>&);  // never called
+
+/// A temporary vector or array of X: a span of it would dangle. (A span that is a temporary itself only looks.)
+template <class R, class X>
+concept DyingRange = !std::is_lvalue_reference_v<R> && std::convertible_to<R, std::span<const X>> &&
+                     !requires(const std::remove_cvref_t<R>& range) {
+  detail::accept_span(range);
+};
+template <class R, class X>
+concept LastingRange = std::convertible_to<R, std::span<const X>> && !DyingRange<R, X>;
 
 /// Elements from one row to the next.
 template <MatrixLike X>
