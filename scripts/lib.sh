@@ -6,6 +6,60 @@ build_packages=(cmake ninja-build g++ libeigen3-dev catch2 libcli11-dev nlohmann
 
 say() { printf -- '-- %s\n' "$*" >&2; }
 
+# --- arguments ----------------------------------------------------------------------------------------------------------
+# A script opens with a comment that says how it is called: that is what --help prints, and what it allows. An option is
+# named there, `--fix`; one with a value has capitals behind it, `--out DIR`.
+
+case $0 in
+  /*) script=$0 ;;
+  *) script=${OLDPWD:-$PWD}/$0 ;; # scripts come from the folder where they were called to the root
+esac
+
+usage() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$script"; }
+
+refuse() {
+  printf '%s: %s; --help says what there is\n' "${script##*/}" "$1" >&2
+  exit 2
+}
+
+# read_arguments WORDS "$@": before anything runs or is written, answers --help, and refuses what the comment does not name
+# with status 2. WORDS is a regular expression of the words that are no options: '' for none, '.*' for any.
+read_arguments() {
+  local words=$1 text argument option named
+  shift
+  text=$(usage)
+  for argument; do
+    case $argument in
+      -h | --help)
+        printf '%s\n' "$text"
+        exit 0
+        ;;
+    esac
+  done
+  while (($#)); do
+    argument=$1
+    shift
+    if [[ $argument != -* ]]; then
+      [[ -n $words && $argument =~ ^($words)$ ]] || refuse "unknown word '$argument'"
+      continue
+    fi
+    option=${argument%%=*}
+    [[ $option =~ ^-[a-zA-Z][0-9]+$ ]] && option=${option:0:2} # -j4
+    [[ $option =~ ^--?[a-zA-Z][a-zA-Z0-9-]*$ ]] || refuse "unknown option '$argument'"
+    named=$(grep -oE -m 1 -e "(^|[^-a-zA-Z0-9])$option([ =][A-Z]+|[^-a-zA-Z0-9]|$)" <<<"$text") ||
+      refuse "unknown option '$argument'"
+    if [[ ${named#*"$option"} =~ ^[\ =][A-Z] ]]; then
+      [[ $argument != "$option" ]] && continue
+      (($#)) || refuse "$option needs a value"
+      shift
+    elif [[ $argument != "$option" ]]; then
+      refuse "$option takes no value: '$argument'"
+    fi
+  done
+}
+
+# --- what is needed, and builds -----------------------------------------------------------------------------------------
+
 # Is a package's content there, from whatever source? Libraries are looked for as packages, tools as commands.
 have() {
   case $1 in

@@ -51,6 +51,13 @@ struct Recorder {
   }
 };
 
+/// A cache of the user's own: rows in memory that anyone may write, here upside down.
+struct Borrowed {
+  ConstView<float> k, v;
+  KeyRun<float> run = qkv::key_run(k, v);
+  KeyRows<float> key_rows() const { return qkv::key_rows(run, k, v, 2); }
+};
+
 }  // namespace
 
 TEST_CASE("a window or a cap made by hand is checked like one of window() and soft_cap()", "[attention][errors]") {
@@ -263,6 +270,31 @@ TEST_CASE("an output that shares an element with an input is refused", "[attenti
   // Rows below, columns beside: no element in common.
   CHECK_NOTHROW(attention_into(buffer.block(0, 18, 3, 12), query, key, value, heads));
   CHECK_NOTHROW(attention_into(buffer.block(5, 0, 3, 12), query, key, value, heads));
+}
+
+TEST_CASE("an output that shares an element with the rows of a user's cache is refused", "[attention][errors]") {
+  Matrix<float> buffer = normals<float>(9, 23, 6);
+  const Matrix<float> before_call = buffer;
+  const Eigen::OuterStride<> down(-23);
+  const Borrowed source{{&buffer(6, 1), n_keys, 4, down}, {&buffer(7, 17), n_keys, 6, down}};
+  Matrix<float> keys = Matrix<float>(source.k), values = Matrix<float>(source.v), expected(n, 12);
+  attention_into(expected, q, keys, values, heads);
+  int refused = 0;
+  for (Index row = 0; row <= 6; ++row)
+    for (Index col = 0; col <= 11; ++col) {
+      const auto meets = [&](Index first_row, Index first_col, Index cols) {
+        return row < first_row + n_keys && row + n > first_row && col < first_col + cols && col + 12 > first_col;
+      };
+      const bool shares = meets(2, 1, 4) || meets(3, 17, 6);
+      CAPTURE(row, col, shares);
+      const std::string text = message_of([&] { attention_into(buffer.block(row, col, n, 12), q, source, heads); });
+      REQUIRE(contains(text, "must not share elements with the keys and values") == shares);
+      REQUIRE((shares ? same_bits(buffer, before_call) : same_bits(buffer.block(row, col, n, 12), expected)));
+      buffer = before_call;
+      refused += shares;
+    }
+  CHECK(refused > 20);
+  CHECK(refused < 80);
 }
 
 TEST_CASE("an output that shares an element with an operand of the mask or score is refused", "[attention][errors]") {

@@ -173,6 +173,8 @@ TEST_CASE("decode of int8 keys keeps the error of its integers at every width, a
           "[attention][storage]") {
   // int16 queries (PairsDot) are rounded to 2^-16 of their largest number up to width 512; int8 queries to 2^-8.
   constexpr bool in_int16 = std::is_same_v<kernel::NarrowDot<float, std::int8_t>::Query, std::int16_t>;
+  // Without vectors a sum is one chain of all features, and not one in each lane.
+  constexpr double exact = kernel::Simd<float>::width > 1 ? 1e-6 : 3e-6;
   for (const Index d : {1, 7, 40, 129, 511, 513, 1100}) {
     for (const bool largest : {false, true}) {
       const Case c{.n_queries = 2, .n_keys = 83, .heads = {6, 2}, .head_dim = d, .v_head_dim = 19};
@@ -180,7 +182,7 @@ TEST_CASE("decode of int8 keys keeps the error of its integers at every width, a
       const StoredAsInt8 rows(c, in);
       const auto error = [&](Arithmetic arithmetic) { return rows.error(Kernel::decode, arithmetic); };
       INFO("head_dim " << d << ", largest " << largest << ": " << error(Arithmetic::automatic));
-      CHECK(error(Arithmetic::exact) <= 1e-6);
+      CHECK(error(Arithmetic::exact) <= exact);
       CHECK(error(Arithmetic::automatic) <= (in_int16 ? 1e-4 : 1e-2));
     }
   }

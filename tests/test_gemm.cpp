@@ -218,6 +218,8 @@ TEST_CASE("wrong shapes and overlapping outputs are refused in words", "[gemm]")
   const std::vector<float> bias(6);
   CHECK_THROWS_AS(qkv::kernel::packed_product_into(out, x, w, std::span<const float>(bias)), std::invalid_argument);
   CHECK_THROWS_AS(qkv::kernel::packed_product_into(both.leftCols(7), both.middleCols(6, 5), w), std::invalid_argument);
+  CHECK_THROWS_AS(qkv::kernel::packed_product_into(both.leftCols(7), x, w, std::span<const float>(&both(1, 6), 7)),
+                  std::invalid_argument);
   both.rightCols(5) = x;
   qkv::kernel::packed_product_into(both.leftCols(7), both.rightCols(5), w);
   CHECK(same_bits(both.leftCols(7), product(x, w)));

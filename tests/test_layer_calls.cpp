@@ -1,8 +1,13 @@
+#include <qkv/embedding.hpp>
+#include <qkv/explain.hpp>
 #include <qkv/multi_head_attention.hpp>
 #include <qkv/paged_cache.hpp>
+#include <qkv/position.hpp>
 #include <qkv/ring_cache.hpp>
 #include <qkv/saved_cache.hpp>
 
+#include <algorithm>
+#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <thread>
@@ -115,6 +120,152 @@ TEST_CASE("x and out may be column blocks of one buffer, but share no element", 
     CHECK(cache.rows() == 5);
     CHECK((buffer.array() == 1).all());
   }
+}
+
+TEST_CASE("an output may lie upside down, but its rows share no element, wherever one is written", "[layer]") {
+  constexpr Index n = 4;
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const auto mla = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(n, 23, 1), y = normals<float>(n, 29, 2), q = normals<float>(n, 12, 3),
+                      k = normals<float>(n, 6, 4), v = normals<float>(n, 10, 5);
+  const auto held = gqa.make_cache(9);
+  const auto held_mla = mla.make_cache(9);
+  qkv::KvCache<float> keys({.kv_heads = 2, .head_dim = 3, .v_head_dim = 5, .capacity = n});
+  keys.append(k, v);
+  const std::vector<Index> offsets = {0, 1, n};
+  const std::vector<std::int32_t> ids = {3, 0, 1, 1};
+  const qkv::LearnedPositions<float> learned(normals<float>(n, 12, 6));
+  const qkv::Rope<float> rope(half_split, 6);
+  const RowVector<float> gain = random_gain<float>(12, 7);
+  const Matrix<float> table = normals<float>(7, 12, 8), cos = normals<float>(n, 3, 9), sin = normals<float>(n, 3, 10);
+
+  /// call(out) for outputs of any stride, each compared with a plain one.
+  const auto hold = [&](const char* name, Index cols, const auto& call) {
+    Matrix<float> expected(n, cols);
+    call(qkv::writable_view(expected));
+    for (Index stride = -cols - 2; stride <= cols + 2; ++stride) {
+      CAPTURE(name, stride);
+      std::vector<float> buffer(static_cast<std::size_t>(2 * n * (cols + 2)), 7.5F);
+      const qkv::View<float> out(buffer.data() + n * (cols + 2), n, cols, Eigen::OuterStride<>(stride));
+      const std::string text = message_of([&] { call(out); });
+      if (std::abs(stride) >= cols) {
+        REQUIRE(text == "");
+        REQUIRE(same_bits(out, expected));
+      } else {
+        REQUIRE(contains(text, "the rows of an output must not share elements"));
+        REQUIRE(std::all_of(buffer.begin(), buffer.end(), [](float b) { return b == 7.5F; }));
+      }
+    }
+  };
+  using Out = qkv::View<float>;
+  hold("attention", 20, [&](Out out) { qkv::attention_into(out, q, k, v, {4, 2}, qkv::causal); });
+  hold("attention to a cache", 20, [&](Out out) { qkv::attention_into(out, q, keys, {4, 2}, qkv::causal); });
+  const auto one = [&](const auto& layer, const auto& input, const auto& empty) {
+    return [&](Out out) {
+      auto cache = empty;
+      try {
+        layer.forward_into(out, input, cache);
+      } catch (const std::invalid_argument&) {
+        CHECK(cache.position() == 0);
+        throw;
+      }
+    };
+  };
+  const auto batch = [&](const auto& layer, const auto& input, const auto& empty) {
+    return [&](Out out) {
+      std::vector caches(2, empty);
+      const std::vector both = {&caches[0], &caches[1]};
+      try {
+        layer.forward_into(out, input, offsets, both);
+      } catch (const std::invalid_argument&) {
+        CHECK(caches[0].position() + caches[1].position() == 0);
+        throw;
+      }
+    };
+  };
+  hold("layer", 23, one(gqa, x, held));
+  hold("batch", 23, batch(gqa, x, held));
+  hold("latent layer", 29, one(mla, y, held_mla));
+  hold("latent batch", 29, batch(mla, y, held_mla));
+  hold("rms_norm", 12, [&](Out out) { qkv::rms_norm_into(out, q, gain, 1e-6); });
+  hold("layer_norm", 12, [&](Out out) { qkv::layer_norm_into(out, q, gain, gain, 1e-6); });
+  hold("rope", 12, [&](Out out) { rope.apply_into(out, q, 2, Index{5}); });
+  hold("rope, positions", 12, [&](Out out) { rope.apply_into(out, q, 2, std::array<Index, n>{7, 3, 2, 9}); });
+  hold("rope, tables", 12, [&](Out out) { qkv::apply_rope_into(out, q, 2, cos, sin, qkv::Pairing::half_split); });
+  hold("rope, in place", 12, [&](Out out) {
+    if (std::abs(out.outerStride()) >= 12) out = q;
+    rope.shift_in_place(out, 2, 3);
+  });
+  hold("positions", 12, [&](Out out) { learned.forward_into(out, q); });
+  hold("positions, by row", 12, [&](Out out) { learned.forward_into(out, q, std::array<Index, n>{3, 0, 0, 1}); });
+  hold("embedding", 12, [&](Out out) { qkv::embed_into(out, table, ids); });
+  hold("logits", 7, [&](Out out) { qkv::Embedding<float>(table).logits_into(out, q); });
+  hold("projection", 23, [&](Out out) { gqa.weights().output.forward_into(out, normals<float>(n, 42, 11)); });
+}
+
+TEST_CASE("{} in an argument's place is that argument's default", "[layer]") {
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const auto mla = latent_layer<float>(small_mla);
+  const std::vector<Index> offsets = {0, 2, 5};
+  const auto check = [&](const auto& layer, const Matrix<float>& x) {
+    const auto held = layer.make_cache(9);
+    const Matrix<float> expected = layer.forward(x, qkv::causal);
+    CHECK_FALSE(same_bits(expected, layer.forward(x, qkv::full)));
+    CHECK(same_bits(layer.forward(x, {}), expected));
+    CHECK(same_bits(layer.forward(x, {}, {}, {}), expected));
+    CHECK(same_bits(layer.forward(x, {}, {}, {}, {}), expected));
+    auto cache = held, other = held;
+    const Matrix<float> through = layer.forward(x, cache, qkv::causal);
+    CHECK(same_bits(layer.forward(x, other, {}, {}, {}, {}), through));
+    Matrix<float> out(x.rows(), x.cols());
+    layer.forward_into(out, x, other = held, {}, {}, {}, {});
+    CHECK(same_bits(out, through));
+    std::vector caches(4, held);
+    const std::vector first = {&caches[0], &caches[1]}, second = {&caches[2], &caches[3]};
+    Matrix<float> batch(x.rows(), x.cols());
+    layer.forward_into(batch, x, offsets, first, qkv::causal);
+    layer.forward_into(out, x, offsets, second, {}, {}, {}, {});
+    CHECK(same_bits(out, batch));
+  };
+  check(gqa, normals<float>(5, 23, 1));
+  check(mla, normals<float>(5, 29, 2));
+  const Matrix<float> q = normals<float>(4, 23, 3), k = normals<float>(7, 23, 4);
+  CHECK(same_bits(gqa.forward(q, k, k, {}, {}, {}, {}), gqa.forward(q, k, k)));
+  CHECK(same_bits(qkv::attention(q, k, k, {}, {}, {}, {}, {}), qkv::attention(q, k, k)));
+  CHECK(same_bits(qkv::attention_weights(q, k, {}, {}, {}, {}, {}), qkv::attention_weights(q, k)));
+  CHECK(qkv::attention_weights(q, k).row(1).sum() > 0.999F);
+  CHECK(same_bits(qkv::attention_state(q, k, k, {}, {}, {}, {}, {}).maximum, qkv::attention_state(q, k, k).maximum));
+  CHECK(qkv::explain(q, k, k, {}, {}, {}, {}).text() == qkv::explain(q, k, k).text());
+}
+
+TEST_CASE("an output over an input that lies upside down is refused", "[layer]") {
+  Matrix<float> buffer = normals<float>(9, 12, 1);
+  const Matrix<float> before = buffer;
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const qkv::Rope<float> rope(half_split, 6);
+  const RowVector<float> gain = random_gain<float>(12, 2);
+  const qkv::ConstView<float> down(buffer.row(7).data(), 4, 12, Eigen::OuterStride<>(-12));  // rows 7, 6, 5, 4
+  for (Index first = 0; first <= 5; ++first) {
+    CAPTURE(first);
+    auto out = qkv::writable_view(buffer.middleRows(first, 4));
+    const auto refused = [&](const auto& call) {
+      const bool said = contains(message_of(call), "share");
+      const bool right = said == (first > 0) && (!said || same_bits(buffer, before));
+      buffer = before;
+      return right;
+    };
+    CHECK(refused([&] { qkv::attention_into(out, before.topRows(4), down, before.topRows(4), {2, 2}); }));
+    CHECK(refused([&] { qkv::attention_into(out, down, before.topRows(4), before.topRows(4), {2, 2}); }));
+    CHECK(refused([&] { qkv::rms_norm_into(out, down, gain, 1e-6); }));
+    CHECK(refused([&] { rope.apply_into(out, down, 2, Index{3}); }));
+  }
+  Matrix<float> wide = normals<float>(8, 23, 3);
+  const qkv::ConstView<float> x(wide.row(7).data(), 4, 23, Eigen::OuterStride<>(-23));
+  auto cache = gqa.make_cache(9), other = gqa.make_cache(9);
+  CHECK(contains(message_of([&] { gqa.forward_into(wide.middleRows(1, 4), x, cache); }), "share"));
+  const Matrix<float> expected = gqa.forward(Matrix<float>(x), cache);
+  gqa.forward_into(wide.topRows(4), x, other);
+  CHECK(same_bits(wide.topRows(4), expected));
 }
 
 TEST_CASE("a layer refuses an output that its mask or score still reads", "[layer]") {

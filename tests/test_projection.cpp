@@ -9,6 +9,29 @@ using namespace support;
 
 namespace {
 
+/// A scalar of the user's own, as wide as double, which no instruction set knows.
+struct Real {
+  double value = 0;
+  Real() = default;
+  Real(double x) : value(x) {}
+  explicit operator float() const { return static_cast<float>(value); }
+  explicit operator long double() const { return static_cast<long double>(value); }
+  friend Real operator+(Real a, Real b) { return a.value + b.value; }
+  friend Real operator*(Real a, Real b) { return a.value * b.value; }
+};
+
+}  // namespace
+
+template <>
+struct Eigen::NumTraits<Real> : Eigen::NumTraits<double> {
+  using Real = ::Real;
+  using NonInteger = ::Real;
+  using Nested = ::Real;
+  using Literal = ::Real;
+};
+
+namespace {
+
 /// The contract's chain, one element at a time.
 template <class T>
 T chain(const qkv::Matrix<T>& x, Index row, const qkv::Matrix<T>& w, Index column, T start) {
@@ -45,6 +68,20 @@ TEMPLATE_TEST_CASE("a projection is x W plus b", "[projection]", float, double, 
   REQUIRE(biased.out_dim() == out);
   REQUIRE(max_error(plain.forward(x), expected) <= allowed);
   REQUIRE(max_error(biased.forward(x), with_bias) <= allowed);
+}
+
+TEST_CASE("a projection of a user's own scalar is x W plus b", "[projection]") {
+  for (Index in = 1; in <= 40; in += 3)
+    for (Index out = 1; out <= 40; ++out) {
+      const qkv::Matrix<double> x = numbers<double>(9, in, 1), w = numbers<double>(in, out, 2),
+                                b = numbers<double>(1, out, 3);
+      const qkv::Matrix<double> expected = (x * w).rowwise() + b.row(0);
+      const qkv::Projection<Real> projection(qkv::Matrix<Real>(w.cast<Real>()), qkv::RowVector<Real>(b.cast<Real>()));
+      const qkv::Matrix<Real> reals = x.cast<Real>();
+      CAPTURE(in, out);
+      for (Index rows = 1; rows <= 9; ++rows)
+        REQUIRE(max_error(projection.forward(reals.topRows(rows)), expected.topRows(rows)) <= 1e-14 * 40);
+    }
 }
 
 TEMPLATE_TEST_CASE("a row's bits do not depend on the number of rows", "[projection]", float, double) {

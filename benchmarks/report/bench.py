@@ -11,7 +11,7 @@ from . import context, readme, results, run, store
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__,
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="the rows that the figures need (default)")

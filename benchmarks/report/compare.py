@@ -58,7 +58,7 @@ def table(rows):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="scripts/bench-compare", description=__doc__,
+    parser = argparse.ArgumentParser(prog="scripts/bench-compare", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old"), parser.add_argument("new")
     parser.add_argument("--threshold", type=float, default=0.05, help="change that counts (default: 0.05)")

@@ -17,6 +17,8 @@
 // Before: kernel/decode.hpp   Next: explain.hpp
 #pragma once
 
+#include <optional>
+
 #include "data_masks.hpp"
 #include "detail/launch.hpp"
 
@@ -230,7 +232,7 @@ namespace detail {
 
 template <class T, StorageType S, class M, class F>
 Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads, const M& mask, const F& score,
-                     Stage stage, const Options<T>& options) {
+                     std::optional<Stage> stage, const Options<T>& options) {
   check_runs(keys.runs, keys.rows);
   check_query(q.cols(), heads, keys.kv_heads, keys.head_dim);
   check_sizes(q.rows(), keys.rows, heads, keys.head_dim, keys.v_head_dim);
@@ -244,7 +246,7 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
     const Index h = row / q.rows(), i = row % q.rows();
     kernel::reference_weights(task, mask, score, h, i,
                               options.sinks.empty() ? minus_infinity<T> : options.sinks[static_cast<std::size_t>(h)],
-                              stage, weights.data() + row * keys.rows);
+                              stage.value_or(Stage::probabilities), weights.data() + row * keys.rows);
   }
   return weights;
 }
@@ -252,10 +254,10 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
 }  // namespace detail
 
 /// Who looks at whom, for learning and debugging: [heads·n_queries, n_keys], head h in rows h·n_queries …; this is the
-/// matrix that attention() never builds. Loops of kernel::reference.
+/// matrix that attention() never builds. stage: by default Stage::probabilities. Loops of kernel::reference.
 template <MatrixLike Q, MatrixLike K, class M = Full, class F = Plain>
 Matrix<ScalarOf<Q>> attention_weights(const Q& q, const K& k, Heads heads = {}, const M& mask = full,
-                                      const F& score = plain, Stage stage = Stage::probabilities,
+                                      const F& score = plain, std::optional<Stage> stage = {},
                                       const Options<ScalarOf<Q>>& options = {}) {
   using S = ScalarOf<K>;
   detail::check_functions<M, F, ScalarOf<Q>>();
@@ -270,7 +272,7 @@ Matrix<ScalarOf<Q>> attention_weights(const Q& q, const K& k, Heads heads = {}, 
 /// The same against what a cache holds.
 template <MatrixLike Q, KeySource C, class M = Full, class F = Plain>
 Matrix<ScalarOf<Q>> attention_weights(const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
-                                      const F& score = plain, Stage stage = Stage::probabilities,
+                                      const F& score = plain, std::optional<Stage> stage = {},
                                       const Options<ScalarOf<Q>>& options = {}) {
   detail::check_functions<M, F, ScalarOf<Q>>();
   const auto& q_rows = viewable(q);

@@ -23,20 +23,6 @@
 
 namespace qkv::inline QKV_ABI {
 
-namespace detail {
-
-template <class R>
-inline constexpr bool is_span = false;
-template <class X, std::size_t N>
-inline constexpr bool is_span<std::span<X, N>> = true;
-
-/// A temporary vector or array of indices: a span of it would dangle.
-template <class R>
-concept DyingIndices = !std::is_lvalue_reference_v<R> && !is_span<std::remove_cvref_t<R>> &&
-                       std::convertible_to<R, std::span<const Index>>;
-
-}  // namespace detail
-
 /// Padding: in sequence s only the first lengths[s] key rows are real. They also define where the queries stand when
 /// options.first_position is not given: the last query is at position lengths[s] - 1.
 struct Lengths {
@@ -68,7 +54,7 @@ struct Lengths {
   }
 };
 inline Lengths lengths(std::span<const Index> n) { return {n}; }
-template <detail::DyingIndices R>
+template <detail::DyingRange<Index> R>
 Lengths lengths(R&& n) = delete;  // the mask holds a view: the lengths must outlive it
 
 /// Several documents packed into one sequence: ids[position] names the document a position belongs to.
@@ -115,7 +101,7 @@ struct Documents {
   }
 };
 inline Documents documents(std::span<const Index> ids) { return {ids}; }
-template <detail::DyingIndices R>
+template <detail::DyingRange<Index> R>
 Documents documents(R&& ids) = delete;
 
 /// matrix(query, key) is true where the query may see the key; rows and columns of the call, not positions.

@@ -177,10 +177,10 @@ constexpr Index clamped_difference(Index a, Index b) {
 }  // namespace detail
 
 /// Sees left keys before its own position, its own, and right keys after: left + right + 1 in all. A call refuses a left
-/// or a right below 0.
+/// or a right below 0. Window{} is causal, and so is `{}` in the mask's place of a layer's forward.
 struct Window {
   static constexpr bool ignores_heads = true;
-  Index left = infinite, right = infinite;
+  Index left = infinite, right = 0;
 
   constexpr bool sees(const At& at) const {
     return low(at.query_position) <= at.key_position && at.key_position <= high(at.query_position);

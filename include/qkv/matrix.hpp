@@ -20,10 +20,11 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
-#include "detail/eigen.hpp"
 #include "detail/require.hpp"
 #include "version.hpp"
 
@@ -105,10 +106,30 @@ template <class X>
 concept DyingOperand = DyingMatrix<X> ||
     (MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X> && !looks_elsewhere<X>);
 
+template <class X, std::size_t N>
+void accept_span(const std::span<X, N>&);  // never called
+
+/// A temporary vector or array of X: a span of it would dangle. (A span that is a temporary itself only looks.)
+template <class R, class X>
+concept DyingRange = !std::is_lvalue_reference_v<R> && std::convertible_to<R, std::span<const X>> &&
+                     !requires(const std::remove_cvref_t<R>& range) {
+  detail::accept_span(range);
+};
+template <class R, class X>
+concept LastingRange = std::convertible_to<R, std::span<const X>> && !DyingRange<R, X>;
+
 /// Elements from one row to the next.
 template <MatrixLike X>
 Index row_stride(const X& x) {
   return std::remove_cvref_t<X>::IsRowMajor ? x.outerStride() : x.innerStride();
+}
+
+/// Raises where one row of an output would overwrite another: a Map may have any stride, 0 and negative ones too.
+template <MatrixLike X>
+void require_rows_apart(const X& out) {
+  const Index stride = row_stride(out.derived()), cols = out.cols();
+  require(out.rows() <= 1 || stride >= cols || stride <= -cols, "the rows of an output must not share elements; it is ",
+          Shape{out.rows(), cols}, " with ", stride, " elements from row to row");
 }
 
 }  // namespace detail
@@ -125,13 +146,14 @@ ConstView<ScalarOf<X>> view(const X& x) {
 template <detail::DyingMatrix X>
 ConstView<ScalarOf<X>> view(X&&) = delete;  // the matrix must outlive its view
 
-/// The same for something to be written.
+/// The same for something to be written. Throws where its rows share elements.
 template <MatrixLike X>
 View<ScalarOf<X>> writable_view(X&& x) {
   static_assert(is_viewable<X>,
                 "qkv: an output must be row-major memory with unit inner stride (qkv::Matrix<T>, its row and column "
                 "blocks, an Eigen::Map of either)");
   static_assert(!is_viewable<X> || is_writable<X>, "qkv: an output must be writable, not const");
+  detail::require_rows_apart(x);
   return {const_cast<ScalarOf<X>*>(x.derived().data()), x.rows(), x.cols(),
           Eigen::OuterStride<>(detail::row_stride(x.derived()))};
 }

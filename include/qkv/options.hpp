@@ -3,9 +3,12 @@
 // Before: softmax.hpp   Next: key_rows.hpp
 #pragma once
 
+#include <concepts>
+#include <cstddef>
 #include <optional>
 #include <span>
 #include <type_traits>
+#include <utility>
 
 #include "matrix.hpp"
 #include "workspace.hpp"
@@ -83,18 +86,32 @@ enum class Stage {
   probabilities,  // after the softmax (sinks included)
 };
 
+/// A std::span<const X>, made from whatever that is made from but a temporary vector or array: options may be kept.
+template <class X>
+class LastingSpan : public std::span<const X> {
+ public:
+  LastingSpan() = default;
+  template <detail::LastingRange<X> R>
+  constexpr LastingSpan(R&& range) : std::span<const X>(std::forward<R>(range)) {}
+  template <class P>
+  requires(std::convertible_to<P*, const X*>) constexpr LastingSpan(P* first, std::size_t n)
+      : std::span<const X>(first, n) {}
+  template <detail::DyingRange<X> R>
+  LastingSpan(R&&) = delete;  // a view: give the vector a name, and let it outlive the call
+};
+
 template <class T>
 struct Options {
   double scale = 0;                               // 0: 1/√head_dim; else normal in T
   std::optional<Index> first_position = {};       // of the first query; default: the queries are the last valid tokens
-  std::span<const T> sinks = {};                  // none, or one learned logit per head
+  LastingSpan<T> sinks = {};                      // none, or one learned logit per head
   Kernel kernel = Kernel::automatic;              // force one
   Arithmetic arithmetic = Arithmetic::automatic;  // of the fast kernels
   Matrix<T>* log_sum_exp = nullptr;               // where to write log Σ exp(score) [n_queries, heads]; resized
   Workspace* workspace = nullptr;                 // scratch memory to reuse; default: allocated by the call
   // Batches: sequence s has query rows [query_offsets[s], query_offsets[s+1]) and key rows likewise. Both or none.
-  std::span<const Index> query_offsets = {};
-  std::span<const Index> key_offsets = {};
+  LastingSpan<Index> query_offsets = {};
+  LastingSpan<Index> key_offsets = {};
 };
 
 }  // namespace qkv::inline QKV_ABI

@@ -7,8 +7,9 @@ cmake_minimum_required(VERSION 3.25)
 set(kept # what users may ask for
          QKV_VERSION_MAJOR QKV_VERSION_MINOR QKV_VERSION_PATCH
          # the name of the inline namespace, which is put together wherever it is written
-         QKV_ABI QKV_DETAIL_JOIN QKV_DETAIL_JOIN2 QKV_DETAIL_ISA QKV_DETAIL_FMA QKV_DETAIL_HALF QKV_DETAIL_DOT
-         QKV_DETAIL_LANES QKV_DETAIL_EXCEPTIONS
+         QKV_ABI QKV_DETAIL_JOIN QKV_DETAIL_JOIN2 QKV_DETAIL_ISA QKV_DETAIL_STEP QKV_DETAIL_FMA QKV_DETAIL_HALF
+         QKV_DETAIL_DOT QKV_DETAIL_LANES QKV_DETAIL_ALIGN QKV_DETAIL_ALIGN1 QKV_DETAIL_ALIGN2 QKV_DETAIL_HEAP
+         QKV_DETAIL_LIBRARY QKV_DETAIL_EXCEPTIONS
          # what kernel/words.hpp and kernel/shorts.hpp found, for the kernels that include them
          QKV_DETAIL_WORDS QKV_DETAIL_SHORTS)
 

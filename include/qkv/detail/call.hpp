@@ -1,6 +1,7 @@
 // detail/call.hpp — everything about a call that must be checked before the first write.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -163,6 +164,29 @@ template <class Out>
 void check_out(const Out& out, Index rows, Index cols) {
   require(out.rows() == rows && out.cols() == cols, "out must be ", Shape{rows, cols}, "; given ",
           Shape{out.rows(), out.cols()});
+  require_rows_apart(out);
+}
+
+/// Whether a call that writes `output` would write into keys or values: a user's own source may hold them anywhere.
+template <StorageType S>
+bool lies_in(const Footprint& output, const KeyRows<S>& keys) {
+  if (output.empty()) return false;
+  const auto meets = [&](const S* first, Index rows, Index dim, Index row_stride, Index head_stride) {
+    first += keys.first_kv_head * head_stride;
+    const Footprint head = footprint(first, rows, dim, row_stride),
+                    last = footprint(first + (keys.kv_heads - 1) * head_stride, rows, dim, row_stride);
+    if (head.empty() || output.end() <= std::min(head.begin, last.begin) ||
+        std::max(head.end(), last.end()) <= output.begin)
+      return false;
+    for (Index h = 0; h < keys.kv_heads; ++h)
+      if (share_an_element(output, footprint(first + h * head_stride, rows, dim, row_stride))) return true;
+    return false;
+  };
+  for (const auto& run : keys.runs)
+    if (meets(run.keys, run.rows, keys.head_dim, keys.key_row_stride, keys.key_head_stride) ||
+        meets(run.values, run.rows, keys.v_head_dim, keys.value_row_stride, keys.value_head_stride))
+      return true;
+  return false;
 }
 
 /// Kernels walk a grid of positions and write where a run says that its rows are: those of your own cache are looked at
@@ -206,6 +230,8 @@ void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape&
   CallShape call = shape;
   call.n_keys = keys.rows;
   call.last_key_position = end_position(keys, keys.rows) - 1;
+  require(!lies_in(call.output, keys) && !lies_in(call.log_sum_exp, keys),
+          "the output (and the log-sum-exp) must not share elements with the keys and values of the cache");
   rule.check(call);
 }
 

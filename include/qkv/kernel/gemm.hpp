@@ -42,8 +42,8 @@ struct StreamShape {
   static constexpr Index vectors = std::max<Index>(4, panel_vectors);
   static constexpr Index panels = vectors / panel_vectors;
   static constexpr bool many = TileShape<T>::wide || (Simd<T>::fused && std::is_same_v<T, S>);
-  static constexpr Index rows = (many ? 16 : 8) / vectors;
-  static constexpr std::uintptr_t ahead = 6144;  // bytes fetched ahead
+  static constexpr Index rows = std::max<Index>((many ? 16 : 8) / vectors, 1);  // one lane: 16 or 32 a panel
+  static constexpr std::uintptr_t ahead = 6144;                                 // bytes fetched ahead
 };
 
 /// c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j) with b in panels that are `b_panel` elements apart, side by side in c.
@@ -281,6 +281,8 @@ void packed_product_into(Out&& out, const X& x, const PackedWeights<T, S>& w, st
                   "a bias must be empty or have one element per output; there are ", w.out(), " outputs, the bias has ",
                   bias.size());
   detail::require_disjoint(out, x, "x");
+  detail::require(!detail::share_an_element(detail::footprint(out), detail::footprint(bias)),
+                  "the output must not share elements with the bias");
   executor(ProductCut<T>{x.rows(), w.in(), w.panels()}.items(),
            [&](Index item) { packed_product_item(to, from, w, bias.empty() ? nullptr : bias.data(), item); });
 }

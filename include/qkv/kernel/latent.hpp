@@ -94,6 +94,9 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
       return absorbed::run(absorbed::Task<T, S>{q, task.rows, task.heads, task.scale, task.sequence, task.first_position,
                                                 detail::pair_rule<T>(*task.mask, *task.score)},
                            task.arithmetic, state, workspace, executor);
+  LatentTask<T, S, M, F> general = task;
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>)
+    if (task.kernel == Kernel::automatic) general.kernel = Kernel::tiled;  // one lane: one kernel for any number of queries
   const auto scratch = workspace.lease(static_cast<std::size_t>(latent_chunk * width) * sizeof(T));
   T* rows = reinterpret_cast<T*>(scratch.data());
   for_each_latent_chunk(
@@ -104,7 +107,7 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
       },
       [&](Index first_row, Index position, Index count) {
         const KeyRun<T> keys{.rows = count, .position = position, .keys = rows, .values = rows};
-        merge_rows(task, q, keys,
+        merge_rows(general, q, keys,
                    KeyRows<T>{.first_row = first_row,
                               .kv_heads = 1,
                               .head_dim = width,
