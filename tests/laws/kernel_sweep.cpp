@@ -163,15 +163,6 @@ void check_attention(std::uint64_t cases, const std::function<F(Draw&, const std
   });
 }
 
-template <class T>
-Plain no_score(Draw&, const std::vector<T>&) {
-  return plain;
-}
-using Capped = Then<SoftCap, Alibi<float>>;
-Capped capped(Draw& draw, const std::vector<float>& slopes) {
-  return then(soft_cap(static_cast<double>(draw.from(2, 30))), alibi(std::span<const float>(slopes)));
-}
-
 }  // namespace
 
 TEST_CASE("tiled and decode are their formula for all heads, queries and features", "[sweep]") {

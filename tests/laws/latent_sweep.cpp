@@ -26,13 +26,16 @@ struct LatentSizes {
   }
 };
 
-template <class T, class S>
-void check_absorbed(std::uint64_t cases) {
-  sweep(cases, [](Draw& draw, std::uint64_t seed, std::ostream& text) {
+template <class T, class S, class F>
+void check_absorbed(std::uint64_t cases, F (&drawn_score)(Draw&, const std::vector<T>&)) {
+  sweep(cases, [&](Draw& draw, std::uint64_t seed, std::ostream& text) {
     const LatentSizes s(draw, seed);
     const Index width = s.latent_dim + s.rope_dim;
     const auto arithmetic = draw.one_of({Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8});
     const SweepMask mask = SweepMask::drawn(draw);
+    std::vector<T> slopes(static_cast<std::size_t>(s.heads));
+    for (T& slope : slopes) slope = static_cast<T>(draw.from(0, 100)) / 1000;
+    const F score = drawn_score(draw, slopes);
     const Magnitudes size = Magnitudes::drawn(draw, std::is_same_v<S, half>, true);
     const T scale =
         static_cast<T>(draw.one_of({1 / std::sqrt(static_cast<double>(width)), 0.3, -0.2, 1.0}) / (size.q * size.k));
@@ -61,8 +64,8 @@ void check_absorbed(std::uint64_t cases) {
     Workspace workspace;
     Matrix<T> out(s.tokens, s.heads * s.latent_dim), m(s.tokens, s.heads), l(s.tokens, s.heads);
     const kernel::StateView<T> state{m.data(), l.data(), writable_view(out), s.heads};
-    const kernel::LatentTask<T, S, SweepMask, Plain> task{rows,   s.heads,           scale,     0, first, &mask,
-                                                          &plain, Kernel::automatic, arithmetic};
+    const kernel::LatentTask<T, S, SweepMask, F> task{rows,   s.heads,           scale,     0, first, &mask,
+                                                      &score, Kernel::automatic, arithmetic};
     kernel::latent_absorbed(task, view(q), state, workspace, serial);
 
     const Matrix<double> queries = q.template cast<double>(), latent = cache.template latent<double>(),
@@ -77,12 +80,12 @@ void check_absorbed(std::uint64_t cases) {
     for (Index i = 0; i < s.tokens; ++i)
       for (Index h = 0; h < s.heads; ++h) {
         OneQuery one{&queries(i, h * width), width, static_cast<double>(scale)};
+        const auto at = [&](Index j) {
+          return At{0, h, i, j, first + i, pieces.positions[static_cast<std::size_t>(j)]};
+        };
         one.run(
             keys.data(), width, latent.data(), s.latent_dim, s.latent_dim, s.keys, -INFINITY,
-            [](double score, Index) { return score; },
-            [&](Index j) {
-              return mask.sees({0, h, i, j, first + i, pieces.positions[static_cast<std::size_t>(j)]});
-            },
+            [&](double x, Index j) { return score(x, at(j)); }, [&](Index j) { return mask.sees(at(j)); },
             expected.data());
         const double maximum = static_cast<double>(m(i, h)), sum = static_cast<double>(l(i, h));
         worst = std::max(worst, part_of(maximum + std::log(sum), one.log_sum_exp, one.log_error(all, half_ulp<T>)));
@@ -97,9 +100,11 @@ void check_absorbed(std::uint64_t cases) {
 }  // namespace
 
 TEST_CASE("the absorbed kernel is its formula for all heads and tokens", "[sweep]") {
-  SECTION("float") { check_absorbed<float, float>(1120); }
-  SECTION("half") { check_absorbed<float, half>(560); }
-  SECTION("bfloat16") { check_absorbed<float, bfloat16>(1120); }
-  SECTION("int8") { check_absorbed<float, std::int8_t>(1120); }
-  SECTION("double") { check_absorbed<double, double>(560); }
+  SECTION("float") { check_absorbed<float, float>(1120, no_score<float>); }
+  SECTION("half") { check_absorbed<float, half>(560, no_score<float>); }
+  SECTION("bfloat16") { check_absorbed<float, bfloat16>(1120, no_score<float>); }
+  SECTION("int8") { check_absorbed<float, std::int8_t>(1120, no_score<float>); }
+  SECTION("double") { check_absorbed<double, double>(560, no_score<double>); }
+  SECTION("float, with a score") { check_absorbed<float, float>(560, capped); }
+  SECTION("int8, with a score") { check_absorbed<float, std::int8_t>(560, capped); }
 }

@@ -89,7 +89,7 @@ void sweep(std::uint64_t cases, const Check& check) {
 
 /// A window, a part of whose pairs may be hidden here and there, and which may be unsure about blocks.
 struct SweepMask {
-  qkv::Window window = {};
+  qkv::Window window = {qkv::infinite, qkv::infinite};
   Index holes = 0;     // one in so many pairs is hidden; 0: none
   bool vague = false;  // some, where it could say all or none
 
@@ -114,7 +114,22 @@ struct SweepMask {
     seen.exact = holes == 0;
     return seen;
   }
+  qkv::SeenBy keys_seen(const qkv::Block& block) const {
+    qkv::SeenBy seen = window.keys_seen(block);
+    seen.exact = holes == 0;
+    return seen;
+  }
 };
+
+/// Scores for sweeps, drawn for slopes of one per head: none, or one of two parts.
+template <class T>
+qkv::Plain no_score(Draw&, const std::vector<T>&) {
+  return qkv::plain;
+}
+using Capped = qkv::Then<qkv::SoftCap, qkv::Alibi<float>>;
+inline Capped capped(Draw& draw, const std::vector<float>& slopes) {
+  return qkv::then(qkv::soft_cap(static_cast<double>(draw.from(2, 30))), qkv::alibi(std::span<const float>(slopes)));
+}
 
 /// Rows at these positions: consecutive, or with gaps between the pieces.
 struct Pieces {
