@@ -140,7 +140,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
     const Index left = rows() - n, moved = left - first;
     if (n == 0) return;
     if (moved > 0) {
-      this->pool_->make_room([&] { return this->missing_pages(first, moved); });
+      this->ask_for([&] { return this->missing_pages(first, moved); });
       this->require_pages(first, moved);
       this->own(first, moved);
       this->hold(rows(), first / page_tokens());  // runs of the copies, should scratch memory fail now
