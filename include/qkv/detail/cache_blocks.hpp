@@ -135,6 +135,17 @@ class CacheBlocks {
     }
   }
 
+  /// Calls f(array, n) for the numbers of rows `row` … row+rows-1 of a block, array by array.
+  template <class F>
+  void for_each_array(Index block, Index row, Index rows, F&& f) const {
+    for (Index head = 0; head < shape_.kv_heads; ++head) {
+      const Index at = head_row(block, head) + row;
+      f(keys_.data() + at * shape_.head_dim, rows * shape_.head_dim);
+      f(values_.data() + at * shape_.v_head_dim, rows * shape_.v_head_dim);
+      if constexpr (has_row_scale<S>) f(key_scales_.data() + at, rows), f(value_scales_.data() + at, rows);
+    }
+  }
+
   /// Rows `row` … row+rows-1 of a block, as kernels see them.
   KeyRun<S> run(Index block, Index row, Index rows, Index position) const {
     const Index at = head_row(block, 0) + row;
