@@ -462,3 +462,30 @@ TEST_CASE("an owner cannot give up what the call is about", "[failures]") {
   owners_leave_the_call_alone(*crowded_gqa());
   owners_leave_the_call_alone(*crowded_mla());
 }
+
+TEST_CASE("a shift that finds no memory leaves pages as they were, shared ones shared", "[failures]") {
+  const qkv::Rope<float> rope(interleaved, 6);
+  for (std::int64_t k = 0, failed = 1; failed > 0; ++k) {
+    LatentPagePool<float> pool(latent_pages);
+    PagedLatentCache<float> cache(pool);
+    fill(cache, 7);
+    const auto fork = cache.fork();
+    const auto state = [&] {
+      std::ostringstream all;
+      qkv::save_cache(all, cache), qkv::save_cache(all, fork);
+      for (const Index page : cache.pages()) all << ' ' << page << ':' << pool.references(page);
+      return all.str();
+    };
+    const std::string before = state();
+    failed = 0;
+    try {
+      const FailingAllocation failing(k);
+      cache.drop_rows(1, 2, rope);
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
+    CHECK((state() == before) == (failed > 0));
+    CHECK((failed > 0 || k > 1));
+    CHECK(cache.rows() == (failed > 0 ? 7 : 5));
+  }
+}
