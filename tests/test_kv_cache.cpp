@@ -5,8 +5,11 @@
 
 #include <qkv/kv_cache.hpp>
 #include <qkv/memory.hpp>
+#include <qkv/saved_cache.hpp>
 
 #include <cstdint>
+#include <new>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -363,4 +366,141 @@ TEST_CASE("a context shift that cannot be leaves a cache as it was; one that can
   cache.drop_rows(0, 2, rope);
   REQUIRE(support::allocations_of([&] { cache.drop_rows(1, 3, rope); }).count == 0);
   REQUIRE(cache.rows() == 4);
+}
+
+namespace {
+
+template <class S>
+void append_numbers(KvCache<S>& cache, Index n) {
+  const auto seed = static_cast<std::uint64_t>(n + cache.rows());
+  cache.append(support::numbers<float>(n, 3 * 6, seed), support::numbers<float>(n, 3 * 7, seed + 1));
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("however often a cache is shifted, its keys are rounded once", "", float, double, half, bfloat16,
+                   std::int8_t) {
+  const auto held = [](const KvCache<TestType>& cache) { return cache.template keys<double>(); };
+  const auto after = [&](Index k, const RopeConfig& config, Index block, auto... how) {
+    KvCache<TestType> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 4080, .block = block});
+    const support::ShiftedRows expected(config, 3, 6);
+    if constexpr (std::is_same_v<TestType, double>)
+      return support::roundings_after<TestType>(k, cache, expected, Rope<double>(config, 6), held,
+                                                append_numbers<TestType>, how...);
+    else
+      return support::roundings_after<TestType>(k, cache, expected, Rope<float>(config, 6), held,
+                                                append_numbers<TestType>, how...);
+  };
+  for (const RopeConfig& config : support::shifted_ropes)
+    for (const Index k : {1, 10, 300, 2000}) {
+      CAPTURE(k);
+      REQUIRE(after(k, config, k == 300 ? 20 : 0) <= 1);
+    }
+  // In place every shift rounds again.
+  REQUIRE(after(1, support::shifted_ropes[0], 20, Shift::in_place) <= 1);
+  const double in_place = after(300, support::shifted_ropes[0], 20, Shift::in_place);
+  CAPTURE(in_place);
+  REQUIRE((in_place > 4 || std::is_same_v<TestType, double>));  // double: too fine to be told from its angles
+}
+
+TEMPLATE_TEST_CASE("shifts, writes, copies and files in any order: every key as it came, turned once", "", float, half,
+                   std::int8_t) {
+  std::uint64_t state = 4711;
+  const auto roll = [&](Index sides) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return static_cast<Index>(state % static_cast<std::uint64_t>(sides));
+  };
+  for (const Index block : {0, 8}) {
+    const RopeConfig config = support::shifted_ropes[0];
+    const Rope<float> rope(config, 6);
+    KvCache<TestType> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 40, .block = block});
+    support::ShiftedRows expected(config, 3, 6);
+    const auto came = [&](Index first, Index n) { expected.came(cache.template keys<double>(), first, n); };
+    for (int step = 0; step < 500; ++step) {
+      const Index rows = cache.rows(), n = roll(4), first = roll(rows + 1);
+      switch (roll(8)) {
+        case 0:
+        case 1:
+        case 2:
+          if (first + n > rows) break;
+          cache.drop_rows(first, n, rope);
+          expected.drop(first, n);
+          break;
+        case 3: {  // overwritten: original again
+          const auto seed = static_cast<std::uint64_t>(step);
+          if (first + n > 40) break;
+          cache.scatter_rows(first, support::numbers<float>(n, 18, seed), support::numbers<float>(n, 21, seed));
+          came(first, n);
+          break;
+        }
+        case 4:
+          if (roll(5) > 0) break;
+          cache.truncate(first);
+          expected.truncate(first);
+          break;
+        case 5: {  // a copy has the originals too, and not those of its model
+          KvCache<TestType> copy(cache);
+          cache.clear();
+          append_numbers(cache, 40);
+          if (roll(2) == 0) cache.drop_rows(1, 2, rope);
+          cache = roll(2) == 0 ? copy : std::move(copy);
+          break;
+        }
+        case 6: {  // a file has not: what was saved is what came
+          if (roll(4) > 0) break;
+          std::stringstream file;
+          save_cache(file, cache);
+          if (roll(2) == 0) cache.drop_rows(0, rows, rope);
+          load_cache(file, cache);
+          came(0, rows);
+          break;
+        }
+        default:
+          if (rows + n > 40) break;
+          append_numbers(cache, n);
+          came(rows, n);
+      }
+      CAPTURE(step, block);
+      REQUIRE(expected.template roundings<TestType>(cache.template keys<double>()) <= 1);
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("a shift that finds no memory leaves a cache as it was, and counts what it finds", "", float,
+                   std::int8_t) {
+  const Rope<float> rope(support::shifted_ropes[0], 6);
+  for (const Index block : {0, 4}) {
+    for (std::int64_t k = 0, failed = 1; failed > 0; ++k) {
+      const auto before = support::allocations();
+      KvCache<TestType> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 20, .block = block});
+      append_ids(cache, ids(0, 19));
+      const Index bytes = cache.bytes();
+      failed = 0;
+      try {
+        const support::FailingAllocation failing(k);
+        cache.drop_rows(3, 2, rope);
+      } catch (const std::bad_alloc&) {
+        failed = 1;
+      }
+      if (failed > 0) REQUIRE(holds(cache.key_rows(), support::rows_until(19)));
+      if (failed == 0) REQUIRE((k > 1 && cache.rows() == 17));
+      REQUIRE(cache.bytes() == bytes);
+      REQUIRE((support::allocations() - before).new_bytes == cache.bytes() + cache.overhead_bytes());
+      const Index overhead = cache.overhead_bytes();
+      cache.drop_rows(0, 1, rope, Shift::in_place);
+      if (failed == 0) REQUIRE(cache.overhead_bytes() == overhead);
+      const KvCache<TestType> copy(cache);
+      REQUIRE((support::allocations() - before).new_bytes ==
+              cache.bytes() + cache.overhead_bytes() + copy.bytes() + copy.overhead_bytes());
+    }
+  }
+  // In place takes no memory but for the workspace; nor does a shift that turns nothing.
+  KvCache<TestType> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 20});
+  append_ids(cache, ids(0, 19));
+  const Index before = cache.overhead_bytes() - cache.workspace().bytes();
+  cache.drop_rows(3, 2, rope, Shift::in_place), cache.drop_rows(14, 3, rope), cache.drop_rows(2, 0, rope);
+  REQUIRE(cache.overhead_bytes() - cache.workspace().bytes() == before);
+  cache.drop_rows(3, 2, rope);
+  constexpr Index copies = 20 * (3 * row_bytes<TestType>(6) + static_cast<Index>(sizeof(Index)));
+  REQUIRE(cache.overhead_bytes() - cache.workspace().bytes() == before + copies);
 }

@@ -5,9 +5,12 @@
 
 #include <qkv/latent_cache.hpp>
 #include <qkv/memory.hpp>
+#include <qkv/saved_cache.hpp>
 
 #include <cstdint>
 #include <limits>
+#include <new>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -204,4 +207,98 @@ TEST_CASE("a context shift that cannot be leaves a latent cache as it was; one t
   cache.drop_rows(0, 2, rope);
   REQUIRE(support::allocations_of([&] { cache.drop_rows(1, 3, rope); }).count == 0);
   REQUIRE(cache.rows() == 4);
+}
+
+namespace {
+
+template <class S>
+void append_latents(LatentCache<S>& cache, Index n) {
+  const auto seed = static_cast<std::uint64_t>(n + cache.rows());
+  cache.append(numbers<float>(n, 11, seed), numbers<float>(n, 6, seed + 1));
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("however often a latent cache is shifted, its rope keys are rounded once", "", float, double, half,
+                   bfloat16, std::int8_t) {
+  using Wide = WideStorage<TestType>;
+  const auto held = [](const LatentCache<TestType>& cache) { return cache.template rope_keys<double>(); };
+  const auto after = [&](Index k, const RopeConfig& config, auto... how) {
+    LatentCache<TestType> cache({.latent_dim = 11, .rope_dim = 6, .capacity = 4080});
+    const support::ShiftedRows expected(config, 1, 6);
+    if constexpr (std::is_same_v<TestType, double>)
+      return support::roundings_after<Wide>(k, cache, expected, Rope<double>(config, 6), held, append_latents<TestType>,
+                                            how...);
+    else
+      return support::roundings_after<Wide>(k, cache, expected, Rope<float>(config, 6), held, append_latents<TestType>,
+                                            how...);
+  };
+  for (const RopeConfig& config : support::shifted_ropes)
+    for (const Index k : {1, 10, 300, 2000}) {
+      CAPTURE(k);
+      REQUIRE(after(k, config) <= 1);
+    }
+  REQUIRE(after(1, support::shifted_ropes[0], Shift::in_place) <= 1);
+  REQUIRE((after(300, support::shifted_ropes[0], Shift::in_place) > 4 || std::is_same_v<TestType, double>));
+}
+
+TEST_CASE("latent copies keep the keys as they came, overwritten rows and files begin anew") {
+  const RopeConfig config = support::shifted_ropes[0];
+  const Rope<float> rope(config, 6);
+  LatentCache<half> cache({.latent_dim = 11, .rope_dim = 6, .capacity = 60});
+  support::ShiftedRows expected(config, 1, 6);
+  append_latents(cache, 60);
+  expected.came(cache.rope_keys<double>(), 0, 60);
+  const auto shift = [&](Index first, Index n) { cache.drop_rows(first, n, rope), expected.drop(first, n); };
+  const auto right = [&] { return expected.roundings<half>(cache.rope_keys<double>()) <= 1; };
+  for (Index i = 0; i < 10; ++i) shift(2, i % 3);
+  REQUIRE(right());
+  LatentCache<half> copy(cache), moved(std::move(copy));
+  cache.clear(), append_latents(cache, 60), cache.drop_rows(1, 2, rope);
+  cache = moved;
+  for (Index i = 0; i < 10; ++i) shift(3, i % 3);
+  REQUIRE(right());
+  cache.truncate(20), expected.truncate(20);
+  append_latents(cache, 25);
+  expected.came(cache.rope_keys<double>(), 20, 25);
+  for (Index i = 0; i < 10; ++i) shift(3, i % 2);
+  REQUIRE(right());
+  std::stringstream file;
+  save_cache(file, cache);
+  cache.drop_rows(0, 3, rope);
+  load_cache(file, cache);
+  expected.came(cache.rope_keys<double>(), 0, cache.rows());
+  shift(0, 4);
+  REQUIRE(right());
+}
+
+TEST_CASE("a latent shift that finds no memory leaves the cache as it was, and counts what it finds") {
+  const Rope<float> rope(support::shifted_ropes[0], 6);
+  for (std::int64_t k = 0, failed = 1; failed > 0; ++k) {
+    const auto before = support::allocations();
+    LatentCache<std::int8_t> cache({.latent_dim = 11, .rope_dim = 6, .capacity = 20});
+    append_latents(cache, 19);
+    const Matrix<float> latent = cache.latent(), keys = cache.rope_keys();
+    const auto unaccounted = [&] {
+      return (support::allocations() - before).new_bytes - cache.bytes() - cache.overhead_bytes();
+    };
+    const std::int64_t beside = unaccounted();
+    failed = 0;
+    try {
+      const support::FailingAllocation failing(k);
+      cache.drop_rows(3, 2, rope);
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
+    const bool same = support::same_bits(cache.latent(), latent) && support::same_bits(cache.rope_keys(), keys);
+    REQUIRE(same == (failed > 0));
+    REQUIRE(unaccounted() == beside);
+    REQUIRE((failed > 0 || (k > 1 && cache.rows() == 17)));
+  }
+  LatentCache<half> cache({.latent_dim = 11, .rope_dim = 6, .capacity = 20});
+  append_latents(cache, 19);
+  cache.drop_rows(3, 2, rope, Shift::in_place), cache.drop_rows(14, 3, rope);
+  REQUIRE(cache.overhead_bytes() == cache.workspace().bytes());
+  cache.drop_rows(3, 2, rope);
+  REQUIRE(cache.overhead_bytes() == cache.workspace().bytes() + 20 * (6 * 2 + static_cast<Index>(sizeof(Index))));
 }

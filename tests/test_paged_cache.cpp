@@ -5,11 +5,14 @@
 #include <qkv/memory.hpp>
 #include <qkv/paged_cache.hpp>
 #include <qkv/paged_latent_cache.hpp>
+#include <qkv/saved_cache.hpp>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -264,7 +267,7 @@ TEST_CASE("an owner who gives a page at a time is asked again while that helps")
   REQUIRE(asked == std::vector<Index>{3, 2, 1, 3, 2});
 }
 
-TEST_CASE("an owner may free the other reader of a page, ask the pool itself, raise, or free who asks") {
+TEST_CASE("an owner may free the other reader of a page, ask the pool itself, or raise") {
   PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 2});
   PagedCache<float> cache(pool), late(pool);
   append_ids(cache, ids(0, 6));
@@ -282,16 +285,122 @@ TEST_CASE("an owner may free the other reader of a page, ask the pool itself, ra
   REQUIRE_FALSE(nested);
   REQUIRE(holds(cache.key_rows(), rows_until(7)));
   REQUIRE(pool.free_pages() == 0);
+}
 
-  PagePool<float> four({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 4});
-  PagedCache<float> asks(four), other(four);
-  append_ids(asks, ids(0, 7));
-  append_ids(other, ids(0, 7));
-  four.on_exhausted([&](Index) { asks.clear(); });  // against the rule: an error, not a crash
-  REQUIRE_THROWS_AS(append_ids(asks, ids(7, 10)), std::out_of_range);
-  REQUIRE(asks.rows() == 0);
-  append_ids(asks, ids(0, 8));
-  REQUIRE(holds(asks.key_rows(), rows_until(8)));
+namespace {
+
+const char* const busy_rule =
+    "a sequence stays as it is while a call about it asks for pages: on_exhausted may give up others only";
+
+/// n rows of numbers, of either kind of sequence, at the end or from a position on.
+struct Rows {
+  Matrix<float> a, b;
+
+  template <class Cache>
+  static Rows of(const Cache& cache, Index n) {
+    if constexpr (requires { cache.latent_dim(); })
+      return {support::numbers<float>(n, cache.latent_dim(), 1), support::numbers<float>(n, cache.rope_dim(), 2)};
+    else
+      return {support::numbers<float>(n, 15, 1), support::numbers<float>(n, 21, 2)};
+  }
+};
+
+template <class Cache>
+std::string bytes_of(const Cache& cache) {
+  std::ostringstream out;
+  save_cache(out, cache);
+  for (const Index page : cache.pages()) out << ' ' << page << ':' << cache.pool()->references(page);
+  return out.str();
+}
+
+using Step = std::function<void()>;
+
+/// All that changes a sequence, and may throw: `asks` is one step that needs a page, the others would change `cache`.
+template <class Cache>
+void refuses_while_it_asks(Cache& cache, Cache& idle, auto& pool, const std::vector<Step>& asking,
+                           const std::vector<Step>& changing) {
+  const std::string before = bytes_of(cache), idle_before = bytes_of(idle);
+  for (const Step& asks : asking)
+    for (const Step& changes : changing) {
+      pool.on_exhausted([&](Index) { changes(); });
+      REQUIRE(message_of<std::logic_error>(asks) == busy_rule);  // out of the owner, and out of who asked
+      REQUIRE((bytes_of(cache) == before));
+      // An owner who takes the error himself may go on.
+      Index refused = 0;
+      pool.on_exhausted([&](Index) { refused += message_of<std::logic_error>(changes) == busy_rule ? 1 : 0; });
+      REQUIRE_THROWS_AS(asks(), std::length_error);
+      REQUIRE(refused == 1);
+      REQUIRE((bytes_of(cache) == before));
+      REQUIRE((bytes_of(idle) == idle_before));
+    }
+  pool.on_exhausted([&](Index) { idle.clear(); });
+  asking.front()();
+  REQUIRE(cache.rows() > 6);
+  cache.clear();  // not busy any more
+}
+
+}  // namespace
+
+TEST_CASE("a sequence that asks for pages refuses to be changed by whom it asks") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 4});
+  PagedCache<float> cache(pool), idle(pool);
+  append_ids(cache, ids(0, 6)), append_ids(idle, ids(0, 7));
+  std::ostringstream file;
+  save_cache(file, idle);
+  std::istringstream in;
+  const auto load = [&] { in = std::istringstream(file.str()), load_cache(in, cache); };
+  const Rows rows = Rows::of(cache, 5), one = Rows::of(cache, 1);
+  refuses_while_it_asks(cache, idle, pool,
+                        {[&] { cache.append(rows.a, rows.b); }, [&] { cache.scatter_rows(5, rows.a, rows.b); },
+                         [&] {
+                           if (!cache.try_append(rows.a, rows.b)) throw std::length_error("no room");
+                         }},
+                        {[&] { cache.clear(); }, [&] { cache.truncate(2); }, [&] { (void)cache.try_truncate(2); },
+                         [&] { cache.append(one.a, one.b); }, [&] { (void)cache.try_append(one.a, one.b); },
+                         [&] { cache.scatter_rows(1, one.a, one.b); }, load});
+
+  LatentPagePool<float> latents({.latent_dim = 3, .rope_dim = 2, .page_tokens = 4, .pages = 4});
+  PagedLatentCache<float> latent(latents), other(latents);
+  const Rows c = Rows::of(latent, 6), few = Rows::of(latent, 5), last = Rows::of(latent, 1);
+  latent.append(c.a, c.b), other.append(c.a, c.b);
+  const Rope<float> rope({.pairing = Pairing::interleaved}, 2);
+  refuses_while_it_asks(latent, other, latents,
+                        {[&] { latent.append(few.a, few.b); },
+                         [&] {
+                           if (!latent.try_append(few.a, few.b)) throw std::length_error("no room");
+                         }},
+                        {[&] { latent.clear(); }, [&] { latent.truncate(2); }, [&] { (void)latent.try_truncate(2); },
+                         [&] { latent.append(last.a, last.b); }, [&] { (void)latent.try_append(last.a, last.b); },
+                         [&] { latent.drop_rows(0, 2, rope); }, [&] { latent.drop_rows(4, 2, rope); }});
+
+  // A shift asks for the pages that a fork still reads.
+  const Rows all = Rows::of(latent, 7);
+  latent.clear(), other.clear();
+  latent.append(all.a, all.b);
+  PagedLatentCache<float> fork = latent.fork(), filler(latents);
+  filler.append(all.a, all.b);
+  const std::string before = bytes_of(latent);
+  latents.on_exhausted([&](Index) { latent.truncate(1); });
+  REQUIRE(message_of<std::logic_error>([&] { latent.drop_rows(0, 2, rope); }) == busy_rule);
+  REQUIRE((bytes_of(latent) == before));
+  latents.on_exhausted([&](Index) { fork.clear(); });
+  latent.drop_rows(0, 2, rope);
+  REQUIRE(latent.rows() == 5);
+}
+
+TEST_CASE("on_exhausted is not replaced from inside itself") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 1});
+  PagedCache<float> cache(pool), idle(pool);
+  append_ids(idle, ids(0, 1));
+  std::vector<Index> captured(100, 7);  // on the heap: gone with the function that runs, were it replaced
+  pool.on_exhausted([&, captured](Index) {
+    pool.on_exhausted({});
+    REQUIRE(captured[50] == 7);
+  });
+  REQUIRE(contains(message_of<std::logic_error>([&] { append_ids(cache, ids(0, 1)); }), "from inside itself"));
+  REQUIRE(cache.rows() == 0);
+  pool.on_exhausted([&](Index) { idle.clear(); });
+  append_ids(cache, ids(0, 1));
 }
 
 TEST_CASE("a tree of forks keeps a shared prefix once, and gives it back with the last that reads it") {
@@ -425,14 +534,12 @@ TEST_CASE("a pool counts its sequences: forks, those that hold no page, not what
 namespace {
 
 /// What a program does that ends in f(): 0 where the error handler is called with the rule, 1 with something else, 2 never.
+const char* rule = "";
 template <class F>
 int handled(F&& f) {
   const pid_t child = ::fork();
   if (child == 0) {
-    set_error_handler([](const char* message) {
-      const char* const rule = "a page pool must outlive its sequences; it is destroyed while there are still 1";
-      std::_Exit(std::strcmp(message, rule) == 0 ? 0 : 1);
-    });
+    set_error_handler([](const char* message) { std::_Exit(std::strcmp(message, rule) == 0 ? 0 : 1); });
     f();
     std::_Exit(2);
   }
@@ -443,7 +550,39 @@ int handled(F&& f) {
 
 }  // namespace
 
+TEST_CASE("a busy sequence, or its pool, that is destroyed or moved stops the program with the rule") {
+  PagePool<float> pool({.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .page_tokens = 4, .pages = 2});
+  std::optional<PagedCache<float>> cache(pool), idle(pool);
+  append_ids(*cache, ids(0, 3)), append_ids(*idle, ids(0, 3));
+  const auto asked = [&](const Step& owner) {
+    pool.on_exhausted([&](Index) { owner(); });
+    return handled([&] { append_ids(*cache, ids(3, 5)); });
+  };
+  rule = busy_rule;
+  REQUIRE(asked([&] { cache.reset(); }) == 0);
+  REQUIRE(asked([&] { const PagedCache<float> thief(std::move(*cache)); }) == 0);
+  REQUIRE(asked([&] { *idle = std::move(*cache); }) == 0);
+  REQUIRE(asked([&] { *cache = idle->fork(); }) == 0);
+  REQUIRE(asked([&] { idle.reset(); }) == 2);
+
+  LatentPagePool<float> latents({.latent_dim = 3, .rope_dim = 2, .page_tokens = 4, .pages = 1});
+  std::optional<PagedLatentCache<float>> latent(latents);
+  const Rows rows = Rows::of(*latent, 4);
+  latent->append(rows.a, rows.b);
+  auto fork = latent->fork();
+  latents.on_exhausted([&](Index) { *latent = fork.fork(); });
+  const Rope<float> rope({.pairing = Pairing::interleaved}, 2);
+  REQUIRE(handled([&] { latent->drop_rows(0, 1, rope); }) == 0);
+
+  rule = "a page pool cannot be destroyed from inside on_exhausted";
+  std::optional<PagePool<float>> alone(PagePoolConfig{.head_dim = 1, .pages = 1});
+  (void)alone->acquire();
+  alone->on_exhausted([&](Index) { alone.reset(); });
+  REQUIRE(handled([&] { (void)alone->try_acquire(); }) == 0);
+}
+
 TEST_CASE("a pool that is destroyed before its sequences stops the program with the rule") {
+  rule = "a page pool must outlive its sequences; it is destroyed while there are still 1";
   std::optional<PagePool<float>> pool(sizes);
   std::optional<PagedCache<float>> cache(*pool);
   REQUIRE(handled([&] { pool.reset(); }) == 0);  // without a page, too

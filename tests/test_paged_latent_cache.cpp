@@ -168,6 +168,43 @@ TEMPLATE_TEST_CASE("rows dropped from pages leave the bits of one block, and for
   CHECK((cache.rows() == 11 && fork.rows() == 0));
 }
 
+TEMPLATE_TEST_CASE("forks that share pages are shifted each its own way, by the roundings of one block",
+                   "[paged_latent_cache]", float, qkv::half) {
+  const qkv::Rope<float> rope({qkv::Pairing::half_split}, 6);
+  LatentPagePool<TestType> pool(pages_for_small_mla(5, 100));
+  const Index tables = pool.overhead_bytes();
+  std::vector<PagedLatentCache<TestType>> paged;
+  std::vector<qkv::LatentCache<TestType>> whole;
+  const auto add = [&](std::size_t s, Index n, std::uint64_t seed) {
+    const Matrix<float> c = numbers<float>(n, 19, seed), r = numbers<float>(n, 6, seed + 1);
+    paged[s].append(c, r), whole[s].append(c, r);
+  };
+  const auto drop = [&](std::size_t s, Index first, Index n, auto... how) {
+    paged[s].drop_rows(first, n, rope, how...), whole[s].drop_rows(first, n, rope, how...);
+  };
+  const auto fork = [&](std::size_t s) { paged.push_back(paged[s].fork()), whole.push_back(whole[s]); };
+  paged.emplace_back(pool), whole.emplace_back(qkv::LatentCacheConfig{.latent_dim = 19, .rope_dim = 6, .capacity = 90});
+  add(0, 50, 1);
+  CHECK(pool.overhead_bytes() == tables);
+  drop(0, 4, 3), drop(0, 20, 2);
+  CHECK(pool.overhead_bytes() ==
+        tables + 500 * (6 * static_cast<Index>(sizeof(TestType)) + 8));  // of the rope keys only
+  fork(0), fork(0), fork(1);
+  for (Index round = 0; round < 30; ++round) {
+    const auto seed = static_cast<std::uint64_t>(round + 5);
+    drop(0, round % 7, 1), add(0, 1, seed);
+    drop(1, 11, round % 3), add(1, round % 3, 2 * seed);
+    if (round == 9) drop(2, 3, 2, qkv::Shift::in_place);
+    if (round == 11) paged[3].truncate(31), whole[3].truncate(31), add(3, 9, seed);
+    if (round == 12) paged[2].clear(), whole[2].clear(), add(2, 40, seed);  // pages whose rows had turned
+    if (round == 20) paged[1] = paged[3].fork(), whole[1] = whole[3];
+    drop(3, 8, round % 2), add(3, round % 2, seed);
+    for (std::size_t s = 0; s < 4; ++s)
+      REQUIRE(
+          (same_bits(paged[s].latent(), whole[s].latent()) && same_bits(paged[s].rope_keys(), whole[s].rope_keys())));
+  }
+}
+
 TEST_CASE("the owner of latent pages is asked before a sequence or a layer's call is refused", "[paged_latent_cache]") {
   const auto layer = latent_layer<float>(small_mla);
   LatentPagePool<float> pool(pages_for_small_mla(4, 4));

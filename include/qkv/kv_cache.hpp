@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "detail/cache_blocks.hpp"
+#include "detail/context_shift.hpp"
 #include "key_rows.hpp"
 #include "rope.hpp"
 
@@ -173,34 +174,35 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   void clear() { rewind(0); }
 
   /// Context shift: forgets rows first … first+n-1; those behind them move n positions down, values as they are, keys
-  /// turned by -n (`rope`: the layer's). Equal to a cache built without those rows, but for one more rounding of each key
-  /// to T and S (int8: half a step of its scale). std::out_of_range unless 0 <= first and first + n <= rows(). Allocates
-  /// nothing once the workspace is warm.
+  /// turned by -n (`rope`: the layer's, always the same). Equal to a cache built without those rows, but for one more
+  /// rounding of each key to S (int8: half a step of its scale), however many shifts there were: the first one takes memory
+  /// for the keys once more and 8 bytes a row of the blocks that turn; Shift::in_place takes none, and rounds at every shift.
+  /// A copied cache keeps that, a loaded one begins with the keys of the file. std::out_of_range unless 0 <= first and
+  /// first + n <= rows(). Later shifts allocate nothing once the workspace is warm.
   template <class T>
-  void drop_rows(Index first, Index n, const Rope<T>& rope) {
+  void drop_rows(Index first, Index n, const Rope<T>& rope, Shift how = Shift::exact) {
     detail::check_drop(first, n, rows_);
-    const Index heads = this->kv_heads(), head_dim = this->head_dim(), width = heads * head_dim;
+    const Index heads = this->kv_heads(), head_dim = this->head_dim();
     detail::require(rope.head_dim() == head_dim, "the rope of a cache must have its head_dim ", head_dim, "; given ",
                     rope.head_dim());
-    const auto scratch = this->workspace_.lease(static_cast<std::size_t>(detail::shift_rows * width) * sizeof(T));
-    View<T> keys(reinterpret_cast<T*>(scratch.data()), 0, width, Eigen::OuterStride<>(width));
-    const KeyRows<S> all = key_rows();
-    const auto block_of = [&](Index row) { return static_cast<std::size_t>(row / block_); };
-    detail::for_each_shifted(first, n, rows_, [&](Index from, Index count) {
-      new (&keys) View<T>(keys.data(), count, width, Eigen::OuterStride<>(width));
-      for (Index i = 0; i < count; ++i) {
-        const KeyRun<S>& run = runs_[block_of(from + i)];
-        const Index row = (from + i) % block_;
-        for (Index h = 0; h < heads; ++h)
-          load_row(all.key(run, h, row), head_dim, all.key_scale(run, h, row), &keys.coeffRef(i, h * head_dim));
+    const auto scratch = this->workspace_.lease(detail::shift_bytes<S, T>(heads * head_dim));
+    const Index left = rows_ - n;
+    if (how == Shift::exact && n > 0)
+      for (Index row = first; row < left; row += block_ - row % block_) block_of(row).keep_unturned();
+    struct Rows {
+      KvCache& cache;
+      KeyRows<S> all;
+      const detail::UnturnedKeys<S>& unturned(Index row) const { return cache.block_of(row).unturned(); }
+      Index place(Index row) const { return row % cache.block_; }
+      const KeyRun<S>& run(Index row) const { return all.runs[static_cast<std::size_t>(row / cache.block_)]; }
+      const S* key(Index row, Index head) const { return all.key(run(row), head, place(row)); }
+      float scale(Index row, Index head) const { return all.key_scale(run(row), head, place(row)); }
+      void move(Index row, Index to, const detail::ShiftScalar<S, T>* keys) const {
+        cache.block_of(to).store_keys(place(to), keys, cache.block_of(row), place(row));
       }
-      rope.shift_in_place(keys, heads, -n);
-      for (Index i = 0; i < count; ++i) {
-        const Index row = from + i, to = row - n;
-        blocks_[block_of(to)].store_keys(to % block_, &keys.coeffRef(i, 0), blocks_[block_of(row)], row % block_);
-      }
-    });
-    rewind(rows_ - n);
+    };
+    detail::shift_keys<S>(first, n, rows_, heads, rope, how, scratch.data(), Rows{*this, key_rows()});
+    rewind(left);
   }
 
   /// Below append: overwrites rows position … position+n-1, and appends those past rows(). Circular: ONNX TensorScatter,
@@ -222,8 +224,7 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     reserve(end);
     for (Index i = 0; i < n; ++i) {
       const Index row = (position + i) % capacity_;
-      blocks_[static_cast<std::size_t>(row / block_)].store(0, row % block_, view(keys).row(i).data(),
-                                                            view(values).row(i).data());
+      block_of(row).store(0, row % block_, view(keys).row(i).data(), view(values).row(i).data());
     }
     hold(std::max(rows_, end), rows_ / block_);
   }
@@ -243,10 +244,13 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     for (const auto& block : blocks_) sum += block.bytes();
     return sum;
   }
-  /// Bytes of tables and workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
+  /// Bytes beside them: tables, workspace, and what context shifts keep. bytes() + overhead_bytes() is everything the cache
+  /// has allocated.
   Index overhead_bytes() const {
-    return static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0])) +
-           this->workspace_.bytes();
+    Index sum = static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0])) +
+                this->workspace_.bytes();
+    for (const auto& block : blocks_) sum += block.unturned().bytes();
+    return sum;
   }
 
   /// For kernels; valid until the next change of the cache.
@@ -258,8 +262,10 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity_; }
   void restore(Index, Index rows) {
     reserve(rows);
+    for (const auto& block : blocks_) block.unturned().forget(0, block_);
     hold(rows, 0);
   }
+  detail::CacheBlocks<S>& block_of(Index row) { return blocks_[static_cast<std::size_t>(row / block_)]; }
   void rewind(Index position) { hold(position, position / block_); }
   /// Holds `rows` rows; the runs of the first `unchanged` blocks are as they were, so that an append touches the last ones.
   void hold(Index rows, Index unchanged) {

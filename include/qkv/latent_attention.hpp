@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "detail/appended.hpp"
 #include "detail/layer.hpp"
 #include "kernel/latent.hpp"
 #include "latent_cache.hpp"
@@ -162,6 +163,7 @@ class LatentAttention {
       detail::check_growth(m, score, *caches[s], {config_.heads, config_.heads}, row_offsets[s + 1] - row_offsets[s],
                            detail::footprint(out));
     }
+    detail::find_room(row_offsets, caches);
 
     Buffers b(*this, caches[0]->workspace(), x.rows());
     project_queries(b.q, b.q_latent, rows, executor);
@@ -171,9 +173,9 @@ class LatentAttention {
       rope_.apply_in_place(detail::rows_of(b.q, first, n), config_.heads, position, config_.nope_dim);
       finish_latents(detail::rows_of(b.latents, first, n), position);
     }
+    detail::Appended<C> appended(row_offsets, caches, caches[0]->workspace());
     detail::append_all(row_offsets, caches, b.latents.leftCols(config_.latent_dim),
                        b.latents.rightCols(config_.rope_dim));
-    detail::Appended<C> appended(row_offsets, caches);
     for (std::size_t s = 0; s < caches.size(); ++s) {
       const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
       if (n > 0)

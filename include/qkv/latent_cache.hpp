@@ -95,19 +95,24 @@ class LatentCache {
 
   /// Context shift: forgets rows first … first+n-1, and those behind them move n positions down. A latent knows no
   /// position and is moved as it is; only the rope keys turn, by -n (`rope`: the layer's, of head_dim rope_dim). Equal to
-  /// a cache built without those rows, but for one more rounding of each rope key to T and S. std::out_of_range unless
-  /// 0 <= first and first + n <= rows(). Allocates nothing once the workspace is warm.
+  /// a cache built without those rows, but for one more rounding of each rope key to S, however many shifts there were: as
+  /// KvCache::drop_rows. The first one takes memory for the rope keys once more and 8 bytes a row; Shift::in_place takes
+  /// none, and rounds at every shift. std::out_of_range unless 0 <= first and first + n <= rows(). Later shifts allocate
+  /// nothing once the workspace is warm.
   template <class T>
-  void drop_rows(Index first, Index n, const Rope<T>& rope) {
+  void drop_rows(Index first, Index n, const Rope<T>& rope, Shift how = Shift::exact) {
     detail::check_shift(first, n, rows_, rope, rope_dim());
-    memory_.shift(first, n, rows_, rope, workspace_, [](Index row) { return row; });
+    const auto scratch = workspace_.lease(detail::shift_bytes<WideStorage<S>, T>(rope_dim()));
+    if (how == Shift::exact && n > 0 && first + n < rows_) memory_.keep_unturned();
+    memory_.shift(first, n, rows_, rope, how, scratch.data(), [](Index row) { return row; });
     hold(rows_ - n);
   }
 
   /// Bytes of latents, rope keys and scales at capacity.
   Index bytes() const { return memory_.bytes(); }
-  /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
-  Index overhead_bytes() const { return workspace_.bytes(); }
+  /// Bytes beside them: of the workspace, and what context shifts keep. bytes() + overhead_bytes() is everything the cache
+  /// has allocated.
+  Index overhead_bytes() const { return memory_.unturned().bytes() + workspace_.bytes(); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>
@@ -125,7 +130,10 @@ class LatentCache {
  private:
   friend detail::CacheFile;
   bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity(); }
-  void restore(Index, Index rows) { hold(rows); }
+  void restore(Index, Index rows) {
+    memory_.unturned().forget(0, rows);
+    hold(rows);
+  }
   template <class C, class R>
   void write(const C& latent, const R& rope_key) {
     const auto& latents = viewable(latent);

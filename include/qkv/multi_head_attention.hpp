@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "detail/appended.hpp"
 #include "detail/batch.hpp"
 #include "detail/cache_positions.hpp"
 #include "detail/layer.hpp"
@@ -111,7 +112,8 @@ class MultiHeadAttention {
   }
 
   /// The next tokens of the cache's sequence: appends their keys and values, attends all that the cache holds. Full
-  /// caches throw std::length_error. Whatever throws, caches stay as they were (but for a ring that has overwritten rows).
+  /// caches throw std::length_error. Whatever throws, an allocation included, caches stay as they were; what a ring will
+  /// overwrite is kept for that in its workspace, so long as the call lasts.
   template <MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
   Matrix<T> forward(const X& x, C& cache, const M& mask = causal, const F& score = plain,
                     const LayerOptions& options = {}, const E& executor = serial) const {
@@ -125,31 +127,14 @@ class MultiHeadAttention {
   template <MatrixLike Out, MatrixLike X, KeyValueCache C, class M = Window, class F = Plain, Executor E = Serial>
   void forward_into(Out&& out, const X& x, C& cache, const M& mask = causal, const F& score = plain,
                     const LayerOptions& options = {}, const E& executor = serial) const {
-    const ConstView<T> rows = view(x);
-    const View<T> result = writable_view(out);
     check_operands(out, x);
     check_cache(cache);
-    detail::check_room(cache, x.rows());
     detail::check_growth(detail::as_mask(mask), score, cache, heads(), x.rows(), detail::footprint(out));
+    detail::find_room(cache, x.rows());
     C* const caches[] = {&cache};
-    Index offsets[] = {0, 0};  // rows appended so far
-    detail::Appended<C> appended(offsets, caches);
-    // A window that slides over the cache must still see its old rows: long chunks go in pieces.
-    for (Index first = 0; first < x.rows();) {
-      const Index position = cache.position(), n = detail::piece(cache, position, x.rows() - first);
-      Buffers buffers(*this, cache.workspace(), n);
-      project(buffers, detail::rows_of(rows, first, n), executor, [&](View<T> q, View<T> k, Index row) {
-        turn_queries(q, position + row);
-        turn_keys(k, position + row);
-      });
-      cache.append(buffers.k, buffers.v);
-      offsets[1] += n;
-      Options<T> call = call_options(options, position);
-      call.workspace = &cache.workspace();
-      attend(buffers.context, buffers.q, cache, detail::visible(cache) & detail::as_mask(mask), score, call, executor);
-      weights_.output.forward_into(detail::rows_of(result, first, n), buffers.context, executor);
-      first += n;
-    }
+    const Index offsets[] = {0, x.rows()};
+    detail::Appended<C> appended(offsets, caches, cache.workspace());
+    forward_pieces(writable_view(out), view(x), cache, mask, score, options, executor);
     appended.keep();
   }
 
@@ -170,16 +155,18 @@ class MultiHeadAttention {
     for (std::size_t s = 0; s < caches.size(); ++s)
       detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s],
                            detail::footprint(out));
+    detail::find_room(row_offsets, caches);
 
     if constexpr (detail::SlidingCache<C>)
       if (detail::needs_pieces(row_offsets, caches) ||
           (rope_ && std::any_of(caches.begin(), caches.end(), [](C* c) { return detail::counts_in_cache(*c); }))) {
+        detail::Appended<C> appended(row_offsets, caches, caches[0]->workspace());
         for (std::size_t s = 0; s < caches.size(); ++s) {
           const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
-          forward_into(detail::rows_of(writable_view(out), first, n), detail::rows_of(rows, first, n), *caches[s], mask,
-                       score, options, executor);
+          forward_pieces(detail::rows_of(writable_view(out), first, n), detail::rows_of(rows, first, n), *caches[s],
+                         mask, score, options, executor);
         }
-        return;
+        return appended.keep();
       }
     Buffers buffers(*this, caches[0]->workspace(), x.rows());
     project(buffers, rows, executor, [&](View<T> q, View<T> k, Index row) {
@@ -189,8 +176,8 @@ class MultiHeadAttention {
         turn_keys(detail::rows_of(k, first - row, n), position);
       });
     });
+    detail::Appended<C> appended(row_offsets, caches, caches[0]->workspace());
     detail::append_all(row_offsets, caches, buffers.k, buffers.v);
-    detail::Appended<C> appended(row_offsets, caches);
     const detail::Batch<T, C> batch{buffers.context, buffers.q, row_offsets, caches, heads(), call_options(options, 0)};
     detail::attend_batch(batch, options.share_prefixes, detail::as_mask(mask), score, caches[0]->workspace(), executor);
     weights_.output.forward_into(out, buffers.context, executor);
@@ -228,15 +215,30 @@ class MultiHeadAttention {
     Workspace::Lease lease;
   };
 
+  /// One sequence, checked and with room. A window that slides must still see its old rows: long chunks go in pieces.
   template <class C, class M, class F>
-  void attend(View<T> context, View<T> q, C& cache, const M& mask, const F& score, const Options<T>& call,
-              const detail::AnyExecutor& executor) const {
-    if constexpr (detail::CanCountInCache<C>)
-      if (rope_ && detail::counts_in_cache(cache))
-        return detail::attend_in_cache(context, view(q), cache, *rope_, heads(),
-                                       detail::rule_of<T, typename C::Storage>(detail::as_mask(mask), score), call,
-                                       executor);
-    attention_into(context, q, cache, heads(), mask, score, call, executor);
+  void forward_pieces(const View<T>& out, const ConstView<T>& x, C& cache, const M& mask, const F& score,
+                      const LayerOptions& options, const detail::AnyExecutor& executor) const {
+    for (Index first = 0; first < x.rows();) {
+      const Index position = cache.position(), n = detail::piece(cache, position, x.rows() - first);
+      Buffers buffers(*this, cache.workspace(), n);
+      project(buffers, detail::rows_of(x, first, n), executor, [&](View<T> q, View<T> k, Index row) {
+        turn_queries(q, position + row);
+        turn_keys(k, position + row);
+      });
+      cache.append(buffers.k, buffers.v);
+      Options<T> call = call_options(options, position);
+      call.workspace = &cache.workspace();
+      const auto seen = detail::visible(cache) & detail::as_mask(mask);
+      const bool in_cache = rope_ && detail::counts_in_cache(cache);
+      if constexpr (detail::CanCountInCache<C>)
+        if (in_cache)
+          detail::attend_in_cache(buffers.context, view(buffers.q), cache, *rope_, heads(),
+                                  detail::rule_of<T, typename C::Storage>(seen, score), call, executor);
+      if (!in_cache) attention_into(buffers.context, buffers.q, cache, heads(), seen, score, call, executor);
+      weights_.output.forward_into(detail::rows_of(out, first, n), buffers.context, executor);
+      first += n;
+    }
   }
 
   /// All three products in one go of the executor; then turn(q, k, row) for blocks of rows that begin at `row`.

@@ -3,7 +3,8 @@
 //     [page 0][page 1][page 2] …      a page: [kv_head][page_tokens][head_dim] of keys, the same of values
 //     references   2  0  1            how many sequences use it; 0: free
 //
-// When a sequence needs more pages than are free, the pool asks its owner (`on_exhausted`), who may give up sequences.
+// When a sequence needs more pages than are free, the pool asks its owner (`on_exhausted`), who may give up sequences:
+// others than those that the call in progress is about, which refuse to be changed until it has its pages.
 //
 // The pool owns the bytes and must outlive its sequences: one that is destroyed while there are any stops the program, with
 // this rule as its message (set_error_handler, which prints and aborts unless another is set).
@@ -80,9 +81,14 @@ class PageUse {
   }
 
   /// evict(missing) is called when a sequence needs `missing` pages more than are free. It may clear, truncate, replace or
-  /// destroy sequences of this pool, except those that the call in progress is about. Whoever asked looks again, and asks
-  /// again as long as that helps. An empty function: nobody is asked. Not called from inside itself.
-  void on_exhausted(std::function<void(Index missing)> evict) { evict_ = std::move(evict); }
+  /// destroy sequences of this pool, except those that the call in progress is about: to change one of them is a
+  /// std::logic_error, which leaves it as it was; to destroy or move one, or the pool, stops the program with that rule.
+  /// Whoever asked looks again, and asks again as long as that helps. An empty function: nobody is asked. Not called from
+  /// inside itself, nor may it be replaced there (std::logic_error).
+  void on_exhausted(std::function<void(Index missing)> evict) {
+    detail::require<std::logic_error>(!evicting_, "on_exhausted cannot be replaced from inside itself");
+    evict_ = std::move(evict);
+  }
   /// Asks while missing() > 0 and asking helps; says whether nothing is missing now.
   template <class Missing>
   bool make_room(Missing&& missing) {
@@ -116,6 +122,8 @@ class PageUse {
   ~PageUse() {
     if (sequences_ > 0) [[unlikely]]
       outlived();
+    if (evicting_) [[unlikely]]
+      detail::give_up("a page pool cannot be destroyed from inside on_exhausted");
   }
 
  private:

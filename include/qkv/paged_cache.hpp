@@ -62,7 +62,7 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
     detail::check_rows(this->shape_, k, v);
     const Index n = k.rows();
     auto* const pool = this->pool_;
-    if (pool) pool->make_room([&] { return this->missing_pages(position, n); });
+    this->ask_for([&] { return this->missing_pages(position, n); });
     this->check_write(position, n);
     if (n == 0) return;
     this->require_pages(position, n);

@@ -49,6 +49,8 @@ class LatentPagePool : public PageUse {
   /// … and in those that are in use; a shared page counts once.
   Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
   Index page_bytes() const { return bytes() / pages(); }
+  /// Bytes of the tables, and of what context shifts keep. bytes() + overhead_bytes() is everything the pool has allocated.
+  Index overhead_bytes() const { return PageUse::overhead_bytes() + memory_.unturned().bytes(); }
 
  private:
   friend PagedLatentCache<S>;
@@ -133,18 +135,22 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   }
 
   /// Context shift, as LatentCache::drop_rows: the same bits. Pages from row `first` on that other sequences read are
-  /// copied first; std::length_error where the pool has none for that: nothing has changed then.
+  /// copied first; std::length_error where the pool has none for that: nothing has changed then. It is the pool that takes
+  /// memory for the rope keys of all its pages once more, at the first exact shift of any sequence.
   template <class T>
-  void drop_rows(Index first, Index n, const Rope<T>& rope) {
+  void drop_rows(Index first, Index n, const Rope<T>& rope, Shift how = Shift::exact) {
     detail::check_shift(first, n, rows(), rope, rope_dim());
     const Index left = rows() - n, moved = left - first;
     if (n == 0) return;
     if (moved > 0) {
-      this->pool_->make_room([&] { return this->missing_pages(first, moved); });
+      this->ask_for([&] { return this->missing_pages(first, moved); });
       this->require_pages(first, moved);
+      auto& memory = this->pool_->memory_;
+      const auto scratch =
+          workspace_.lease(detail::shift_bytes<WideStorage<S>, T>(rope_dim()));  // what may fail comes before copies
+      if (how == Shift::exact) memory.keep_unturned();
       this->own(first, moved);
-      this->hold(rows(), first / page_tokens());  // runs of the copies, should scratch memory fail now
-      this->pool_->memory_.shift(first, n, rows(), rope, workspace_, [&](Index row) { return slot(row); });
+      memory.shift(first, n, rows(), rope, how, scratch.data(), [&](Index row) { return slot(row); });
     }
     this->rewind(left);
     this->hold(left, first / page_tokens());
@@ -172,6 +178,10 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   friend detail::CacheFile;
   PagedLatentCache() = default;
 
+  void restore(Index position, Index n) {
+    Pages::restore(position, n);
+    for (Index row = 0; row < n; ++row) this->pool_->memory_.unturned().forget(slot(row), 1);
+  }
   Index slot(Index row) const { return this->page(row / page_tokens()) * page_tokens() + row % page_tokens(); }
   template <class C, class R>
   void write(const C& latent, const R& rope_key) {

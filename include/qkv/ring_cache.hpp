@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <limits>
 #include <span>
 #include <utility>
@@ -125,6 +126,21 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
   Index overhead_bytes() const { return this->workspace_.bytes(); }
 
+  /// For layers, whose calls may fail (detail/appended.hpp): n more rows overwrite old ones, which are kept until then.
+  std::size_t undo_bytes(Index n) const {
+    return for_each_undone(n, nullptr, [](auto*, auto*, Index) {});
+  }
+  void prepare_undo(Index n, std::byte* memory) const {
+    *reinterpret_cast<Undo*>(memory) = {n, position_, oldest_};
+    for_each_undone(n, memory, [](auto* held, auto* kept, Index count) { std::copy_n(held, count, kept); });
+  }
+  void undo(std::byte* memory) {
+    const Undo before = *reinterpret_cast<const Undo*>(memory);
+    position_ = before.position, oldest_ = before.oldest;
+    for_each_undone(before.n, memory, [](auto* held, auto* kept, Index count) { std::copy_n(kept, count, held); });
+    update_runs();
+  }
+
   /// For kernels; valid until the next change of the cache. One run until the first row is forgotten, then up to three:
   /// pinned, tail and head of the ring.
   KeyRows<S> key_rows() const {
@@ -158,6 +174,25 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
     position_ = position;
     oldest_ = std::min(oldest_, std::max(pinned_, position));
     update_runs();
+  }
+  struct Undo {
+    Index n, position, oldest;
+  };
+  /// f(held, kept, count) for the arrays of the rows that n more rows will overwrite, and their places in `memory`. Returns
+  /// the bytes used; without memory that is all, and nothing is called.
+  template <class F>
+  std::size_t for_each_undone(Index n, std::byte* memory, F&& f) const {
+    detail::Carver carver(memory);
+    carver.take<Undo>(1);
+    const Index held = std::max<Index>(position_ - oldest_, 0), rows = std::clamp<Index>(held + n - ring_, 0, held),
+                before_end = std::min(rows, capacity() - slot(oldest_));
+    const auto arrays = [&]<class N>(N* held_numbers, Index count) {
+      N* const kept = carver.take<N>(count);
+      if (memory) f(held_numbers, kept, count);
+    };
+    if (rows > 0) block_.for_each_array(0, slot(oldest_), before_end, arrays);
+    if (rows > before_end) block_.for_each_array(0, pinned_, rows - before_end, arrays);
+    return carver.used();
   }
   void add_run(Index position, Index rows) {
     if (rows > 0) runs_[n_runs_++] = block_.run(0, slot(position), rows, position);

@@ -18,6 +18,7 @@
 // that is too short; any altered byte. KvCache and PagedCache hold the same and read each other's files, and so do
 // LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is taken as bytes arrive, and pages from
 // others once all have, never because a header promises them. Caches may follow one another in a stream: one per layer.
+// Keys that a context shift has turned are saved as they are: to the cache that loads them they are the originals.
 // CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
 //
 // Before: paged_latent_cache.hpp   Next: multi_head_weights.hpp

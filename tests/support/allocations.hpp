@@ -1,4 +1,5 @@
-// support/allocations.hpp — what a piece of code allocates: exact bytes of operator new, and calls of malloc beside it.
+// support/allocations.hpp — what a piece of code allocates: exact bytes of operator new, and calls of malloc beside it. Any
+// one of them can be made to fail.
 //
 // Include it in one translation unit per program: it replaces operator new and delete, and with glibc (but not under
 // sanitizers, which do that themselves) malloc and its relatives.
@@ -41,9 +42,13 @@ struct Allocations {
 namespace detail {
 
 inline std::atomic<std::int64_t> count{0}, new_bytes{0};
+inline std::atomic<std::int64_t> until_failure{-1};  // allocations that succeed before one fails; -1: none does
+
+inline bool fails() { return until_failure >= 0 && until_failure-- == 0; }
 
 /// The size is kept in front of the block.
 inline void* counted_new(std::size_t size, std::size_t alignment) {
+  if (fails()) throw std::bad_alloc();
   const std::size_t front = alignment < 2 * sizeof(std::size_t) ? 2 * sizeof(std::size_t) : alignment;
 #ifdef QKV_TEST_COUNTS_MALLOC
   void* base = __libc_memalign(front, front + size);
@@ -82,6 +87,15 @@ Allocations allocations_of(F&& f) {
   return allocations() - before;
 }
 
+/// As long as it lives, the k-th allocation from here on fails, and no other.
+class FailingAllocation {
+ public:
+  explicit FailingAllocation(std::int64_t k) { detail::until_failure = k; }
+  FailingAllocation(const FailingAllocation&) = delete;
+  FailingAllocation& operator=(const FailingAllocation&) = delete;
+  ~FailingAllocation() { detail::until_failure = -1; }
+};
+
 }  // namespace support
 
 void* operator new(std::size_t size) { return support::detail::counted_new(size, 1); }
@@ -93,8 +107,14 @@ void* operator new[](std::size_t size, std::align_val_t alignment) {
   return support::detail::counted_new(size, static_cast<std::size_t>(alignment));
 }
 // The nothrow forms are used by std::stable_sort and by Catch2.
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return support::detail::counted_new(size, 1); }
-void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return support::detail::counted_new(size, 1); }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  try {
+    return support::detail::counted_new(size, 1);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+void* operator new[](std::size_t size, const std::nothrow_t& none) noexcept { return ::operator new(size, none); }
 void operator delete(void* p, const std::nothrow_t&) noexcept { support::detail::counted_delete(p); }
 void operator delete[](void* p, const std::nothrow_t&) noexcept { support::detail::counted_delete(p); }
 void operator delete(void* p) noexcept { support::detail::counted_delete(p); }
@@ -110,22 +130,27 @@ void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { suppor
 extern "C" {
 void* malloc(std::size_t size) noexcept {
   support::detail::count += 1;
+  if (support::detail::fails()) return nullptr;
   return __libc_malloc(size);
 }
 void* calloc(std::size_t n, std::size_t size) noexcept {
   support::detail::count += 1;
+  if (support::detail::fails()) return nullptr;
   return __libc_calloc(n, size);
 }
 void* realloc(void* p, std::size_t size) noexcept {
   support::detail::count += 1;
+  if (support::detail::fails()) return nullptr;
   return __libc_realloc(p, size);
 }
 void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   support::detail::count += 1;
+  if (support::detail::fails()) return nullptr;
   return __libc_memalign(alignment, size);
 }
 void* memalign(std::size_t alignment, std::size_t size) noexcept {
   support::detail::count += 1;
+  if (support::detail::fails()) return nullptr;
   return __libc_memalign(alignment, size);
 }
 void free(void* p) noexcept { __libc_free(p); }

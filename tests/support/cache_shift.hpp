@@ -4,7 +4,10 @@
 #include <qkv/rope.hpp>
 #include <qkv/storage.hpp>
 
+#include <cmath>
+#include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "numbers.hpp"
 
@@ -36,5 +39,95 @@ inline constexpr double shift_tolerance = std::is_same_v<S, double>          ? 1
                                           : std::is_same_v<S, qkv::half>     ? 3.5 / 2048
                                           : std::is_same_v<S, qkv::bfloat16> ? 3.5 / 256
                                                                              : 0;
+
+/// What a cache's keys should be after any number of shifts: each row as it came, turned once.
+class ShiftedRows {
+ public:
+  ShiftedRows(qkv::RopeConfig config, Index heads, Index head_dim)
+      : config_(config), heads_(heads), dim_(head_dim), frequencies_(qkv::rope_frequencies(config, head_dim)) {}
+
+  Index rows() const { return static_cast<Index>(rows_.size()); }
+  void truncate(Index rows) { rows_.resize(static_cast<std::size_t>(rows)); }
+  /// Rows `first` … of what a cache holds now are originals: they have come, were written anew, or read from a file.
+  void came(const qkv::Matrix<double>& held, Index first, Index n) {
+    rows_.resize(static_cast<std::size_t>(held.rows()));
+    for (Index i = first; i < first + n; ++i) rows_[static_cast<std::size_t>(i)] = {held.row(i), 0};
+  }
+  void drop(Index first, Index n) {
+    const auto begin = rows_.begin() + first;
+    for (auto row = begin + n; row != rows_.end(); ++row) row->turned += n;
+    rows_.erase(begin, begin + n);
+  }
+  /// The largest error of these keys, in roundings to S (and what double leaves of a pair and of its angle): at most 1 after one rounding.
+  template <class S>
+  double roundings(const qkv::Matrix<double>& held) const {
+    if (held.rows() != rows()) return std::numeric_limits<double>::infinity();
+    double worst = 0;
+    for (Index i = 0; i < rows(); ++i)
+      for (Index h = 0; h < heads_; ++h) {
+        const auto& row = rows_[static_cast<std::size_t>(i)];
+        const auto expected = turned(row.key.middleCols(h * dim_, dim_), row.turned);
+        const double size = expected.cwiseAbs().maxCoeff(), slack = 5e-16 + 2e-16 * static_cast<double>(row.turned);
+        for (Index j = 0; j < dim_; ++j) {
+          const double error = std::abs(held(i, h * dim_ + j) - expected(j)) /
+                               (row.turned > 0 ? rounding<S>(expected(j), size) + slack * size : 1e-300);
+          if (!(error <= worst)) worst = error;
+        }
+      }
+    return worst;
+  }
+
+ private:
+  struct Row {
+    qkv::RowVector<double> key;
+    Index turned = 0;
+  };
+  template <class S>
+  static double rounding(double x, double size) {
+    if (qkv::has_row_scale<S>) return 1.001 * size / 127 / 2;
+    const double digits = std::is_same_v<S, double>      ? 53
+                          : std::is_same_v<S, float>     ? 24
+                          : std::is_same_v<S, qkv::half> ? 11
+                                                         : 8;
+    return std::max(std::abs(x), std::is_same_v<S, qkv::half> ? 0x1p-14 : 0x1p-126) * std::exp2(-digits) * 1.001;
+  }
+  qkv::RowVector<double> turned(qkv::RowVector<double> x, Index by) const {
+    const bool interleaved = config_.pairing == qkv::Pairing::interleaved;
+    const Index pairs = frequencies_.size();
+    for (Index i = 0; i < pairs; ++i) {
+      const auto angle = -static_cast<long double>(by) * static_cast<long double>(frequencies_(i));
+      const Index a = interleaved ? 2 * i : i, b = interleaved ? a + 1 : i + pairs;
+      const long double p = x(a), q = x(b);
+      x(a) = static_cast<double>(p * std::cos(angle) - q * std::sin(angle));
+      x(b) = static_cast<double>(p * std::sin(angle) + q * std::cos(angle));
+    }
+    return x;
+  }
+
+  qkv::RopeConfig config_;
+  Index heads_, dim_;
+  qkv::RowVector<double> frequencies_;
+  std::vector<Row> rows_;
+};
+
+/// Drops n of the rows at first, k times near the end of 2k + 60 rows, and says how many roundings the keys are off.
+/// held(cache) are its keys in double, come(cache, n) appends n rows.
+template <class S, class Cache, class Rope, class Held, class Come, class... How>
+double roundings_after(Index k, Cache& cache, ShiftedRows expected, const Rope& rope, const Held& held,
+                       const Come& come, How... how) {
+  come(cache, 2 * k + 60);
+  expected.came(held(cache), 0, cache.rows());
+  std::uint64_t state = 88172645463325252u;
+  const auto roll = [&](Index sides) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return static_cast<Index>(state % static_cast<std::uint64_t>(sides));
+  };
+  for (Index i = 0; i < k; ++i) {
+    const Index first = cache.rows() - 25 - roll(20), n = k == 1 ? 2 : roll(3);
+    cache.drop_rows(first, n, rope, how...);
+    expected.drop(first, n);
+  }
+  return expected.roundings<S>(held(cache));
+}
 
 }  // namespace support

@@ -61,21 +61,58 @@ class Numbers {
   std::unique_ptr<T, Delete> memory_;
 };
 
-/// Rows that a context shift turns at a time: few enough for the cache, enough to share their cosines.
-inline constexpr Index shift_rows = 64;
+/// The keys of rows as they came, [row][head][width], and by how many positions context shifts have turned each since. A row
+/// that has turned by 0 is its own original, and has no copy here.
+template <StorageType S>
+class UnturnedKeys {
+ public:
+  UnturnedKeys() = default;
+  UnturnedKeys(Index heads, Index width, Index rows)
+      : heads_(heads),
+        width_(width),
+        rows_(rows),
+        keys_(checked_product(rows, checked_product(heads, width))),
+        scales_(has_row_scale<S> ? rows * heads : 0),
+        turned_(rows) {
+    forget(0, rows);
+  }
 
-inline void check_drop(Index first, Index n, Index rows) {
-  require<std::out_of_range>(first >= 0 && n >= 0 && first <= rows && n <= rows - first,
-                             "drop_rows(first, n) needs first >= 0, n >= 0 and first + n <= rows held ", rows,
-                             "; given ", first, " and ", n);
-}
+  explicit operator bool() const { return turned_.data() != nullptr; }
+  Index bytes() const { return keys_.bytes() + scales_.bytes() + turned_.bytes(); }
 
-/// Calls f(from, count) for the rows behind first + n, in order: they are to move n down.
-template <class F>
-void for_each_shifted(Index first, Index n, Index rows, F&& f) {
-  if (n == 0) return;
-  for (Index from = first + n; from < rows; from += shift_rows) f(from, std::min(shift_rows, rows - from));
-}
+  Index turned(Index row) const { return *this ? turned_.data()[row] : 0; }
+  const S* key(Index row, Index head) const { return keys_.data() + (row * heads_ + head) * width_; }
+  float scale(Index row, Index head) const { return has_row_scale<S> ? scales_.data()[row * heads_ + head] : 1.0F; }
+
+  /// These rows have been written anew.
+  void forget(Index row, Index rows) const {
+    if (*this) std::fill_n(turned_.data() + row, rows, 0);
+  }
+  /// The key with which row `from` of the cache came, now to be turned by `turned` in row `row`: one head of it.
+  void keep(Index row, Index head, const S* key, [[maybe_unused]] float scale, Index turned) const {
+    std::copy_n(key, width_, keys_.data() + (row * heads_ + head) * width_);
+    if constexpr (has_row_scale<S>) scales_.data()[row * heads_ + head] = scale;
+    turned_.data()[row] = turned;
+  }
+  /// The same from a copy, of `other`, which may be *this.
+  void copy_row(const UnturnedKeys& other, Index from, Index to, Index turned) const {
+    for (Index head = 0; turned > 0 && head < heads_; ++head)
+      keep(to, head, other.key(from, head), other.scale(from, head), turned);
+    turned_.data()[to] = turned;
+  }
+  /// Rows of `other`, which may be *this, as they are there. Allocates where that has copies and this has no memory yet.
+  void copy_rows(const UnturnedKeys& other, Index from, Index to, Index rows) {
+    if (!other) return forget(to, rows);
+    if (!*this) *this = UnturnedKeys(other.heads_, other.width_, other.rows_);
+    for (Index i = 0; i < rows; ++i) copy_row(other, from + i, to + i, other.turned(from + i));
+  }
+
+ private:
+  Index heads_ = 0, width_ = 0, rows_ = 0;
+  Numbers<S> keys_;
+  Numbers<float> scales_;
+  Numbers<Index> turned_;
+};
 
 /// `blocks` blocks of `block_rows` rows.
 template <StorageType S>
@@ -92,9 +129,16 @@ class CacheBlocks {
 
   Index bytes() const { return keys_.bytes() + values_.bytes() + key_scales_.bytes() + value_scales_.bytes(); }
 
+  /// The keys of block 0 as they came, once memory for that has been taken.
+  const UnturnedKeys<S>& unturned() const { return unturned_; }
+  void keep_unturned() {
+    if (!unturned_) unturned_ = UnturnedKeys<S>(shape_.kv_heads, shape_.head_dim, block_rows_);
+  }
+
   /// Writes row `row` of block `block` from k [kv_heads·head_dim] and v [kv_heads·v_head_dim].
   template <class K, class V>
   void store(Index block, Index row, const K* k, const V* v) {
+    unturned_.forget(row, 1);
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index at = head_row(block, head) + row;
       store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + at * shape_.head_dim,
@@ -121,6 +165,7 @@ class CacheBlocks {
   /// Copies rows `first` … first+rows-1 of a block of `other`, which may be *this, to the same place in a block of this
   /// one: same bytes.
   void copy_rows(const CacheBlocks& other, Index from_block, Index to_block, Index first, Index rows) {
+    unturned_.copy_rows(other.unturned_, first, first, rows);
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index from = other.head_row(from_block, head) + first, to = head_row(to_block, head) + first;
       const auto copy = [&](auto* out, const auto* in, Index width) {
@@ -132,6 +177,17 @@ class CacheBlocks {
         copy(key_scales_.data(), other.key_scales_.data(), 1);
         copy(value_scales_.data(), other.value_scales_.data(), 1);
       }
+    }
+  }
+
+  /// Calls f(array, n) for the numbers of rows `row` … row+rows-1 of a block, array by array.
+  template <class F>
+  void for_each_array(Index block, Index row, Index rows, F&& f) const {
+    for (Index head = 0; head < shape_.kv_heads; ++head) {
+      const Index at = head_row(block, head) + row;
+      f(keys_.data() + at * shape_.head_dim, rows * shape_.head_dim);
+      f(values_.data() + at * shape_.v_head_dim, rows * shape_.v_head_dim);
+      if constexpr (has_row_scale<S>) f(key_scales_.data() + at, rows), f(value_scales_.data() + at, rows);
     }
   }
 
@@ -159,6 +215,7 @@ class CacheBlocks {
   Index block_rows_ = 0;
   Numbers<S> keys_, values_;
   Numbers<float> key_scales_, value_scales_;
+  UnturnedKeys<S> unturned_;
 };
 
 /// The runs of a cache whose blocks have `block_rows` rows, with the strides that follow from it.

@@ -10,6 +10,7 @@
 #include "../key_rows.hpp"
 #include "../rope.hpp"
 #include "cache_blocks.hpp"
+#include "context_shift.hpp"
 
 namespace qkv::inline QKV_ABI {
 
@@ -45,7 +46,8 @@ class LatentMemory {
 
  public:
   LatentMemory() = default;
-  LatentMemory(Index latent_dim, Index rope_dim, Index rows) : latent_dim_(latent_dim), rope_dim_(rope_dim) {
+  LatentMemory(Index latent_dim, Index rope_dim, Index rows)
+      : latent_dim_(latent_dim), rope_dim_(rope_dim), rows_(rows) {
     latent_ = Numbers<S>(checked_product(rows, checked_sum(latent_dim, one_row ? rope_dim : 0)));
     if constexpr (!one_row) {
       rope_ = Numbers<float>(checked_product(rows, rope_dim));
@@ -70,9 +72,11 @@ class LatentMemory {
   void store(Index row, const C* c, const R* r) const {
     store_row(c, latent_dim_, latent(row), scale(row));
     store_row(r, rope_dim_, rope(row), nullptr);
+    unturned_.forget(row, 1);
   }
   /// n rows of `other`, which may be *this: same bytes.
-  void copy_rows(const LatentMemory& other, Index from, Index to, Index n) const {
+  void copy_rows(const LatentMemory& other, Index from, Index to, Index n) {
+    unturned_.copy_rows(other.unturned_, from, to, n);
     std::copy_n(other.latent(from), n * latent_stride(), latent(to));
     if constexpr (!one_row) {
       std::copy_n(other.rope(from), n * rope_dim_, rope(to));
@@ -92,29 +96,40 @@ class LatentMemory {
             .rope_row_stride = one_row ? latent_stride() : rope_dim_};
   }
 
-  /// Context shift: rows first + n … rows - 1 go n down, their rope keys turned by -n; at(i) is the place of row i.
+  /// Rope keys as they came, once memory for that has been taken.
+  const UnturnedKeys<WideStorage<S>>& unturned() const { return unturned_; }
+  void keep_unturned() {
+    if (!unturned_) unturned_ = UnturnedKeys<WideStorage<S>>(1, rope_dim_, rows_);
+  }
+
+  /// Context shift: rows first + n … rows - 1 go n down, their rope keys turned by -n; at(i) is the place of row i. Memory is
+  /// there: scratch of shift_bytes, and for an exact shift the unturned keys.
   template <class T, class At>
-  void shift(Index first, Index n, Index rows, const Rope<T>& rotation, Workspace& workspace, const At& at) const {
-    const auto scratch = workspace.lease(static_cast<std::size_t>(shift_rows * rope_dim_) * sizeof(T));
-    T* const keys = reinterpret_cast<T*>(scratch.data());
-    for_each_shifted(first, n, rows, [&](Index from, Index count) {
-      for (Index i = 0; i < count; ++i) load_row(rope(at(from + i)), rope_dim_, 1.0F, keys + i * rope_dim_);
-      rotation.shift_in_place(View<T>(keys, count, rope_dim_, Eigen::OuterStride<>(rope_dim_)), 1, -n);
-      for (Index i = 0; i < count; ++i) {
-        const Index row = at(from + i), to = at(from + i - n);
-        std::copy_n(latent(row), latent_dim_, latent(to));
-        if constexpr (!one_row) *scale(to) = *scale(row);
-        store_row(keys + i * rope_dim_, rope_dim_, rope(to), nullptr);
+  void shift(Index first, Index n, Index rows, const Rope<T>& rotation, Shift how, std::byte* scratch,
+             const At& at) const {
+    struct Rows {
+      const LatentMemory& memory;
+      const At& place;
+      const UnturnedKeys<WideStorage<S>>& unturned(Index) const { return memory.unturned_; }
+      const WideStorage<S>* key(Index row, Index) const { return memory.rope(place(row)); }
+      float scale(Index, Index) const { return 1.0F; }
+      void move(Index from, Index to, const ShiftScalar<WideStorage<S>, T>* keys) const {
+        const Index row = place(from), target = place(to);
+        std::copy_n(memory.latent(row), memory.latent_dim_, memory.latent(target));
+        if constexpr (!one_row) *memory.scale(target) = *memory.scale(row);
+        store_row(keys, memory.rope_dim_, memory.rope(target), nullptr);
       }
-    });
+    };
+    shift_keys<WideStorage<S>>(first, n, rows, 1, rotation, how, scratch, Rows{*this, at});
   }
 
  private:
   Index latent_stride() const { return latent_dim_ + (one_row ? rope_dim_ : 0); }
 
-  Index latent_dim_ = 0, rope_dim_ = 0;
+  Index latent_dim_ = 0, rope_dim_ = 0, rows_ = 0;
   Numbers<S> latent_;             // with the rope keys in it, except in int8
   Numbers<float> rope_, scales_;  // int8 only
+  UnturnedKeys<WideStorage<S>> unturned_;
 };
 
 /// Shapes of an append.

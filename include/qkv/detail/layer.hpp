@@ -94,11 +94,31 @@ bool needs_pieces(std::span<const Index> row_offsets, std::span<C* const> caches
   return false;
 }
 
+/// The most rows that a cache can be brought to take, by a pool's owner too: more are refused before anybody is asked.
 template <class C>
-void check_room(C& cache, Index n) {
-  if constexpr (PooledCache<C>) cache.make_room(n);
-  require<std::length_error>(SlidingCache<C> || n <= cache.max_append(), "the cache is full: it takes at most ",
-                             cache.max_append(), " more rows (position ", cache.position(), "); given ", n);
+Index most_rows(const C& cache) {
+  if constexpr (SlidingCache<C>)
+    return infinite;
+  else if constexpr (!PooledCache<C>)
+    return cache.max_append();
+  else if constexpr (requires { cache.capacity(); })
+    return cache.capacity() - cache.rows();
+  else
+    return infinite;
+}
+
+/// Raises unless one sequence takes n more rows; asks for pages last of all.
+template <class C>
+void find_room(C& cache, Index n) {
+  const auto require_room = [&](Index most) {
+    require<std::length_error>(n <= most, "the cache is full: it takes at most ", cache.max_append(),
+                               " more rows (position ", cache.position(), "); given ", n);
+  };
+  require_room(most_rows(cache));
+  if constexpr (PooledCache<C>) {
+    cache.make_room(n);
+    require_room(cache.max_append());
+  }
 }
 
 /// Asks mask and score whether they fit the calls that appending n rows will make, before the cache is
@@ -122,33 +142,7 @@ void check_growth(const M& mask, const F& score, const C& cache, Heads heads, In
   }
 }
 
-/// Caches that share a pool must find room in it together. Counts pages as appending in order will take them.
-template <class C>
-void check_pools(std::span<const Index> row_offsets, std::span<C* const> caches) {
-  if constexpr (PooledCache<C>) {
-    const auto rows = [&](std::size_t s) { return row_offsets[s + 1] - row_offsets[s]; };
-    const auto needs = [&](std::size_t s) {
-      Index copied = 0;  // sequences before it that have left its last page for a copy of their own
-      for (std::size_t r = 0; r < s; ++r) copied += rows(r) > 0 && caches[r]->shares_last_page(*caches[s]) ? 1 : 0;
-      return caches[s]->pages_to_append(rows(s), copied);
-    };
-    for (std::size_t s = 0; s < caches.size(); ++s) {
-      auto* const pool = caches[s]->pool();
-      const auto same_pool = [&](const C* cache) { return cache->pool() == pool; };
-      const auto begin = caches.begin(), self = begin + static_cast<std::ptrdiff_t>(s);
-      if (pool == nullptr || std::any_of(begin, self, same_pool)) continue;  // counted already
-      const auto needed = [&] {
-        Index sum = 0;
-        for (std::size_t r = s; r < caches.size(); ++r) sum += same_pool(caches[r]) ? needs(r) : 0;
-        return sum;
-      };
-      const auto missing = [&] { return std::max<Index>(needed() - pool->free_pages(), 0); };
-      require<std::length_error>(pool->make_room(missing), "the pool has ", pool->free_pages(),
-                                 " free pages; the rows of all its sequences need ", needed());
-    }
-  }
-}
-
+/// Everything about a batch that can be said without asking anybody for pages.
 template <class C>
 void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches, Index rows) {
   require(row_offsets.size() == caches.size() + (caches.empty() ? row_offsets.size() : 1),
@@ -161,52 +155,80 @@ void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches,
   for (std::size_t s = 0; s < caches.size(); ++s) {
     require(row_offsets[s] <= row_offsets[s + 1], "row_offsets must not decrease; entry ", s + 1, " is ",
             row_offsets[s + 1], " after ", row_offsets[s]);
-    const Index n = row_offsets[s + 1] - row_offsets[s];
     require(caches[s] != nullptr, "caches[", s, "] is null");
-    if constexpr (PooledCache<C>) caches[s]->make_room(n);
-    require<std::length_error>(SlidingCache<C> || n <= caches[s]->max_append(), "caches[", s, "] takes at most ",
-                               caches[s]->max_append(), " more rows (position ", caches[s]->position(), "); given ", n);
     for (std::size_t r = 0; r < s; ++r)
       require(caches[r] != caches[s], "caches[", r, "] and caches[", s, "] are the same cache");
-  }
-  check_pools(row_offsets, caches);
-}
-
-/// Appends each sequence's rows; should a cache refuse what it had room for, takes all back and raises.
-template <class C, class A, class B>
-void append_all(std::span<const Index> row_offsets, std::span<C* const> caches, const A& a, const B& b) {
-  for (std::size_t s = 0; s < caches.size(); ++s) {
-    const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
-    if (caches[s]->try_append(a.middleRows(first, n), b.middleRows(first, n))) continue;
-    for (std::size_t r = 0; r < s; ++r)
-      caches[r]->truncate(caches[r]->position() - (row_offsets[r + 1] - row_offsets[r]));
-    raise<std::length_error>("caches[" + std::to_string(s) + "] ran out of room; all caches are as they were");
+    const Index n = row_offsets[s + 1] - row_offsets[s];
+    require<std::length_error>(n <= most_rows(*caches[s]), "caches[", s, "] takes at most ", caches[s]->max_append(),
+                               " more rows (position ", caches[s]->position(), "); given ", n);
   }
 }
 
-/// Rows that a call has appended, n of each cache: taken back unless the call comes to its end, for a mask, a score, an
-/// executor or memory may throw. A ring whose old rows they have overwritten keeps them.
+/// Sequences that are busy as long as this lives: whoever is asked for pages for them may not change them.
 template <class C>
-class Appended {
+class Busy {
  public:
-  Appended(std::span<const Index> row_offsets, std::span<C* const> caches)
-      : row_offsets_(row_offsets), caches_(caches) {}
-  Appended(const Appended&) = delete;
-  Appended& operator=(const Appended&) = delete;
-  ~Appended() {
-    for (std::size_t s = 0; s < caches_.size(); ++s) {
-      const Index position = caches_[s]->position() - (row_offsets_[s + 1] - row_offsets_[s]);
-      if constexpr (requires { caches_[s]->can_truncate(position); })
-        if (!caches_[s]->can_truncate(position)) continue;
-      caches_[s]->truncate(position);
-    }
+  explicit Busy(std::span<C* const> caches) : caches_(caches) {
+    if constexpr (requires(C & cache) { cache.require_idle(); })
+      for (C* cache : caches_) cache->require_idle();  // for another call
+    set(true);
   }
-  void keep() { caches_ = {}; }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+  ~Busy() { set(false); }
 
  private:
-  std::span<const Index> row_offsets_;
+  void set([[maybe_unused]] bool on) const {
+    if constexpr (requires(C & cache) { cache.set_busy(on); })
+      for (C* cache : caches_) cache->set_busy(on);
+  }
   std::span<C* const> caches_;
 };
+
+/// Raises unless a checked batch fits. Caches that share a pool must find room in it together: counts pages as appending in
+/// order will take them. Nobody is asked for what the whole pool could not hold.
+template <class C>
+void find_room(std::span<const Index> row_offsets, std::span<C* const> caches) {
+  if constexpr (PooledCache<C>) {
+    const Busy<C> busy(caches);
+    const auto rows = [&](std::size_t s) { return row_offsets[s + 1] - row_offsets[s]; };
+    const auto needs = [&](std::size_t s) {
+      Index copied = 0;  // sequences before it that have left its last page for a copy of their own
+      for (std::size_t r = 0; r < s; ++r) copied += rows(r) > 0 && caches[r]->shares_last_page(*caches[s]) ? 1 : 0;
+      return caches[s]->pages_to_append(rows(s), copied);
+    };
+    const auto for_each_pool = [&](const auto& f) {
+      for (std::size_t s = 0; s < caches.size(); ++s) {
+        auto* const pool = caches[s]->pool();
+        const auto same_pool = [&](const C* cache) { return cache->pool() == pool; };
+        const auto begin = caches.begin(), self = begin + static_cast<std::ptrdiff_t>(s);
+        if (pool == nullptr || std::any_of(begin, self, same_pool)) continue;  // counted already
+        f(*pool, [&](const auto& pages_of) {
+          Index sum = 0;
+          for (std::size_t r = s; r < caches.size(); ++r) sum += same_pool(caches[r]) ? pages_of(r) : 0;
+          return sum;
+        });
+      }
+    };
+    const auto require_pages = [&](bool ok, const auto& pool, const auto& sum_over) {
+      require<std::length_error>(ok, "the pool has ", pool.free_pages(),
+                                 " free pages; the rows of all its sequences need ", sum_over(needs));
+    };
+    if constexpr (requires { caches[0]->pages().size(), caches[0]->pool()->pages(); })
+      for_each_pool([&](const auto& pool, const auto& sum_over) {
+        Index held = 0;  // by the longest; fresh pages come on top of that, copies only where others still read
+        const Index fresh = sum_over([&](std::size_t s) {
+          held = std::max(held, static_cast<Index>(caches[s]->pages().size()));
+          return caches[s]->pages_to_append(rows(s), infinite);
+        });
+        require_pages(held + fresh <= pool.pages(), pool, sum_over);
+      });
+    for_each_pool([&](auto& pool, const auto& sum_over) {
+      const auto missing = [&] { return std::max<Index>(sum_over(needs) - pool.free_pages(), 0); };
+      require_pages(pool.make_room(missing), pool, sum_over);
+    });
+  }
+}
 
 /// Independent of the standard library's distributions, so that a seed gives the same weights everywhere.
 template <class T>

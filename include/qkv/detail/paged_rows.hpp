@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <span>
 #include <utility>
 #include <vector>
@@ -34,7 +35,7 @@ class PagedRows {
   }
   /// Whether n more rows fit, once the pool's owner has been asked for what is missing.
   bool make_room(Index n) {
-    if (pool_) pool_->make_room([&] { return missing_pages(rows_, n); });
+    ask_for([&] { return missing_pages(rows_, n); });
     return n <= max_append();
   }
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
@@ -50,6 +51,25 @@ class PagedRows {
   bool shares_last_page(const PagedRows& other) const {
     return pool_ == other.pool_ && fills_last_page() && other.fills_last_page() && table_.back() == other.table_.back();
   }
+
+  /// For layers, whose calls may fail (detail/appended.hpp): a shared last page that was copied is shared again.
+  std::size_t undo_bytes(Index) const { return sizeof(Undo); }
+  void prepare_undo(Index, std::byte* memory) const {
+    *reinterpret_cast<Undo*>(memory) = {rows_, fills_last_page() ? table_.back() : Index(-1)};
+  }
+  void undo(std::byte* memory) {
+    const Undo before = *reinterpret_cast<const Undo*>(memory);
+    go_back(std::min(before.rows, rows_));
+    if (before.last_page < 0 || before.last_page == table_.back() || pool_->references(before.last_page) == 0) return;
+    pool_->retain(before.last_page);
+    pool_->release(table_.back());
+    table_.back() = before.last_page;
+    hold(rows_, static_cast<Index>(table_.size()) - 1);
+  }
+
+  /// While a call asks for pages, the sequences that it is about are busy: they refuse to be changed.
+  void set_busy(bool on) { busy_ += on ? 1 : -1; }
+  void require_idle() const { require<std::logic_error>(busy_ == 0, busy_rule); }
 
   /// Forgets all rows and gives the pages back.
   void clear() { rewind(0); }
@@ -72,6 +92,7 @@ class PagedRows {
   PagedRows(const PagedRows&) = delete;
   PagedRows& operator=(const PagedRows&) = delete;
   ~PagedRows() {
+    stop_if_busy();
     if (!pool_) return;
     release_from(0);
     pool_->leave();
@@ -102,7 +123,7 @@ class PagedRows {
     return pool_ && rows == position && rows >= 0 && rows <= capacity_;
   }
   bool make_room_to_restore(Index rows) {
-    return pool_->make_room([&] {
+    return ask_for([&] {
       Index own = 0;
       for (Index i = 0; i < static_cast<Index>(table_.size()); ++i) own += owned(i) ? 1 : 0;
       return std::max<Index>(pages_for(rows) - pool_->free_pages() - own, 0);
@@ -112,6 +133,19 @@ class PagedRows {
     rewind(0);
     own(0, rows);
     hold(rows, 0);
+  }
+
+  /// Asks the pool's owner while missing() > 0 and that helps. Whoever changes rows asks first, and so is told here, before
+  /// anything has changed, that the sequence is busy.
+  template <class Missing>
+  bool ask_for(const Missing& missing) {
+    require_idle();
+    struct Busy {
+      PagedRows& sequence;
+      explicit Busy(PagedRows& rows) : sequence(rows) { sequence.set_busy(true); }
+      ~Busy() { sequence.set_busy(false); }
+    } const busy(*this);
+    return !pool_ || pool_->make_room(missing);
   }
 
   Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
@@ -137,8 +171,8 @@ class PagedRows {
     for (Index i = position / page_tokens(); i < pages_for(position + n); ++i) make_owned(i);
   }
   void rewind(Index position) {
-    release_from(pages_for(position));
-    hold(position, position / page_tokens());
+    require_idle();
+    go_back(position);
   }
   /// Holds `rows` rows; the runs of the first `unchanged` pages are as they were, so that an append touches the last ones.
   void hold(Index rows, Index unchanged) {
@@ -153,6 +187,7 @@ class PagedRows {
     return static_cast<Index>(table_.capacity() * sizeof(table_[0]) + runs_.capacity() * sizeof(runs_[0]));
   }
   void swap_pages(PagedRows& other) noexcept {
+    stop_if_busy(), other.stop_if_busy();
     std::swap(pool_, other.pool_);
     std::swap(capacity_, other.capacity_);
     std::swap(rows_, other.rows_);
@@ -166,6 +201,19 @@ class PagedRows {
   std::vector<Run> runs_;
 
  private:
+  static constexpr const char* busy_rule =
+      "a sequence stays as it is while a call about it asks for pages: on_exhausted may give up others only";
+  void stop_if_busy() const {  // where nothing can be thrown
+    if (busy_ > 0) [[unlikely]]
+      give_up(busy_rule);
+  }
+  struct Undo {
+    Index rows, last_page;  // that more rows would go into, or -1
+  };
+  void go_back(Index position) {
+    release_from(pages_for(position));
+    hold(position, position / page_tokens());
+  }
   bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the next row goes into a page that is there
   bool owned(Index i) const { return i < static_cast<Index>(table_.size()) && pool_->references(page(i)) == 1; }
 
@@ -184,6 +232,8 @@ class PagedRows {
       table_.pop_back();
     }
   }
+
+  int busy_ = 0;  // calls that ask for pages for it, one inside another
 };
 
 }  // namespace qkv::inline QKV_ABI::detail
