@@ -1,11 +1,15 @@
 #include <qkv/kernel/latent.hpp>
 
+#include <cfenv>
 #include <functional>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/draw.hpp"
 #include "support/executors.hpp"
+#include "support/narrow_errors.hpp"
 #include "support/numbers.hpp"
+#include "support/oracle.hpp"
 
 using namespace support;
 using qkv::Arithmetic, qkv::At, qkv::Matrix;
@@ -146,6 +150,11 @@ const Sizes sizes[] = {{16, 1, 64, 32},  {33, 1, 32, 6}, {1, 1, 67, 5},  {8, 3, 
 /// Of int8 latents: in int16 (AVX2, SSE2), or in int8 and bfloat16.
 constexpr double int8_error = qkv::kernel::shorts_available ? 3e-4 : 0.03;
 
+constexpr Arithmetic arithmetics[] = {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8};
+
+/// Few heads and many, whole panels and parts of one.
+Index some_heads(Draw& draw) { return draw.one_of<Index>({1, 2, 3, 4, 8, 16, 20, 33}); }
+
 template <class Computed, class Stored>
 struct In {
   using T = Computed;
@@ -228,6 +237,81 @@ TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, piece
       }
     }
   }
+}
+
+TEMPLATE_TEST_CASE("pieces of any length, on rows that come one after another, give the bits of the whole",
+                   "[absorbed]", float, qkv::half, qkv::bfloat16, std::int8_t) {
+  Draw draw(18);
+  for (int round = 0; round < 12; ++round) {
+    const Index n_new = draw.whole(2, 25), n = n_new + (round % 3 == 0 ? 0 : draw.whole(0, 400));
+    const Sizes s{some_heads(draw), n_new, draw.whole(1, 70), draw.whole(1, 20)};
+    const Index width = s.heads * (s.latent_dim + s.rope_dim), first = n - n_new;
+    const Matrix<float> q = numbers<float>(n_new, width, 19);
+    const qkv::Window mask = qkv::window(round % 2 == 0 ? draw.whole(0, n) : qkv::infinite, 0);
+    const Rows<TestType> all(s, {n});
+    for (const Arithmetic in : arithmetics) {
+      const auto whole = absorbed(s, all, q, 0.3F, first, mask, in);
+      for (Index at = 0, some = 0; at < n_new; at += some) {
+        some = std::min(draw.whole(0, 2) > 0 ? 1 : draw.whole(1, 20), n_new - at);
+        const Index held = first + at + some, page = draw.whole(1, held);
+        const Rows<TestType> rows(s, page < held ? std::vector<Index>{page, held - page} : std::vector<Index>{held});
+        const Sizes piece{s.heads, some, s.latent_dim, s.rope_dim};
+        CAPTURE(round, s.heads, s.latent_dim, int(in), first + at, some);
+        REQUIRE(same_bits(absorbed(piece, rows, Matrix<float>(q.middleRows(at, some)), 0.3F, first + at, mask, in),
+                          whole.middleRows(at, some)));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("the row that has all the weight of the absorbed kernel keeps it, however large the scores",
+                   "[absorbed]", float, qkv::bfloat16, std::int8_t) {
+  Draw draw(20);
+  for (int round = 0; round < 150; ++round) {
+    const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40), best = draw.whole(0, n - 1);
+    const Sizes s{some_heads(draw), 1, draw.whole(1, 40), draw.whole(1, 9)};
+    const float size = draw.power(0, 10), side = draw.sign(), sign = draw.sign();
+    Rows<TestType> rows(s, {n});
+    const auto& all = rows.all;
+    for (Index j = 0; j < n; ++j) {
+      // Latents in whole steps, by which rows of int8 are themselves; the rope part alone tells rows apart, or zeros do.
+      const float c = side - (j == best ? 0 : draw.uniform(0.1, 1) + 100 / size);
+      const std::vector<float> same(static_cast<std::size_t>(s.latent_dim), c),
+          zeros(static_cast<std::size_t>(s.rope_dim));
+      qkv::store_row(same.data(), s.latent_dim, rows.latent_of(j), &rows.scales[static_cast<std::size_t>(j)]);
+      qkv::store_row(zeros.data(), s.rope_dim, const_cast<qkv::WideStorage<TestType>*>(all.rope(all.runs[0], j)),
+                     static_cast<float*>(nullptr));
+      qkv::load_row(rows.latent_of(j), s.latent_dim, rows.scales[static_cast<std::size_t>(j)],
+                    rows.latent.row(j).data());
+    }
+    const Matrix<float> q = Matrix<float>::Constant(1, s.heads * (s.latent_dim + s.rope_dim), size * sign);
+    for (const Arithmetic in : arithmetics) {
+      const auto out = absorbed(s, rows, q, sign / static_cast<float>(s.latent_dim), n - 1, qkv::causal, in);
+      CAPTURE(round, s.heads, s.latent_dim, int(in), side * size);
+      const double right = static_cast<double>(rows.latent(best, 0));
+      REQUIRE(max_error(out, Wide::Constant(1, out.cols(), right)) <= of_bfloat16 * std::abs(right));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("no rounding mode makes more of a weight of the absorbed kernel than its type holds", "[absorbed]",
+                   qkv::bfloat16, std::int8_t) {
+  const Sizes s{8, 2, 40, 6};
+  const Rows<TestType> rows(s, {203});
+  for (const float size : {0.0F, 1.0F})
+    for (const Arithmetic in : arithmetics) {
+      const auto run = [&] {
+        return absorbed(s, rows, Matrix<float>(numbers<float>(2, 8 * 46, 23) * size), 0.5F, 201, qkv::causal, in);
+      };
+      const Matrix<float> nearest = run();
+      for (const int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO}) {
+        REQUIRE(std::fesetround(mode) == 0);
+        const Matrix<float> out = run();
+        std::fesetround(FE_TONEAREST);
+        CAPTURE(size, int(in), mode);
+        CHECK((out - nearest).norm() <= 0.05F * nearest.norm());
+      }
+    }
 }
 
 TEMPLATE_TEST_CASE("a latent row that is not finite reaches who sees it and nobody else", "[absorbed]", float,

@@ -1,8 +1,12 @@
 #include <qkv/attention.hpp>
 #include <qkv/kv_cache.hpp>
 
+#include <cfenv>
+
 #include "support/attention_case.hpp"
+#include "support/draw.hpp"
 #include "support/key_source.hpp"
+#include "support/narrow_errors.hpp"
 
 // Keys and values stored in fewer bits: attention is exact on what is stored.
 
@@ -27,6 +31,8 @@ Matrix<double> stored(const Matrix<float>& x, Index kv_heads) {
     }
   return y;
 }
+
+constexpr Arithmetic arithmetics[] = {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8};
 
 double relative_rms(const Matrix<float>& got, const Matrix<long double>& expected) {
   const Matrix<double> reference = expected.cast<double>();
@@ -354,4 +360,62 @@ TEST_CASE("tiny, infinite and NaN queries of an int8 cache spoil nobody, and who
   CHECK(same_bits(Matrix<float>(out.row(3)), Matrix<float>(before.row(3))));
   CHECK(max_error(out.row(4), cache.values().topRows(2).colwise().mean()) <= narrow_error<std::int8_t>);
   CHECK(same_bits(Matrix<float>(out.bottomRows(3)), Matrix<float>(before.bottomRows(3))));
+}
+
+TEMPLATE_TEST_CASE("the key that has all the weight keeps it, however large the scores", "[attention][storage]", float,
+                   half, bfloat16, std::int8_t) {
+  Draw draw(14);
+  for (int round = 0; round < 250; ++round) {
+    const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40);
+    const Case c{.n_queries = draw.whole(1, std::min<Index>(n, 35)),
+                 .n_keys = n,
+                 .heads = draw.one_of({Heads{1, 1}, Heads{2, 1}, Heads{3, 1}}),
+                 .head_dim = draw.whole(1, 20),
+                 .v_head_dim = draw.whole(1, 20)};
+    // Scores ±size of one key that all queries see, and at least 100 less of the others.
+    const float size = draw.power(0, 10), side = draw.sign(), sign = draw.sign();
+    const bool in_keys = !std::is_same_v<TestType, half> && draw.whole(0, 1) == 0;
+    const Index best = draw.whole(0, n - c.n_queries);
+    Inputs<float> in(c, static_cast<std::uint64_t>(round));
+    for (Index j = 0; j < n; ++j)
+      in.k.row(j).setConstant((side - (j == best ? 0 : draw.uniform(0.1, 1) + 100 / size)) * (in_keys ? size : 1));
+    in.q.setConstant(sign * (in_keys ? 1 : size));
+    in.v *= draw.power(-3, 3);
+    const PagedKeys<TestType> cache(in.k, in.v, 1, consecutive_pages(n, {50, 3}));
+    const Matrix<double> value = stored<TestType>(in.v, 1).row(best);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", size "
+                      << side * size);
+        const auto out =
+            attention(in.q, cache, c.heads, causal, plain,
+                      {.scale = sign / static_cast<float>(c.head_dim), .kernel = kernel, .arithmetic = arithmetic});
+        REQUIRE(max_error(out, value.replicate(c.n_queries, c.heads.heads)) <=
+                of_bfloat16 * value.cwiseAbs().maxCoeff());
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("no rounding mode makes more of a weight than its type holds", "[attention][storage]", bfloat16,
+                   std::int8_t) {
+  const Case c{.n_queries = 19, .n_keys = 301, .heads = {2, 1}, .head_dim = 9, .v_head_dim = 21};
+  for (const bool equal : {false, true}) {
+    Inputs<float> in(c);
+    if (equal) in.q.setZero(), in.v.array() += 3;
+    const PagedKeys<TestType> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        const auto run = [&] {
+          return attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel, .arithmetic = arithmetic});
+        };
+        const Matrix<float> nearest = run();
+        for (const int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO}) {
+          REQUIRE(std::fesetround(mode) == 0);
+          const Matrix<float> out = run();
+          std::fesetround(FE_TONEAREST);
+          INFO("mode " << mode << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic));
+          CHECK(relative_rms(out, nearest.cast<long double>()) <= (arithmetic == Arithmetic::exact ? 1e-4 : 3e-2));
+        }
+      }
+  }
 }

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -45,14 +44,7 @@ class BlockPacker {
             sources[column + i] = {keys_.value(run, kv_head_, row + i), keys_.value_scale(run, kv_head_, row + i)};
         });
     drop_not_finite(sources);
-    if constexpr (A::bytes)
-      for (Index c = 0; c < block_.count; ++c) {
-        // Rows of zeros count for the sum of the weights alone: a scale so small that they never fill the 8 bits.
-        const float scale = sources[c].row && sources[c].scale > 0x1p-90F ? sources[c].scale : 0x1p-90F;
-        panels_.value_logs[b_ * tile_keys + c] = std::log2(scale);
-        panels_.value_inverses[b_ * tile_keys + c] = 1 / scale;
-      }
-    if constexpr (A::shorts)
+    if constexpr (A::steps)
       for (Index c = 0; c < block_.count; ++c)
         panels_.value_scales[b_ * tile_keys + c] = sources[c].row ? sources[c].scale : 0.0F;
     pack_values(sources);

@@ -99,6 +99,11 @@ EIGEN_ALWAYS_INLINE __m512i to_pairs(__m512 low, __m512 high) {
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
+/// Lane l of the result holds (a[l], b[l], c[l], d[l]) as bytes; what is more than 255 becomes 255.
+EIGEN_ALWAYS_INLINE __m512i to_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i turned = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
+  return _mm512_shuffle_epi8(_mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)), turned);
+}
 /// Bytes of four rows side by side: word i of the result holds byte i of each.
 EIGEN_ALWAYS_INLINE __m512i to_quads(__m128i a, __m128i b, __m128i c, __m128i d) {
   const __m128i ab = _mm_unpacklo_epi8(a, b), ab_high = _mm_unpackhi_epi8(a, b);
