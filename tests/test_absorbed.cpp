@@ -294,6 +294,40 @@ TEMPLATE_TEST_CASE("the row that has all the weight of the absorbed kernel keeps
   }
 }
 
+TEST_CASE("int8 latents and rope keys near the end of float reach who sees them, in their size, and nobody else",
+          "[absorbed]") {
+  Draw draw(22);
+  for (int round = 0; round < 40; ++round) {
+    const Index n = draw.whole(4, round % 5 == 0 ? 420 : 40), bad = draw.whole(0, n - 1);
+    const Sizes s{some_heads(draw), draw.whole(1, 4), draw.whole(1, 40), draw.whole(1, 9)};
+    const Index width = s.latent_dim + s.rope_dim, first = n - s.n_new;
+    Matrix<float> q = numbers<float>(s.n_new, s.heads * width, static_cast<std::uint64_t>(round)) * 0.15F;
+    for (Index x = 0; x < q.cols(); ++x)
+      if (x % width >= s.latent_dim) q.col(x).setConstant(0);
+    Rows<std::int8_t> rows(s, {n});
+    const Condition sees = [&](const At& at) { return causally(at) && (at.key != bad || at.query % 2 == 1); };
+    Matrix<float> before[3];
+    for (const Arithmetic in : arithmetics) before[int(in)] = absorbed(s, rows, q, 2e-38F, first, sees, in);
+    // A latent: its scores are small, since the scale is. Its rope key: 0 times it is 0.
+    rows.scales[static_cast<std::size_t>(bad)] = draw.one_of({3.4e38F, 3.3895e38F, 3.39e38F, 3e38F}) / 127;
+    const_cast<float*>(rows.all.rope(rows.all.runs[0], bad))[s.rope_dim - 1] = draw.sign() * 3.4e38F;
+    qkv::load_row(rows.latent_of(bad), s.latent_dim, rows.scales[static_cast<std::size_t>(bad)],
+                  rows.latent.row(bad).data());
+    rows.rope.setZero();
+    const Wide expected = formula(s, rows, q, 2e-38F, first, sees);
+    for (const Arithmetic in : arithmetics) {
+      const auto after = absorbed(s, rows, q, 2e-38F, first, sees, in);
+      for (Index i = 0; i < s.n_new; ++i) {
+        CAPTURE(round, s.heads, s.latent_dim, int(in), bad, i);
+        if (sees(At{0, 0, i, bad, first + i, bad}))
+          REQUIRE(max_error(after.row(i) / 3.4e38F, expected.row(i) / 3.4e38L) <= 0.03);
+        else
+          REQUIRE(same_bits(Matrix<float>(after.row(i)), Matrix<float>(before[int(in)].row(i))));
+      }
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("no rounding mode makes more of a weight of the absorbed kernel than its type holds", "[absorbed]",
                    qkv::bfloat16, std::int8_t) {
   const Sizes s{8, 2, 40, 6};

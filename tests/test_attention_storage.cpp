@@ -396,6 +396,74 @@ TEMPLATE_TEST_CASE("the key that has all the weight keeps it, however large the 
   }
 }
 
+TEMPLATE_TEST_CASE("stored numbers near the end of float reach who sees them, in their size, and nobody else",
+                   "[attention][storage]", float, bfloat16, std::int8_t) {
+  Draw draw(16);
+  const auto far_out = [&] { return draw.sign() * draw.one_of({3.4e38F, 3.402e38F, 3.39e38F, 3.3895e38F, 3e38F}); };
+  for (int round = 0; round < 60; ++round) {
+    const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40);
+    const Case c{
+        .n_queries = draw.whole(1, n), .n_keys = n, .heads = {2, 1}, .head_dim = 9, .v_head_dim = draw.whole(1, 20)};
+    const Inputs<float> in(c, static_cast<std::uint64_t>(round));
+    const PagedKeys<TestType> clean(in.k, in.v, 1, consecutive_pages(n, {50, 3}));
+    Inputs<float> bad = in;
+    const Index row = draw.whole(0, n - 1), left = draw.whole(0, n);
+    bad.v(row, draw.whole(0, c.v_head_dim - 1)) = far_out();
+    const bool key_too = draw.whole(0, 1) == 0;  // of those who see it the scores are not finite
+    if (key_too) bad.k(row, draw.whole(0, 8)) = far_out();
+    const PagedKeys<TestType> cache(bad.k, bad.v, 1, consecutive_pages(n, {50, 3}));
+    if (has_row_scale<TestType> && key_too)  // numbers past the end of float
+      for (const auto& run : cache.key_rows().runs)
+        if (run.position <= row && row < run.position + run.rows)
+          const_cast<float*>(run.value_scales)[row - run.position] = 1e38F;
+    const auto sees = [&](const At& at) { return before(at) && at.key_position >= at.query_position - left; };
+    const Matrix<double> v = stored<TestType>(bad.v, 1);
+    const Expected expected = attention_by_formula(
+        in.q, stored<TestType>(in.k, 1), v, {.heads = c.heads, .first_position = n - c.n_queries}, sees, unchanged);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        const Options<float> options{.kernel = kernel, .arithmetic = arithmetic};
+        const auto out = attention(in.q, cache, c.heads, window(left, 0), plain, options);
+        const auto without = attention(in.q, clean, c.heads, window(left, 0), plain, options);
+        for (Index i = 0; i < c.n_queries; ++i) {
+          INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", query "
+                        << i);
+          if (!sees(At{0, 0, i, row, n - c.n_queries + i, row}))
+            REQUIRE(same_bits(Matrix<float>(out.row(i)), Matrix<float>(without.row(i))));
+          else if (!key_too)
+            for (Index x = 0; x < out.cols(); ++x) {
+              const long double right = expected.out(i, x);
+              REQUIRE((out(i, x) == right || std::abs(out(i, x) - right) <= 0.04L * 3.4e38L));
+            }
+        }
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("queries and keys near the end of float have their scores", "[attention][storage]", float,
+                   bfloat16) {
+  const Case c{.n_queries = 9, .n_keys = 23, .heads = {2, 1}, .head_dim = 6, .v_head_dim = 5};
+  const float large = std::is_same_v<TestType, bfloat16> ? 3.38e38F : 3.4e38F;  // still finite when it is stored
+  for (const bool in_keys : {false, true}) {
+    Inputs<float> in(c);
+    Matrix<float>&wide = in_keys ? in.k : in.q, &small = in_keys ? in.q : in.k;
+    wide *= 1e36F, small *= 0.1F;
+    for (Index i = 0; i < wide.rows(); ++i)
+      for (Index x = 0; x < wide.cols(); x += 6) wide(i, x) = i % 2 == 0 ? (in_keys ? large : 3.4e38F) : -1e38F;
+    const PagedKeys<TestType> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
+    const Expected expected =
+        attention_by_formula(in.q, stored<TestType>(in.k, 1), stored<TestType>(in.v, 1),
+                             {.heads = c.heads, .scale = 2e-38F, .first_position = 14}, before, unchanged);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        INFO("in keys " << in_keys << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic));
+        CHECK(max_error(attention(in.q, cache, c.heads, causal, plain,
+                                  {.scale = 2e-38F, .kernel = kernel, .arithmetic = arithmetic}),
+                        expected.out) <= 0.02);
+      }
+  }
+}
+
 TEMPLATE_TEST_CASE("no rounding mode makes more of a weight than its type holds", "[attention][storage]", bfloat16,
                    std::int8_t) {
   const Case c{.n_queries = 19, .n_keys = 301, .heads = {2, 1}, .head_dim = 9, .v_head_dim = 21};

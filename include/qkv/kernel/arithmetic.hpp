@@ -35,6 +35,9 @@ struct Numbers {
   static constexpr bool shorts = std::same_as<Key, std::int16_t>;
   // Keys are whole numbers: scales, and a rope part, are joined afterwards. Weights are whole numbers of steps.
   static constexpr bool scaled = quads || shorts, steps = bytes || shorts;
+  // Values of int8 that are not whole numbers are multiplied by their scale first. So many of it are infinite where the
+  // row has a number that is, or would be in bfloat16.
+  static constexpr int restored = steps ? 1 : 129;
 };
 
 template <class T>

@@ -112,8 +112,10 @@ class BlockRows {
   /// Weights in steps: scales of the values, zero where a row is not finite.
   const float* value_scales() const { return value_scales_; }
 
+  /// False: a value is not finite as it is multiplied, though the scores of its row may be.
+  bool values_finite() const { return values_finite_; }
   /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
-  /// Asked for where a score is not finite, as every score of such a row is.
+  /// Asked for where a score is not finite, as every score of such a row is, or a value.
   std::pair<const Index*, Index> dropped() {
     if (!inspected_) inspect();
     return {dropped_.data(), n_dropped_};
@@ -185,8 +187,9 @@ class BlockRows {
       for (Index i = 0; i < count; ++i) {
         const S* const c = rows_.latent(run, row + i);
         const T scale = static_cast<T>(rows_.scale(run, row + i));
-        bool finite = true;
-        for (Index x = 0; x < rows_.latent_dim; ++x) finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
+        bool finite = !A::scaled || std::isfinite(scale * A::restored);
+        for (Index x = 0; !A::scaled && x < rows_.latent_dim; ++x)
+          finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = column + i;
         if constexpr (words && !A::steps)  // whose scale is zero there
@@ -203,6 +206,9 @@ class BlockRows {
     for_each_piece<n_rows>(rows_, place_, [&](const LatentRun<S>& run, Index, Index row, Index count, Index column) {
       for (Index i = 0; i < count; ++i) scales_[column + i] = rows_.scale(run, row + i);
     });
+    values_finite_ = true;
+    if constexpr (!A::steps)
+      for (Index c = 0; c < n_rows; ++c) values_finite_ = values_finite_ && std::isfinite(scales_[c] * A::restored);
     if constexpr (A::steps)
       for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
 #ifdef QKV_DETAIL_WORDS
@@ -232,7 +238,7 @@ class BlockRows {
   RopeNumber* rope_ = nullptr;
   float *scales_ = nullptr, *value_scales_ = nullptr;
   std::int32_t* offsets_ = nullptr;
-  bool inspected_ = false;
+  bool values_finite_ = true, inspected_ = false;
   Index n_dropped_ = 0;
   std::array<Index, std::size_t(n_rows)> dropped_;
 };

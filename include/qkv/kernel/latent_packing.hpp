@@ -58,8 +58,7 @@ inline void pack_rope(const float* from, Index n, Word* to) {
   const auto part = [&](Index x) {
     return x >= n ? _mm512_setzero_ps() : Simd<float>::load_n(from + x, std::min<Index>(16, n - x));
   };
-  for (Index x = 0; x < n; x += 32)
-    store_words(to + x / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part(x + 16), part(x))));
+  for (Index x = 0; x < n; x += 32) store_words(to + x / 2, to_halves(part(x), part(x + 16)));
 }
 
 /// 32 features of the row of a column as bfloat16.

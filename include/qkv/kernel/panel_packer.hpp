@@ -144,11 +144,12 @@ class BlockPacker {
   }
 #endif
 
-  /// Rows with a number that is not finite are listed and become zeros: 0·x is 0 for finite x and NaN otherwise.
+  /// Rows with a number that is not finite as it is multiplied are listed and become zeros: 0·x is 0 for finite x and NaN
+  /// otherwise.
   void drop_not_finite(Source (&sources)[std::size_t(tile_keys)]) {
     const auto zeros = [&](const Source& from, typename V::Vec sum) {
       if constexpr (has_row_scale<S>)
-        return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0)), sum);
+        return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0) * T(A::restored)), sum);
       for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
       return sum;
     };
