@@ -294,6 +294,59 @@ TEMPLATE_TEST_CASE("the row that has all the weight of the absorbed kernel keeps
   }
 }
 
+TEMPLATE_TEST_CASE("errors of the absorbed kernel in narrow numbers are what its roundings allow", "[absorbed]",
+                   qkv::half, qkv::bfloat16, std::int8_t) {
+  Draw draw(21);
+  double mean = 0;
+  for (int round = 0; round < 32; ++round) {
+    const Index n = draw.whole(1, round % 4 == 0 ? 600 : 70);
+    const Sizes s{some_heads(draw), draw.whole(1, std::min<Index>(n, 3)), draw.whole(1, 100), draw.whole(1, 20)};
+    const Index width = s.latent_dim + s.rope_dim, first = n - s.n_new;
+    const float scale = draw.sign() * 3 * draw.power(-1, 1.3) / std::sqrt(static_cast<float>(width));
+    const Matrix<float> q = numbers<float>(s.n_new, s.heads * width, static_cast<std::uint64_t>(round));
+    const Rows<TestType> rows(s, {n});
+    Matrix<double> keys(n, width);
+    keys << rows.latent.template cast<double>(), rows.rope.template cast<double>();
+    const Expected expected =
+        attention_by_formula(q, keys, Matrix<double>(rows.latent.template cast<double>()),
+                             {.heads = {s.heads, 1}, .scale = scale, .first_position = first}, causally, unchanged);
+    ExactRow row;
+    row.scale = scale, row.keys = keys, row.values = rows.latent.template cast<double>(),
+    row.positions = rows.positions;
+    for (Index j = 0; j < n; ++j)
+      row.value_scales.push_back(qkv::has_row_scale<TestType> ? rows.scales[static_cast<std::size_t>(j)] : 1);
+    for (const Arithmetic in : arithmetics) {
+      const Matrix<float> out = absorbed(s, rows, q, scale, first, qkv::causal, in);
+      NarrowErrors errors = narrow_errors<TestType>(in, s.latent_dim, qkv::kernel::absorbed::block_rows<true>);
+      errors.rope_dim = s.rope_dim;
+      errors.rope_relative =
+          errors.query_step > 0 && qkv::kernel::words_available ? 2.02 * of_bfloat16 : errors.query_relative;
+      double squares = 0, typical = 0;
+      for (Index h = 0; h < s.heads; ++h)
+        for (Index i = 0; i < s.n_new; ++i) {
+          row.q.assign(&q(i, h * width), &q(i, h * width) + width);
+          row.probabilities.clear(), row.seen.clear();
+          for (Index j = 0; j < n; ++j) {
+            row.probabilities.push_back(static_cast<double>(expected.probabilities(h * s.n_new + i, j)));
+            row.seen.push_back(j <= first + i);
+          }
+          const ErrorBound bound = error_bound(errors, row);
+          for (Index x = 0; x < s.latent_dim; ++x) {
+            const long double right = expected.out(i, h * s.latent_dim + x);
+            const auto error = static_cast<double>(std::abs(out(i, h * s.latent_dim + x) - right));
+            CAPTURE(round, s.heads, s.latent_dim, int(in), scale, i, h, x);
+            REQUIRE(error <= bound.worst[static_cast<std::size_t>(x)]);
+            squares += error * error, typical += std::pow(bound.typical[static_cast<std::size_t>(x)], 2);
+          }
+        }
+      CAPTURE(round, s.heads, s.latent_dim, int(in), scale);
+      CHECK(squares <= 9 * typical);  // of few outputs, whose errors are related
+      mean += squares / typical / 32;
+    }
+  }
+  CHECK(mean <= 3 * 0.5);  // arithmetics
+}
+
 TEST_CASE("int8 latents and rope keys near the end of float reach who sees them, in their size, and nobody else",
           "[absorbed]") {
   Draw draw(22);

@@ -396,6 +396,73 @@ TEMPLATE_TEST_CASE("the key that has all the weight keeps it, however large the 
   }
 }
 
+TEMPLATE_TEST_CASE("errors of narrow arithmetic are what its roundings allow, whatever the scores and the values",
+                   "[attention][storage]", half, bfloat16, std::int8_t) {
+  Draw draw(15);
+  double mean = 0;
+  for (int round = 0; round < 48; ++round) {
+    const Index n = draw.whole(1, round % 4 == 0 ? 600 : 70);
+    const Index group = draw.whole(1, 3), kv_heads = draw.whole(1, 2);
+    const Case c{.n_queries = draw.whole(1, std::min<Index>(n, 21)),
+                 .n_keys = n,
+                 .heads = {group * kv_heads, kv_heads},
+                 .head_dim = draw.one_of<Index>({draw.whole(1, 70), 64, 128}),
+                 .v_head_dim = draw.whole(1, 12)};
+    const Index d = c.head_dim, dv = c.v_head_dim;
+    Inputs<float> in(c, static_cast<std::uint64_t>(round));
+    // Scores of a deviation up to 20. Values of a row: normal; or of ±1e6, which cancel; of any size, row by row; or zeros.
+    const float scale = draw.sign() * draw.power(-1, 1.3) / std::sqrt(static_cast<float>(d));
+    const Index kind = round % 4;
+    for (Index j = 0; j < n; ++j) {
+      if (kind == 1) in.v.row(j).array() += draw.sign() * (std::is_same_v<TestType, half> ? 1e4F : 1e6F);
+      if (kind == 2) in.v.row(j) *= draw.power(-3, 3);
+      if (kind == 3 && j % 3 == 0) in.v.row(j).setZero();
+    }
+    const PagedKeys<TestType> cache(in.k, in.v, kv_heads, consecutive_pages(n, {50, 3}));
+    const Matrix<double> k = stored<TestType>(in.k, kv_heads), v = stored<TestType>(in.v, kv_heads);
+    const Expected expected = attention_by_formula(
+        in.q, k, v, {.heads = c.heads, .scale = scale, .first_position = n - c.n_queries}, before, unchanged);
+    ExactRow row;
+    row.scale = scale;
+    for (Index j = 0; j < n; ++j) row.positions.push_back(j);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        const Matrix<float> out = attention(in.q, cache, c.heads, causal, plain,
+                                            {.scale = scale, .kernel = kernel, .arithmetic = arithmetic});
+        const NarrowErrors errors = kernel == Kernel::tiled ? narrow_errors<TestType>(arithmetic, d, kernel::tile_keys)
+                                    : kernel == Kernel::decode ? decode_errors<TestType>(arithmetic, d, group)
+                                                               : NarrowErrors{};
+        double squares = 0, typical = 0;
+        for (Index h = 0; h < c.heads.heads; ++h)
+          for (Index i = 0; i < c.n_queries; ++i) {
+            const Index kv = h / group;
+            row.q.assign(&in.q(i, h * d), &in.q(i, h * d) + d);
+            row.keys = k.middleCols(kv * d, d), row.values = v.middleCols(kv * dv, dv);
+            row.probabilities.clear(), row.seen.clear(), row.value_scales.clear();
+            for (Index j = 0; j < n; ++j) {
+              row.probabilities.push_back(static_cast<double>(expected.probabilities(h * c.n_queries + i, j)));
+              row.seen.push_back(j <= n - c.n_queries + i);
+              row.value_scales.push_back(has_row_scale<TestType> ? row.values.row(j).cwiseAbs().maxCoeff() / 127 : 1);
+            }
+            const ErrorBound bound = error_bound(errors, row);
+            for (Index x = 0; x < dv; ++x) {
+              const double error =
+                  std::abs(static_cast<double>(out(i, h * dv + x)) - static_cast<double>(expected.out(i, h * dv + x)));
+              INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", query "
+                            << i << ": " << out(i, h * dv + x) << " for " << expected.out(i, h * dv + x));
+              REQUIRE(error <= bound.worst[static_cast<std::size_t>(x)]);
+              squares += error * error, typical += std::pow(bound.typical[static_cast<std::size_t>(x)], 2);
+            }
+          }
+        INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", deviation "
+                      << scale * std::sqrt(static_cast<float>(d)));
+        CHECK(squares <= 9 * typical);  // of few outputs, whose errors are related
+        mean += squares / typical / 48;
+      }
+  }
+  CHECK(mean <= 9 * 0.5);  // kernels and arithmetics
+}
+
 TEMPLATE_TEST_CASE("stored numbers near the end of float reach who sees them, in their size, and nobody else",
                    "[attention][storage]", float, bfloat16, std::int8_t) {
   Draw draw(16);
