@@ -1,11 +1,15 @@
 #include <qkv/kernel/latent.hpp>
 
+#include <cfenv>
 #include <functional>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/draw.hpp"
 #include "support/executors.hpp"
+#include "support/narrow_errors.hpp"
 #include "support/numbers.hpp"
+#include "support/oracle.hpp"
 
 using namespace support;
 using qkv::Arithmetic, qkv::At, qkv::Matrix;
@@ -146,6 +150,11 @@ const Sizes sizes[] = {{16, 1, 64, 32},  {33, 1, 32, 6}, {1, 1, 67, 5},  {8, 3, 
 /// Of int8 latents: in int16 (AVX2, SSE2), or in int8 and bfloat16.
 constexpr double int8_error = qkv::kernel::shorts_available ? 3e-4 : 0.03;
 
+constexpr Arithmetic arithmetics[] = {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8};
+
+/// Few heads and many, whole panels and parts of one.
+Index some_heads(Draw& draw) { return draw.one_of<Index>({1, 2, 3, 4, 8, 16, 20, 33}); }
+
 template <class Computed, class Stored>
 struct In {
   using T = Computed;
@@ -228,6 +237,168 @@ TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, piece
       }
     }
   }
+}
+
+TEMPLATE_TEST_CASE("pieces of any length, on rows that come one after another, give the bits of the whole",
+                   "[absorbed]", float, qkv::half, qkv::bfloat16, std::int8_t) {
+  Draw draw(18);
+  for (int round = 0; round < 12; ++round) {
+    const Index n_new = draw.whole(2, 25), n = n_new + (round % 3 == 0 ? 0 : draw.whole(0, 400));
+    const Sizes s{some_heads(draw), n_new, draw.whole(1, 70), draw.whole(1, 20)};
+    const Index width = s.heads * (s.latent_dim + s.rope_dim), first = n - n_new;
+    const Matrix<float> q = numbers<float>(n_new, width, 19);
+    const qkv::Window mask = qkv::window(round % 2 == 0 ? draw.whole(0, n) : qkv::infinite, 0);
+    const Rows<TestType> all(s, {n});
+    for (const Arithmetic in : arithmetics) {
+      const auto whole = absorbed(s, all, q, 0.3F, first, mask, in);
+      for (Index at = 0, some = 0; at < n_new; at += some) {
+        some = std::min(draw.whole(0, 2) > 0 ? 1 : draw.whole(1, 20), n_new - at);
+        const Index held = first + at + some, page = draw.whole(1, held);
+        const Rows<TestType> rows(s, page < held ? std::vector<Index>{page, held - page} : std::vector<Index>{held});
+        const Sizes piece{s.heads, some, s.latent_dim, s.rope_dim};
+        CAPTURE(round, s.heads, s.latent_dim, int(in), first + at, some);
+        REQUIRE(same_bits(absorbed(piece, rows, Matrix<float>(q.middleRows(at, some)), 0.3F, first + at, mask, in),
+                          whole.middleRows(at, some)));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("the row that has all the weight of the absorbed kernel keeps it, however large the scores",
+                   "[absorbed]", float, qkv::bfloat16, std::int8_t) {
+  Draw draw(20);
+  for (int round = 0; round < 150; ++round) {
+    const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40), best = draw.whole(0, n - 1);
+    const Sizes s{some_heads(draw), 1, draw.whole(1, 40), draw.whole(1, 9)};
+    const float size = draw.power(0, 10), side = draw.sign(), sign = draw.sign();
+    Rows<TestType> rows(s, {n});
+    const auto& all = rows.all;
+    for (Index j = 0; j < n; ++j) {
+      // Latents in whole steps, by which rows of int8 are themselves; the rope part alone tells rows apart, or zeros do.
+      const float c = side - (j == best ? 0 : draw.uniform(0.1, 1) + 100 / size);
+      const std::vector<float> same(static_cast<std::size_t>(s.latent_dim), c),
+          zeros(static_cast<std::size_t>(s.rope_dim));
+      qkv::store_row(same.data(), s.latent_dim, rows.latent_of(j), &rows.scales[static_cast<std::size_t>(j)]);
+      qkv::store_row(zeros.data(), s.rope_dim, const_cast<qkv::WideStorage<TestType>*>(all.rope(all.runs[0], j)),
+                     static_cast<float*>(nullptr));
+      qkv::load_row(rows.latent_of(j), s.latent_dim, rows.scales[static_cast<std::size_t>(j)],
+                    rows.latent.row(j).data());
+    }
+    const Matrix<float> q = Matrix<float>::Constant(1, s.heads * (s.latent_dim + s.rope_dim), size * sign);
+    for (const Arithmetic in : arithmetics) {
+      const auto out = absorbed(s, rows, q, sign / static_cast<float>(s.latent_dim), n - 1, qkv::causal, in);
+      CAPTURE(round, s.heads, s.latent_dim, int(in), side * size);
+      const double right = static_cast<double>(rows.latent(best, 0));
+      REQUIRE(max_error(out, Wide::Constant(1, out.cols(), right)) <= of_bfloat16 * std::abs(right));
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("errors of the absorbed kernel in narrow numbers are what its roundings allow", "[absorbed]",
+                   qkv::half, qkv::bfloat16, std::int8_t) {
+  Draw draw(21);
+  double mean = 0;
+  for (int round = 0; round < 32; ++round) {
+    const Index n = draw.whole(1, round % 4 == 0 ? 600 : 70);
+    const Sizes s{some_heads(draw), draw.whole(1, std::min<Index>(n, 3)), draw.whole(1, 100), draw.whole(1, 20)};
+    const Index width = s.latent_dim + s.rope_dim, first = n - s.n_new;
+    const float scale = draw.sign() * 3 * draw.power(-1, 1.3) / std::sqrt(static_cast<float>(width));
+    const Matrix<float> q = numbers<float>(s.n_new, s.heads * width, static_cast<std::uint64_t>(round));
+    const Rows<TestType> rows(s, {n});
+    Matrix<double> keys(n, width);
+    keys << rows.latent.template cast<double>(), rows.rope.template cast<double>();
+    const Expected expected =
+        attention_by_formula(q, keys, Matrix<double>(rows.latent.template cast<double>()),
+                             {.heads = {s.heads, 1}, .scale = scale, .first_position = first}, causally, unchanged);
+    ExactRow row;
+    row.scale = scale, row.keys = keys, row.values = rows.latent.template cast<double>(),
+    row.positions = rows.positions;
+    for (Index j = 0; j < n; ++j)
+      row.value_scales.push_back(qkv::has_row_scale<TestType> ? rows.scales[static_cast<std::size_t>(j)] : 1);
+    for (const Arithmetic in : arithmetics) {
+      const Matrix<float> out = absorbed(s, rows, q, scale, first, qkv::causal, in);
+      NarrowErrors errors = narrow_errors<TestType>(in, s.latent_dim, qkv::kernel::absorbed::block_rows<true>);
+      errors.rope_dim = s.rope_dim;
+      errors.rope_relative =
+          errors.query_step > 0 && qkv::kernel::words_available ? 2.02 * of_bfloat16 : errors.query_relative;
+      double squares = 0, typical = 0;
+      for (Index h = 0; h < s.heads; ++h)
+        for (Index i = 0; i < s.n_new; ++i) {
+          row.q.assign(&q(i, h * width), &q(i, h * width) + width);
+          row.probabilities.clear(), row.seen.clear();
+          for (Index j = 0; j < n; ++j) {
+            row.probabilities.push_back(static_cast<double>(expected.probabilities(h * s.n_new + i, j)));
+            row.seen.push_back(j <= first + i);
+          }
+          const ErrorBound bound = error_bound(errors, row);
+          for (Index x = 0; x < s.latent_dim; ++x) {
+            const long double right = expected.out(i, h * s.latent_dim + x);
+            const auto error = static_cast<double>(std::abs(out(i, h * s.latent_dim + x) - right));
+            CAPTURE(round, s.heads, s.latent_dim, int(in), scale, i, h, x);
+            REQUIRE(error <= bound.worst[static_cast<std::size_t>(x)]);
+            squares += error * error, typical += std::pow(bound.typical[static_cast<std::size_t>(x)], 2);
+          }
+        }
+      CAPTURE(round, s.heads, s.latent_dim, int(in), scale);
+      CHECK(squares <= 9 * typical);  // of few outputs, whose errors are related
+      mean += squares / typical / 32;
+    }
+  }
+  CHECK(mean <= 3 * 0.5);  // arithmetics
+}
+
+TEST_CASE("int8 latents and rope keys near the end of float reach who sees them, in their size, and nobody else",
+          "[absorbed]") {
+  Draw draw(22);
+  for (int round = 0; round < 40; ++round) {
+    const Index n = draw.whole(4, round % 5 == 0 ? 420 : 40), bad = draw.whole(0, n - 1);
+    const Sizes s{some_heads(draw), draw.whole(1, 4), draw.whole(1, 40), draw.whole(1, 9)};
+    const Index width = s.latent_dim + s.rope_dim, first = n - s.n_new;
+    Matrix<float> q = numbers<float>(s.n_new, s.heads * width, static_cast<std::uint64_t>(round)) * 0.15F;
+    for (Index x = 0; x < q.cols(); ++x)
+      if (x % width >= s.latent_dim) q.col(x).setConstant(0);
+    Rows<std::int8_t> rows(s, {n});
+    const Condition sees = [&](const At& at) { return causally(at) && (at.key != bad || at.query % 2 == 1); };
+    Matrix<float> before[3];
+    for (const Arithmetic in : arithmetics) before[int(in)] = absorbed(s, rows, q, 2e-38F, first, sees, in);
+    // A latent: its scores are small, since the scale is. Its rope key: 0 times it is 0.
+    rows.scales[static_cast<std::size_t>(bad)] = draw.one_of({3.4e38F, 3.3895e38F, 3.39e38F, 3e38F}) / 127;
+    const_cast<float*>(rows.all.rope(rows.all.runs[0], bad))[s.rope_dim - 1] = draw.sign() * 3.4e38F;
+    qkv::load_row(rows.latent_of(bad), s.latent_dim, rows.scales[static_cast<std::size_t>(bad)],
+                  rows.latent.row(bad).data());
+    rows.rope.setZero();
+    const Wide expected = formula(s, rows, q, 2e-38F, first, sees);
+    for (const Arithmetic in : arithmetics) {
+      const auto after = absorbed(s, rows, q, 2e-38F, first, sees, in);
+      for (Index i = 0; i < s.n_new; ++i) {
+        CAPTURE(round, s.heads, s.latent_dim, int(in), bad, i);
+        if (sees(At{0, 0, i, bad, first + i, bad}))
+          REQUIRE(max_error(after.row(i) / 3.4e38F, expected.row(i) / 3.4e38L) <= 0.03);
+        else
+          REQUIRE(same_bits(Matrix<float>(after.row(i)), Matrix<float>(before[int(in)].row(i))));
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("no rounding mode makes more of a weight of the absorbed kernel than its type holds", "[absorbed]",
+                   qkv::bfloat16, std::int8_t) {
+  const Sizes s{8, 2, 40, 6};
+  const Rows<TestType> rows(s, {203});
+  for (const float size : {0.0F, 1.0F})
+    for (const Arithmetic in : arithmetics) {
+      const auto run = [&] {
+        return absorbed(s, rows, Matrix<float>(numbers<float>(2, 8 * 46, 23) * size), 0.5F, 201, qkv::causal, in);
+      };
+      const Matrix<float> nearest = run();
+      for (const int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO}) {
+        REQUIRE(std::fesetround(mode) == 0);
+        const Matrix<float> out = run();
+        std::fesetround(FE_TONEAREST);
+        CAPTURE(size, int(in), mode);
+        CHECK((out - nearest).norm() <= 0.05F * nearest.norm());
+      }
+    }
 }
 
 TEMPLATE_TEST_CASE("a latent row that is not finite reaches who sees it and nobody else", "[absorbed]", float,

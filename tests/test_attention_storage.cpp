@@ -1,8 +1,12 @@
 #include <qkv/attention.hpp>
 #include <qkv/kv_cache.hpp>
 
+#include <cfenv>
+
 #include "support/attention_case.hpp"
+#include "support/draw.hpp"
 #include "support/key_source.hpp"
+#include "support/narrow_errors.hpp"
 
 // Keys and values stored in fewer bits: attention is exact on what is stored.
 
@@ -27,6 +31,8 @@ Matrix<double> stored(const Matrix<float>& x, Index kv_heads) {
     }
   return y;
 }
+
+constexpr Arithmetic arithmetics[] = {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8};
 
 double relative_rms(const Matrix<float>& got, const Matrix<long double>& expected) {
   const Matrix<double> reference = expected.cast<double>();
@@ -356,4 +362,197 @@ TEST_CASE("tiny, infinite and NaN queries of an int8 cache spoil nobody, and who
   CHECK(same_bits(Matrix<float>(out.row(3)), Matrix<float>(before.row(3))));
   CHECK(max_error(out.row(4), cache.values().topRows(2).colwise().mean()) <= narrow_error<std::int8_t>);
   CHECK(same_bits(Matrix<float>(out.bottomRows(3)), Matrix<float>(before.bottomRows(3))));
+}
+
+TEMPLATE_TEST_CASE("the key that has all the weight keeps it, however large the scores", "[attention][storage]", float,
+                   half, bfloat16, std::int8_t) {
+  Draw draw(14);
+  for (int round = 0; round < 250; ++round) {
+    const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40);
+    const Case c{.n_queries = draw.whole(1, std::min<Index>(n, 35)),
+                 .n_keys = n,
+                 .heads = draw.one_of({Heads{1, 1}, Heads{2, 1}, Heads{3, 1}}),
+                 .head_dim = draw.whole(1, 20),
+                 .v_head_dim = draw.whole(1, 20)};
+    // Scores ±size of one key that all queries see, and at least 100 less of the others.
+    const float size = draw.power(0, 10), side = draw.sign(), sign = draw.sign();
+    const bool in_keys = !std::is_same_v<TestType, half> && draw.whole(0, 1) == 0;
+    const Index best = draw.whole(0, n - c.n_queries);
+    Inputs<float> in(c, static_cast<std::uint64_t>(round));
+    for (Index j = 0; j < n; ++j)
+      in.k.row(j).setConstant((side - (j == best ? 0 : draw.uniform(0.1, 1) + 100 / size)) * (in_keys ? size : 1));
+    in.q.setConstant(sign * (in_keys ? 1 : size));
+    in.v *= draw.power(-3, 3);
+    const PagedKeys<TestType> cache(in.k, in.v, 1, consecutive_pages(n, {50, 3}));
+    const Matrix<double> value = stored<TestType>(in.v, 1).row(best);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", size "
+                      << side * size);
+        const auto out =
+            attention(in.q, cache, c.heads, causal, plain,
+                      {.scale = sign / static_cast<float>(c.head_dim), .kernel = kernel, .arithmetic = arithmetic});
+        REQUIRE(max_error(out, value.replicate(c.n_queries, c.heads.heads)) <=
+                of_bfloat16 * value.cwiseAbs().maxCoeff());
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("errors of narrow arithmetic are what its roundings allow, whatever the scores and the values",
+                   "[attention][storage]", half, bfloat16, std::int8_t) {
+  Draw draw(15);
+  double mean = 0;
+  for (int round = 0; round < 48; ++round) {
+    const Index n = draw.whole(1, round % 4 == 0 ? 600 : 70);
+    const Index group = draw.whole(1, 3), kv_heads = draw.whole(1, 2);
+    const Case c{.n_queries = draw.whole(1, std::min<Index>(n, 21)),
+                 .n_keys = n,
+                 .heads = {group * kv_heads, kv_heads},
+                 .head_dim = draw.one_of<Index>({draw.whole(1, 70), 64, 128}),
+                 .v_head_dim = draw.whole(1, 12)};
+    const Index d = c.head_dim, dv = c.v_head_dim;
+    Inputs<float> in(c, static_cast<std::uint64_t>(round));
+    // Scores of a deviation up to 20. Values of a row: normal; or of ±1e6, which cancel; of any size, row by row; or zeros.
+    const float scale = draw.sign() * draw.power(-1, 1.3) / std::sqrt(static_cast<float>(d));
+    const Index kind = round % 4;
+    for (Index j = 0; j < n; ++j) {
+      if (kind == 1) in.v.row(j).array() += draw.sign() * (std::is_same_v<TestType, half> ? 1e4F : 1e6F);
+      if (kind == 2) in.v.row(j) *= draw.power(-3, 3);
+      if (kind == 3 && j % 3 == 0) in.v.row(j).setZero();
+    }
+    const PagedKeys<TestType> cache(in.k, in.v, kv_heads, consecutive_pages(n, {50, 3}));
+    const Matrix<double> k = stored<TestType>(in.k, kv_heads), v = stored<TestType>(in.v, kv_heads);
+    const Expected expected = attention_by_formula(
+        in.q, k, v, {.heads = c.heads, .scale = scale, .first_position = n - c.n_queries}, before, unchanged);
+    ExactRow row;
+    row.scale = scale;
+    for (Index j = 0; j < n; ++j) row.positions.push_back(j);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        const Matrix<float> out = attention(in.q, cache, c.heads, causal, plain,
+                                            {.scale = scale, .kernel = kernel, .arithmetic = arithmetic});
+        const NarrowErrors errors = kernel == Kernel::tiled ? narrow_errors<TestType>(arithmetic, d, kernel::tile_keys)
+                                    : kernel == Kernel::decode ? decode_errors<TestType>(arithmetic, d, group)
+                                                               : NarrowErrors{};
+        double squares = 0, typical = 0;
+        for (Index h = 0; h < c.heads.heads; ++h)
+          for (Index i = 0; i < c.n_queries; ++i) {
+            const Index kv = h / group;
+            row.q.assign(&in.q(i, h * d), &in.q(i, h * d) + d);
+            row.keys = k.middleCols(kv * d, d), row.values = v.middleCols(kv * dv, dv);
+            row.probabilities.clear(), row.seen.clear(), row.value_scales.clear();
+            for (Index j = 0; j < n; ++j) {
+              row.probabilities.push_back(static_cast<double>(expected.probabilities(h * c.n_queries + i, j)));
+              row.seen.push_back(j <= n - c.n_queries + i);
+              row.value_scales.push_back(has_row_scale<TestType> ? row.values.row(j).cwiseAbs().maxCoeff() / 127 : 1);
+            }
+            const ErrorBound bound = error_bound(errors, row);
+            for (Index x = 0; x < dv; ++x) {
+              const double error =
+                  std::abs(static_cast<double>(out(i, h * dv + x)) - static_cast<double>(expected.out(i, h * dv + x)));
+              INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", query "
+                            << i << ": " << out(i, h * dv + x) << " for " << expected.out(i, h * dv + x));
+              REQUIRE(error <= bound.worst[static_cast<std::size_t>(x)]);
+              squares += error * error, typical += std::pow(bound.typical[static_cast<std::size_t>(x)], 2);
+            }
+          }
+        INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", deviation "
+                      << scale * std::sqrt(static_cast<float>(d)));
+        CHECK(squares <= 9 * typical);  // of few outputs, whose errors are related
+        mean += squares / typical / 48;
+      }
+  }
+  CHECK(mean <= 9 * 0.5);  // kernels and arithmetics
+}
+
+TEMPLATE_TEST_CASE("stored numbers near the end of float reach who sees them, in their size, and nobody else",
+                   "[attention][storage]", float, bfloat16, std::int8_t) {
+  Draw draw(16);
+  const auto far_out = [&] { return draw.sign() * draw.one_of({3.4e38F, 3.402e38F, 3.39e38F, 3.3895e38F, 3e38F}); };
+  for (int round = 0; round < 60; ++round) {
+    const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40);
+    const Case c{
+        .n_queries = draw.whole(1, n), .n_keys = n, .heads = {2, 1}, .head_dim = 9, .v_head_dim = draw.whole(1, 20)};
+    const Inputs<float> in(c, static_cast<std::uint64_t>(round));
+    const PagedKeys<TestType> clean(in.k, in.v, 1, consecutive_pages(n, {50, 3}));
+    Inputs<float> bad = in;
+    const Index row = draw.whole(0, n - 1), left = draw.whole(0, n);
+    bad.v(row, draw.whole(0, c.v_head_dim - 1)) = far_out();
+    const bool key_too = draw.whole(0, 1) == 0;  // of those who see it the scores are not finite
+    if (key_too) bad.k(row, draw.whole(0, 8)) = far_out();
+    const PagedKeys<TestType> cache(bad.k, bad.v, 1, consecutive_pages(n, {50, 3}));
+    if (has_row_scale<TestType> && key_too)  // numbers past the end of float
+      for (const auto& run : cache.key_rows().runs)
+        if (run.position <= row && row < run.position + run.rows)
+          const_cast<float*>(run.value_scales)[row - run.position] = 1e38F;
+    const auto sees = [&](const At& at) { return before(at) && at.key_position >= at.query_position - left; };
+    const Matrix<double> v = stored<TestType>(bad.v, 1);
+    const Expected expected = attention_by_formula(
+        in.q, stored<TestType>(in.k, 1), v, {.heads = c.heads, .first_position = n - c.n_queries}, sees, unchanged);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        const Options<float> options{.kernel = kernel, .arithmetic = arithmetic};
+        const auto out = attention(in.q, cache, c.heads, window(left, 0), plain, options);
+        const auto without = attention(in.q, clean, c.heads, window(left, 0), plain, options);
+        for (Index i = 0; i < c.n_queries; ++i) {
+          INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", query "
+                        << i);
+          if (!sees(At{0, 0, i, row, n - c.n_queries + i, row}))
+            REQUIRE(same_bits(Matrix<float>(out.row(i)), Matrix<float>(without.row(i))));
+          else if (!key_too)
+            for (Index x = 0; x < out.cols(); ++x) {
+              const long double right = expected.out(i, x);
+              REQUIRE((out(i, x) == right || std::abs(out(i, x) - right) <= 0.04L * 3.4e38L));
+            }
+        }
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("queries and keys near the end of float have their scores", "[attention][storage]", float,
+                   bfloat16) {
+  const Case c{.n_queries = 9, .n_keys = 23, .heads = {2, 1}, .head_dim = 6, .v_head_dim = 5};
+  const float large = std::is_same_v<TestType, bfloat16> ? 3.38e38F : 3.4e38F;  // still finite when it is stored
+  for (const bool in_keys : {false, true}) {
+    Inputs<float> in(c);
+    Matrix<float>&wide = in_keys ? in.k : in.q, &small = in_keys ? in.q : in.k;
+    wide *= 1e36F, small *= 0.1F;
+    for (Index i = 0; i < wide.rows(); ++i)
+      for (Index x = 0; x < wide.cols(); x += 6) wide(i, x) = i % 2 == 0 ? (in_keys ? large : 3.4e38F) : -1e38F;
+    const PagedKeys<TestType> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
+    const Expected expected =
+        attention_by_formula(in.q, stored<TestType>(in.k, 1), stored<TestType>(in.v, 1),
+                             {.heads = c.heads, .scale = 2e-38F, .first_position = 14}, before, unchanged);
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        INFO("in keys " << in_keys << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic));
+        CHECK(max_error(attention(in.q, cache, c.heads, causal, plain,
+                                  {.scale = 2e-38F, .kernel = kernel, .arithmetic = arithmetic}),
+                        expected.out) <= 0.02);
+      }
+  }
+}
+
+TEMPLATE_TEST_CASE("no rounding mode makes more of a weight than its type holds", "[attention][storage]", bfloat16,
+                   std::int8_t) {
+  const Case c{.n_queries = 19, .n_keys = 301, .heads = {2, 1}, .head_dim = 9, .v_head_dim = 21};
+  for (const bool equal : {false, true}) {
+    Inputs<float> in(c);
+    if (equal) in.q.setZero(), in.v.array() += 3;
+    const PagedKeys<TestType> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
+    for (const Kernel kernel : kernels)
+      for (const Arithmetic arithmetic : arithmetics) {
+        const auto run = [&] {
+          return attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel, .arithmetic = arithmetic});
+        };
+        const Matrix<float> nearest = run();
+        for (const int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO}) {
+          REQUIRE(std::fesetround(mode) == 0);
+          const Matrix<float> out = run();
+          std::fesetround(FE_TONEAREST);
+          INFO("mode " << mode << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic));
+          CHECK(relative_rms(out, nearest.cast<long double>()) <= (arithmetic == Arithmetic::exact ? 1e-4 : 3e-2));
+        }
+      }
+  }
 }

@@ -5,6 +5,7 @@
 #include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include "support/attention_case.hpp"
+#include "support/draw.hpp"
 #include "support/executors.hpp"
 #include "support/key_source.hpp"
 
@@ -122,6 +123,44 @@ TEMPLATE_TEST_CASE("a prompt in pieces gives the bits of the whole prompt from e
       REQUIRE(same_bits(run(options, q, keys(first + at + n, {64, 3}), prompt.heads, causal, plain),
                         whole.middleRows(at, n)));
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("pieces of any length give the bits of the whole prompt, in every arithmetic", "[attention][bits]",
+                   float, half, bfloat16, std::int8_t) {
+  Draw random(8);
+  const auto draw = [&](Index low, Index high) { return random.whole(low, high); };
+  for (int round = 0; round < 30; ++round) {
+    const Case c{.n_queries = draw(2, round % 6 == 0 ? 300 : 60),
+                 .n_keys = 0,
+                 .heads = {2, 1},
+                 .head_dim = draw(1, 40),
+                 .v_head_dim = draw(1, 20)};
+    const Index n = c.n_queries + (round % 2 == 0 ? 0 : draw(0, 250)), first = n - c.n_queries;
+    Case sized = c;
+    sized.n_keys = n;
+    const Inputs<float> in(sized, static_cast<std::uint64_t>(round));
+    const auto keys = [&](Index held) {
+      return PagedKeys<TestType>(Matrix<float>(in.k.topRows(held)), Matrix<float>(in.v.topRows(held)), 1,
+                                 consecutive_pages(held, {draw(1, 70), draw(1, 9)}));
+    };
+    const Window mask = window(round % 3 == 0 ? draw(0, n) : infinite, 0);
+    std::vector<Index> ends;  // of pieces, mostly of one token
+    for (Index at = 0; at < c.n_queries;)
+      ends.push_back(at += std::min(draw(0, 2) > 0 ? 1 : draw(1, 40), c.n_queries - at));
+    for (const Kernel kernel : fast_kernels)
+      for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8}) {
+        const Options<float> options{.kernel = kernel, .arithmetic = arithmetic};
+        const Matrix<float> whole = run(options, in.q, keys(n), c.heads, mask, plain);
+        for (Index at = 0, i = 0; at < c.n_queries; at = ends[static_cast<std::size_t>(i++)]) {
+          const Index some = ends[static_cast<std::size_t>(i)] - at;
+          INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", queries "
+                        << first + at << "+" << some);
+          REQUIRE(same_bits(
+              run(options, Matrix<float>(in.q.middleRows(at, some)), keys(first + at + some), c.heads, mask, plain),
+              whole.middleRows(at, some)));
+        }
+      }
   }
 }
 

@@ -143,7 +143,7 @@ class Absorbed {
     begin = std::max(place.begin, begin / partial_sums * partial_sums);
     end = std::min(place.count, round_up(end, partial_sums));
     multiply_rows(p, begin, end);
-    const bool finite = scores_.finite(begin, end);
+    const bool finite = scores_.finite(begin, end) && block_.values_finite();
     if (!task_.rule.plain || mixed || held < place.count - place.begin) finish(p, begin, end);
     const Index from = begin / partial_sums * partial_sums;
     scores_.hide(from, begin);

@@ -38,6 +38,9 @@ struct Numbers {
   // What the largest whole number of a query is taken to be worth: left off the scale of a key, so that scores overflow
   // only where q·k / max|q| does, and given to the unit of the query.
   static constexpr float headroom = quads ? 128 : shorts ? 32768 : 1;
+  // Values of int8 that are not whole numbers are multiplied by their scale first. So many of it are infinite where the
+  // row has a number that is, or would be in bfloat16.
+  static constexpr int restored = steps ? 1 : 129;
 };
 
 template <class T>

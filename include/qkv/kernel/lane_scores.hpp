@@ -39,7 +39,7 @@ class LaneScores {
 
  public:
   /// Weights are added up in partial sums that repeat after so many columns.
-  static constexpr Index partial_sums = A::bytes ? 8 : 4;
+  static constexpr Index partial_sums = 4;
   static_assert(n_rows % partial_sums == 0);
 
   explicit LaneScores(detail::Carver& carver)
@@ -67,16 +67,15 @@ class LaneScores {
 
   /// m and l of the lanes ← with the scores of columns [begin, end), which become weights. `begin` lies on a partial sum.
   /// True where m has moved: what was summed up to here is then to be multiplied by keep().
-  bool soften(Index begin, Index end, T unit, const ValueScales& scales, T* m, T* l) {
+  bool soften(Index begin, Index end, T unit, const float* scales, T* m, T* l) {
     bool moved = false;
     const Vec to_log2 = V::broadcast(unit * static_cast<T>(std::numbers::log2e_v<long double>));
     for (Index v = 0; v < Panel; v += W, m += W, l += W) {
-      const auto [score, top] = largest(v, begin, end, to_log2, scales);
-      const Vec old = V::load(m), now = V::max(old, score);
+      const Vec old = V::load(m), now = V::max(old, Softmax::largest(s_ + v, begin, end));
       const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       const Vec factor = V::weight(V::sub(old, base), to_log2);
-      const Vec sum = weigh(v, begin, end, top, base, to_log2, scales);
+      const Vec sum = weigh(v, begin, end, base, to_log2, scales);
       V::store(l, V::fma(V::load(l), factor, sum));
       V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
       V::store(keep_ + v, factor);
@@ -93,33 +92,18 @@ class LaneScores {
   T weight(Index column, Index lane) const { return Softmax::weight(s_, column, lane); }
 
  private:
-  /// The largest score of each lane of register v and, in bytes, weight times scale.
-  struct Largest {
-    Vec score, product;
-  };
-  Largest largest(Index v, Index begin, Index end, [[maybe_unused]] Vec to_log2,
-                  [[maybe_unused]] const ValueScales& scales) const {
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) {
-      const auto both = Softmax::largest_of_both(s_ + v, begin, end, to_log2, scales.logs);
-      return {both.score, both.product};
-    } else
-#endif
-      return {Softmax::largest(s_ + v, begin, end), V::zero()};
-  }
   /// Scores of register v become weights; their sum.
-  Vec weigh(Index v, Index begin, Index end, [[maybe_unused]] Vec top, Vec base, Vec to_log2,
-            [[maybe_unused]] const ValueScales& scales) {
+  Vec weigh(Index v, Index begin, Index end, Vec base, Vec to_log2, [[maybe_unused]] const float* scales) {
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::bytes) {
-      const auto w = Softmax::weigh_bytes(s_ + v, begin, end, top, base, to_log2, scales.logs, scales.inverses);
+      const auto w = Softmax::weigh_bytes(s_ + v, begin, end, base, to_log2, scales);
       V::store(take_ + v, w.step);
       return w.sum;
     } else
 #endif
 #ifdef QKV_DETAIL_SHORTS
         if constexpr (A::shorts) {
-      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, scales.scales);
+      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, scales);
       V::store(take_ + v, w.step);
       return w.sum;
     } else

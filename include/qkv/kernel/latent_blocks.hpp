@@ -5,7 +5,7 @@
 //     pairs    rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
 //     quads    rows   int8 latents, likewise; rope keys as bfloat16    values  the same, restored and rounded to bfloat16
 //     bytes    rows   as in quads                                      values  [four keys][latent_dim] words as stored, and
-//                                                                              the logarithms of their scales
+//                                                                              their scales
 //     shorts   rows   int8 latents and float rope keys, likewise    values  [pair of keys][latent_dim] pairs of bytes as
 //                                                                           stored, and their scales
 //
@@ -67,8 +67,7 @@ class BlockRows {
     if constexpr (A::scaled)
       rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
     if constexpr (quads) offsets_ = carver.take<std::int32_t>(n_rows);
-    if constexpr (A::bytes) logs_ = carver.take<float>(n_rows), inverses_ = carver.take<float>(n_rows);
-    if constexpr (A::shorts) value_scales_ = carver.take<float>(n_rows);
+    if constexpr (A::steps) value_scales_ = carver.take<float>(n_rows);
   }
 
   void prepare(const Place& place) {
@@ -110,10 +109,13 @@ class BlockRows {
   }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
-  ValueScales value_scales() const { return {logs_, inverses_, value_scales_}; }
+  /// Weights in steps: scales of the values, zero where a row is not finite.
+  const float* value_scales() const { return value_scales_; }
 
+  /// False: a value is not finite as it is multiplied, though the scores of its row may be.
+  bool values_finite() const { return values_finite_; }
   /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
-  /// Asked for where a score is not finite, as every score of such a row is.
+  /// Asked for where a score is not finite, as every score of such a row is, or a value.
   std::pair<const Index*, Index> dropped() {
     if (!inspected_) inspect();
     return {dropped_.data(), n_dropped_};
@@ -188,11 +190,12 @@ class BlockRows {
       for (Index i = 0; i < piece.count; ++i) {
         const S* const c = rows_.latent(run, piece.row + i);
         const T scale = static_cast<T>(rows_.scale(run, piece.row + i));
-        bool finite = true;
-        for (Index x = 0; x < rows_.latent_dim; ++x) finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
+        bool finite = !A::scaled || std::isfinite(scale * A::restored);
+        for (Index x = 0; !A::scaled && x < rows_.latent_dim; ++x)
+          finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = piece.column + i;
-        if constexpr (words && !A::shorts)  // whose scale is zero there
+        if constexpr (words && !A::steps)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
             packed_[(piece.column + i) / A::keys * packed_step() + x] &=
                 ~(key_bits << (32 / A::keys * ((piece.column + i) % A::keys)));
@@ -207,10 +210,12 @@ class BlockRows {
       const LatentRun<S>& run = rows_.runs[piece.run];
       for (Index i = 0; i < piece.count; ++i) scales_[piece.column + i] = rows_.scale(run, piece.row + i);
     }
-    if constexpr (A::shorts)
+    values_finite_ = true;
+    if constexpr (!A::steps)
+      for (Index c = 0; c < n_rows; ++c) values_finite_ = values_finite_ && std::isfinite(scales_[c] * A::restored);
+    if constexpr (A::steps)
       for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
 #ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) take_logs(scales_, n_rows, logs_, inverses_);
     if constexpr (quads) {
       std::fill_n(offsets_, n_rows, 0);
       take_offsets(columns(), offsets_);
@@ -238,8 +243,7 @@ class BlockRows {
   RopeNumber* rope_ = nullptr;
   float *scales_ = nullptr, *value_scales_ = nullptr;
   std::int32_t* offsets_ = nullptr;
-  float *logs_ = nullptr, *inverses_ = nullptr;
-  bool inspected_ = false;
+  bool values_finite_ = true, inspected_ = false;
   Index n_dropped_ = 0;
   std::array<Index, std::size_t(n_rows)> dropped_;
 };

@@ -40,12 +40,6 @@ struct ColumnRows {
   bool holds(Index column) const { return column >= begin && column < end; }
 };
 
-/// What weights in whole steps need of each column. Bytes: log2 and inverse of its scale. Shorts: its scale, zero where a
-/// row is not finite.
-struct ValueScales {
-  const float *logs, *inverses, *scales;
-};
-
 #ifdef QKV_DETAIL_SHORTS
 /// A rope key as it is multiplied.
 inline void pack_rope(const float* from, Index n, float* to) { std::copy_n(from, n, to); }
@@ -64,8 +58,7 @@ inline void pack_rope(const float* from, Index n, Word* to) {
   const auto part = [&](Index x) {
     return x >= n ? _mm512_setzero_ps() : Simd<float>::load_n(from + x, std::min<Index>(16, n - x));
   };
-  for (Index x = 0; x < n; x += 32)
-    store_words(to + x / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part(x + 16), part(x))));
+  for (Index x = 0; x < n; x += 32) store_words(to + x / 2, to_halves(part(x), part(x + 16)));
 }
 
 /// 32 features of the row of a column as bfloat16.
@@ -132,28 +125,6 @@ inline void take_offsets(const ColumnRows<std::int8_t>& rows, std::int32_t* offs
     for (Index i = 1; i < 16; ++i) total = _mm512_add_ps(total, sums[i]);
     const __m512i offset = _mm512_cvtps_epi32(_mm512_mul_ps(total, _mm512_set1_ps(-128.0F)));  // whole numbers: exact
     _mm512_mask_storeu_epi32(offsets + c, static_cast<__mmask16>((1U << some) - 1U), offset);
-  }
-}
-
-/// 2^e·m, m ∈ [√½, √2): e + 2/ln 2·artanh((m - 1)/(m + 1)); error 2e-7 beside e.
-inline __m512 log2_of(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const __mmask16 upper = _mm512_cmp_ps_mask(m, _mm512_set1_ps(1.41421356F), _CMP_GE_OQ);
-  const __m512 half = _mm512_mask_mul_ps(m, upper, m, _mm512_set1_ps(0.5F)), e = _mm512_getexp_ps(x);
-  const __m512 t = _mm512_div_ps(_mm512_sub_ps(half, one), _mm512_add_ps(half, one)), tt = _mm512_mul_ps(t, t);
-  __m512 series = _mm512_set1_ps(0.412198586F);  // 2/(7·ln 2), 2/(5·ln 2), …
-  for (const float c : {0.577078016F, 0.961796694F, 2.88539008F})
-    series = _mm512_fmadd_ps(series, tt, _mm512_set1_ps(c));
-  return _mm512_fmadd_ps(t, series, _mm512_mask_add_ps(e, upper, e, one));
-}
-/// Bytes: log2 and inverses of n scales, a multiple of 16.
-inline void take_logs(const float* scales, Index n, float* logs, float* inverses) {
-  for (Index c = 0; c < n; c += 16) {
-    // Rows of zeros, or not finite, count for the sum of the weights alone: they never fill the 8 bits.
-    const __m512 scale = Simd<float>::load(scales + c), least = _mm512_set1_ps(0x1p-90F);
-    const __m512 used = _mm512_mask_mov_ps(least, _mm512_cmp_ps_mask(scale, least, _CMP_GT_OQ), scale);
-    Simd<float>::store(logs + c, log2_of(used));
-    Simd<float>::store(inverses + c, _mm512_div_ps(_mm512_set1_ps(1), used));
   }
 }
 #endif

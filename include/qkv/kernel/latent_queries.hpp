@@ -136,8 +136,7 @@ class Queries {
 #ifdef QKV_DETAIL_WORDS
     else if constexpr (!quads) {
       turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
-        return reinterpret_cast<__m512>(
-            _mm512_cvtne2ps_pbh(part(i, 2 * k + 16, task_.width()), part(i, 2 * k, task_.width())));
+        return _mm512_castsi512_ps(to_halves(part(i, 2 * k, task_.width()), part(i, 2 * k + 16, task_.width())));
       });
     }
     else {
@@ -154,8 +153,8 @@ class Queries {
         return _mm512_castsi512_ps(_mm512_load_si512(bytes));
       });
       turn(reinterpret_cast<float*>(rope_), lane, rope_depth(), [&](Index i, Index k) {
-        return reinterpret_cast<__m512>(
-            _mm512_cvtne2ps_pbh(part(i, latent + 2 * k + 16, task_.width()), part(i, latent + 2 * k, task_.width())));
+        return _mm512_castsi512_ps(
+            to_halves(part(i, latent + 2 * k, task_.width()), part(i, latent + 2 * k + 16, task_.width())));
       });
     }
 #endif

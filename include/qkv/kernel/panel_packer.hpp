@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -46,14 +45,7 @@ class BlockPacker {
                                      keys_.value_scale(run, kv_head_, piece.row + i)};
     }
     drop_not_finite(sources);
-    if constexpr (A::bytes)
-      for (Index c = 0; c < block_.count; ++c) {
-        // Rows of zeros count for the sum of the weights alone: a scale so small that they never fill the 8 bits.
-        const float scale = sources[c].row && sources[c].scale > 0x1p-90F ? sources[c].scale : 0x1p-90F;
-        panels_.value_logs[b_ * tile_keys + c] = std::log2(scale);
-        panels_.value_inverses[b_ * tile_keys + c] = 1 / scale;
-      }
-    if constexpr (A::shorts)
+    if constexpr (A::steps)
       for (Index c = 0; c < block_.count; ++c)
         panels_.value_scales[b_ * tile_keys + c] = sources[c].row ? sources[c].scale : 0.0F;
     pack_values(sources);
@@ -154,11 +146,12 @@ class BlockPacker {
   }
 #endif
 
-  /// Rows with a number that is not finite are listed and become zeros: 0·x is 0 for finite x and NaN otherwise.
+  /// Rows with a number that is not finite as it is multiplied are listed and become zeros: 0·x is 0 for finite x and NaN
+  /// otherwise.
   void drop_not_finite(Source (&sources)[std::size_t(tile_keys)]) {
     const auto zeros = [&](const Source& from, typename V::Vec sum) {
       if constexpr (has_row_scale<S>)
-        return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0)), sum);
+        return V::fma(V::zero(), V::broadcast(static_cast<T>(from.row ? from.scale : 0) * T(A::restored)), sum);
       for (Index x = 0; x < panels_.v_head_dim; x += V::width) sum = V::fma(V::zero(), value(from, x), sum);
       return sum;
     };

@@ -5,9 +5,10 @@
 // Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
 // In bfloat16 the rounded weights are summed. NaN: a maximum may pass it over, the sum never does.
 //
-// In 8 bits (Bytes) what is rounded is the weight times the scale of the value row, in steps of 1/255 of the largest such
-// product of the block and lane, top = max_c (s(c)·to_log2 + log2 scale(c)): a sink with a small value costs no precision.
-// In 15 bits (Shorts) likewise, in steps of 1/32767 of it; two partial sums, by column modulo 2.
+// In 8 bits (Bytes) and 15 bits (Shorts) what is rounded is the weight times the scale of the value row, in steps of 1/255
+// or 1/32767 of the largest such product of the block and lane: a sink with a small value costs no precision. Products are
+// of weights, powers of distances from the maximum: they keep their precision however large the scores are. Shorts: two
+// partial sums, by column modulo 2.
 //
 // Before: kernel/panel_mask.hpp   Next: kernel/value_tile.hpp
 #pragma once
@@ -31,7 +32,6 @@ class PanelSoftmax {
   using T = typename A::Scalar;
   using V = Simd<T>;
   using Vec = typename V::Vec;
-  static constexpr T log2_255 = static_cast<T>(7.994353436858858L);
 
  public:
   /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
@@ -106,7 +106,10 @@ class PanelSoftmax {
     Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-126F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
-    const auto rounded = [&](const T* product) { return round_to_words(V::mul(V::load(product), inverse)); };
+    // Cut off after adding a half: no rounding mode makes 32768 of the largest.
+    const auto rounded = [&](const T* product) {
+      return cut_to_words(V::fma(V::load(product), inverse, V::broadcast(0.5F)));
+    };
     at = s + begin * lanes;
     T* to = s + begin / 2 * lanes;
     for (Index i = pairs; i > 0; --i, at += 2 * lanes, to += lanes)
@@ -116,49 +119,35 @@ class PanelSoftmax {
   }
 #endif
 #ifdef QKV_DETAIL_WORDS
-  /// Bytes: the largest score of each lane, and its `top`, in one pass over the scores.
-  struct Largest {
-    Vec score, product;
-  };
-  static Largest largest_of_both(const T* s, Index begin, Index end, Vec to_log2, const float* logs) {
-    const Vec low = V::broadcast(detail::minus_infinity<T>);
-    Vec a = low, b = low, x = low, y = low;
-    Index c = begin;
-    for (; c + 2 <= end; c += 2) {
-      const Vec first = V::load(s + c * lanes), second = V::load(s + (c + 1) * lanes);
-      a = V::max(a, first), b = V::max(b, second);
-      x = V::max(x, V::fma(first, to_log2, V::broadcast(logs[c])));
-      y = V::max(y, V::fma(second, to_log2, V::broadcast(logs[c + 1])));
-    }
-    if (c < end) {
-      const Vec first = V::load(s + c * lanes);
-      a = V::max(a, first), x = V::max(x, V::fma(first, to_log2, V::broadcast(logs[c])));
-    }
-    return {V::max(a, b), V::max(x, y)};
-  }
-  /// Bytes: 2^(s·to_log2 + log2 scale - bottom) rounded, with bottom = top - log2 255, four columns to row c / 4; returns
-  /// the sum of the unrounded ones over scale.
-  static Vec weigh_products(T* s, Index begin, Index end, Vec bottom, Vec to_log2, const float* logs,
-                            const float* inverses) {
-    const Products in{s, bottom, to_log2, logs, inverses};
-    Vec w = V::zero(), x = w;
-    Index c = begin;
-    for (; c + 8 <= end; c += 8) put_quad<4>(in, c, w), put_quad<4>(in, c + 4, x);
-    if (c + 4 <= end) put_quad<4>(in, c, w), c += 4;
-    if (end - c == 3) put_quad<3>(in, c, x);
-    if (end - c == 2) put_quad<2>(in, c, x);
-    if (end - c == 1) put_quad<1>(in, c, x);
-    return V::add(w, x);
-  }
-  /// Bytes.
-  static Steps weigh_bytes(T* s, Index begin, Index end, Vec top, Vec base, Vec to_log2, const float* logs,
-                           const float* inverses) {
-    const Vec low = V::broadcast(detail::minus_infinity<T>), steps = V::broadcast(log2_255);
-    const Vec bottom = V::sub(V::select(V::less_equal(top, low), V::zero(), top), steps);
-    const Vec sum = weigh_products(s, begin, end, bottom, to_log2, logs, inverses);
-    // From steps to weights relative to base.
-    const Vec step = V::weight(V::sub(V::sub(top, steps), V::mul(base, to_log2)), V::broadcast(T(1)));
-    return {step, V::mul(sum, step)};
+  /// Bytes: the same, columns c … c + 3 to row c / 4.
+  static Steps weigh_bytes(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+    Vec w = V::zero(), x = w, y = w, z = w, w_top = w, x_top = w, y_top = w, z_top = w;
+    const auto put = [&](Index c, Vec& total, Vec& top) {
+      const Vec weight = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
+      const Vec product = V::mul(weight, V::broadcast(scales[c]));
+      V::store(s + c * lanes, product);
+      total = V::add(total, weight), top = V::max(top, product);
+    };
+    const Index whole = begin + (end - begin) / 4 * 4;  // columns before it fill rows
+    for (Index c = begin; c < whole; c += 4)
+      put(c, w, w_top), put(c + 1, x, x_top), put(c + 2, y, y_top), put(c + 3, z, z_top);
+    if (whole < end) put(whole, w, w_top);
+    if (whole + 1 < end) put(whole + 1, x, x_top);
+    if (whole + 2 < end) put(whole + 2, y, y_top);
+    const Vec sum = V::add(V::add(w, x), V::add(y, z));
+    const Vec top = V::max(V::max(w_top, x_top), V::max(y_top, z_top));
+    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 255)), V::broadcast(0x1p-126F));
+    const Vec inverse = V::div(V::broadcast(1), step);
+    step = V::fma(V::zero(), sum, step);
+    const auto rounded = [&](Index c) { return _mm512_cvtps_epi32(V::mul(V::load(s + c * lanes), inverse)); };
+    const auto rounded_if = [&](Index c) { return c < end ? rounded(c) : _mm512_setzero_si512(); };
+    Word* const to = reinterpret_cast<Word*>(s);
+    for (Index c = begin; c < whole; c += 4)
+      store_words(to + c / 4 * lanes, to_bytes(rounded(c), rounded(c + 1), rounded(c + 2), rounded(c + 3)));
+    if (whole < end)
+      store_words(to + whole / 4 * lanes,
+                  to_bytes(rounded(whole), rounded_if(whole + 1), rounded_if(whole + 2), rounded_if(whole + 3)));
+    return {step, sum};
   }
 #endif
 
@@ -193,26 +182,6 @@ class PanelSoftmax {
     const __m512i pair = to_pairs(low, high);
     store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
     return pair;
-  }
-  struct Products {
-    T* s;
-    Vec bottom, to_log2;
-    const float *logs, *inverses;
-  };
-  template <int Byte>
-  static EIGEN_ALWAYS_INLINE __m512i byte_of(const Products& in, Index c, Vec& sum) {
-    const Vec log = V::sub(V::broadcast(in.logs[c + Byte]), in.bottom);
-    const Vec weight = V::weight_short(V::fma(V::load(in.s + (c + Byte) * lanes), in.to_log2, log), V::broadcast(1));
-    sum = V::fma(weight, V::broadcast(in.inverses[c + Byte]), sum);
-    return _mm512_slli_epi32(_mm512_cvtps_epi32(weight), 8 * Byte);
-  }
-  template <int Columns>
-  static EIGEN_ALWAYS_INLINE void put_quad(const Products& in, Index c, Vec& sum) {
-    __m512i word = byte_of<0>(in, c, sum);
-    if constexpr (Columns > 1) word = _mm512_or_si512(word, byte_of<1>(in, c, sum));
-    if constexpr (Columns > 2) word = _mm512_or_si512(word, byte_of<2>(in, c, sum));
-    if constexpr (Columns > 3) word = _mm512_or_si512(word, byte_of<3>(in, c, sum));
-    store_words(reinterpret_cast<Word*>(in.s) + c / 4 * lanes, word);
   }
 #endif
 };

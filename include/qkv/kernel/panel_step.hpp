@@ -129,17 +129,8 @@ class PanelStep {
       const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
       const Vec unit = task_.rule.plain ? V::load(panel.unit + v * V::width) : one;
       const Vec old = V::load(m);
-      Vec largest, to_log2 = V::mul(V::broadcast(log2_e<T>), unit);
-#ifdef QKV_DETAIL_WORDS
-      Vec top;
-      const float* const logs = A::bytes ? panels_.value_logs + b * tile_keys : nullptr;
-      if constexpr (A::bytes) {
-        const auto both = Softmax::largest_of_both(s, columns.begin, columns.end, to_log2, logs);
-        largest = both.score, top = both.product;
-      } else
-#endif
-        largest = Softmax::largest(s, columns.begin, columns.end);
-      const Vec now = V::max(old, largest);
+      Vec to_log2 = V::mul(V::broadcast(log2_e<T>), unit);
+      const Vec now = V::max(old, Softmax::largest(s, columns.begin, columns.end));
       const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
       const Vec base = V::select(nothing, V::zero(), now);
       to_log2 = V::select(nothing, V::broadcast(log2_e<T>), to_log2);  // a query of NaN has no unit
@@ -147,8 +138,8 @@ class PanelStep {
       Vec sum;
 #ifdef QKV_DETAIL_WORDS
       if constexpr (A::bytes) {
-        const auto w = Softmax::weigh_bytes(s, columns.begin, columns.end, top, base, to_log2, logs,
-                                            panels_.value_inverses + b * tile_keys);
+        const auto w =
+            Softmax::weigh_bytes(s, columns.begin, columns.end, base, to_log2, panels_.value_scales + b * tile_keys);
         sum = w.sum;
         V::store(take_ + v * V::width, w.step);
       } else

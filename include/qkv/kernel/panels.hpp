@@ -53,11 +53,10 @@ struct Panels {
 
   KeyBlock* blocks = nullptr;
   Number *keys = nullptr, *values = nullptr;
-  Index* not_finite = nullptr;                             // [blocks][tile_keys]: columns
-  float* key_scales = nullptr;                             // scaled [blocks][tile_keys]
-  std::int32_t* key_offsets = nullptr;                     // Quads [blocks][tile_keys]: -128·Σ row
-  float *value_logs = nullptr, *value_inverses = nullptr;  // Bytes [blocks][tile_keys]: log2 and inverse of the scale
-  float* value_scales = nullptr;                           // Shorts [blocks][tile_keys]: zero where not finite
+  Index* not_finite = nullptr;          // [blocks][tile_keys]: columns
+  float* key_scales = nullptr;          // scaled [blocks][tile_keys]
+  std::int32_t* key_offsets = nullptr;  // Quads [blocks][tile_keys]: -128·Σ row
+  float* value_scales = nullptr;        // steps [blocks][tile_keys]: zero where not finite
   Index head_dim = 0, v_head_dim = 0;
 
   /// Scratch for `n_blocks` blocks; a carver without memory only counts.
@@ -70,11 +69,7 @@ struct Panels {
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
     if constexpr (A::scaled) p.key_scales = carver.take<float>(n_blocks * tile_keys);
     if constexpr (A::quads) p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
-    if constexpr (A::bytes) {
-      p.value_logs = carver.take<float>(n_blocks * tile_keys);
-      p.value_inverses = carver.take<float>(n_blocks * tile_keys);
-    }
-    if constexpr (A::shorts) p.value_scales = carver.take<float>(n_blocks * tile_keys);
+    if constexpr (A::steps) p.value_scales = carver.take<float>(n_blocks * tile_keys);
     return p;
   }
 

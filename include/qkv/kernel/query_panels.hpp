@@ -104,7 +104,7 @@ inline void pack_queries(Pairs, const QueryRows<float>& from, Word* to, Index la
     __m512 block[16];
     for (Index i = 0; i < word_lanes; ++i) {
       const __m512 low = from.part(i, 2 * w), high = from.part(i, 2 * w + word_lanes);
-      block[i] = _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+      block[i] = _mm512_castsi512_ps(to_halves(low, high));
     }
     store_turned(block, w, depth, to, lanes);
   }

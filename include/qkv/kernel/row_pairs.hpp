@@ -47,8 +47,8 @@ struct RowPairs {
     return (Sum)_mm512_dpwssd_epi32((__m512i)sum, w, v);
   }
   static EIGEN_ALWAYS_INLINE void store_rounded(std::int16_t* to, Floats a, Floats b) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(b)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(b)));
   }
   static EIGEN_ALWAYS_INLINE Floats positive(Floats x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
   // x = (x₀ x₁ x₂ x₃) of 128 bits each; wanted: (a₀ b₀ c₀ d₀), (a₁ b₁ c₁ d₁), …

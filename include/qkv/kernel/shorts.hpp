@@ -58,6 +58,7 @@ EIGEN_ALWAYS_INLINE Words add_words(Words a, Words b) { return _mm256_add_epi32(
 EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm256_madd_epi16(a, b); }
 EIGEN_ALWAYS_INLINE __m256 words_to_float(Words v) { return _mm256_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m256 v) { return _mm256_cvtps_epi32(v); }
+EIGEN_ALWAYS_INLINE Words cut_to_words(__m256 v) { return _mm256_cvttps_epi32(v); }
 EIGEN_ALWAYS_INLINE __m256 words_as_float(Words v) { return _mm256_castsi256_ps(v); }  // the same bits
 /// Words (low, high) of numbers from 0 to 32767.
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
@@ -83,6 +84,7 @@ EIGEN_ALWAYS_INLINE Words add_words(Words a, Words b) { return _mm_add_epi32(a, 
 EIGEN_ALWAYS_INLINE Words multiply_shorts(Words a, Words b) { return _mm_madd_epi16(a, b); }
 EIGEN_ALWAYS_INLINE __m128 words_to_float(Words v) { return _mm_cvtepi32_ps(v); }
 EIGEN_ALWAYS_INLINE Words round_to_words(__m128 v) { return _mm_cvtps_epi32(v); }
+EIGEN_ALWAYS_INLINE Words cut_to_words(__m128 v) { return _mm_cvttps_epi32(v); }
 EIGEN_ALWAYS_INLINE __m128 words_as_float(Words v) { return _mm_castsi128_ps(v); }
 EIGEN_ALWAYS_INLINE Words to_pairs(Words low, Words high) { return _mm_or_si128(low, _mm_slli_epi32(high, 16)); }
 EIGEN_ALWAYS_INLINE Words to_shorts(Words first, Words second) { return _mm_packs_epi32(first, second); }

@@ -100,6 +100,21 @@ EIGEN_ALWAYS_INLINE __m512i to_pairs(__m512 low, __m512 high) {
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
+/// 32 numbers as bfloat16, those of a first. What is finite stays finite: past the largest bfloat16 it becomes that.
+EIGEN_ALWAYS_INLINE __m512i to_halves(__m512 a, __m512 b) {
+  const auto within = [](__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v), half_step = _mm512_set1_epi32(0x8000);
+    const __m512i past = _mm512_sub_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)),
+                                          _mm512_set1_epi32(0x7F7F8000));  // [0, half_step) where it would be infinite
+    return _mm512_castsi512_ps(_mm512_mask_sub_epi32(bits, _mm512_cmplt_epu32_mask(past, half_step), bits, half_step));
+  };
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(within(b), within(a)));
+}
+/// Lane l of the result holds (a[l], b[l], c[l], d[l]) as bytes; what is more than 255 becomes 255.
+EIGEN_ALWAYS_INLINE __m512i to_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i turned = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
+  return _mm512_shuffle_epi8(_mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)), turned);
+}
 /// Bytes of four rows side by side: word i of the result holds byte i of each.
 EIGEN_ALWAYS_INLINE __m512i to_quads(__m128i a, __m128i b, __m128i c, __m128i d) {
   const __m128i ab = _mm_unpacklo_epi8(a, b), ab_high = _mm_unpackhi_epi8(a, b);
