@@ -96,15 +96,17 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
     detail::require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
   }
   const detail::Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
+  const auto mask_of = [&](Index s) -> decltype(auto) { return detail::of_sequence(m, s, sequences.count()); };
+  const auto score_of = [&](Index s) -> decltype(auto) { return detail::of_sequence(score, s, sequences.count()); };
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
     const detail::MatrixKeys<S> source(keys, values, rows.key, rows.n_keys, heads.kv_heads);
-    detail::check_call(m, score, source.rows,
+    detail::check_call(mask_of(s), score_of(s), source.rows,
                        {.sequences = sequences.count(),
                         .heads = heads.heads,
                         .sequence = s,
                         .n_queries = rows.n_queries,
-                        .first_position = detail::first_position(m, source.rows, s, rows.n_queries, options),
+                        .first_position = detail::first_position(mask_of(s), source.rows, s, rows.n_queries, options),
                         .output = detail::footprint(out),
                         .log_sum_exp = detail::log_sum_exp_footprint(options)});
   }
@@ -115,10 +117,12 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
     const detail::MatrixKeys<S> source(keys, values, rows.key, rows.n_keys, heads.kv_heads);
+    decltype(auto) own_mask = mask_of(s);
+    decltype(auto) own_score = score_of(s);
     const auto task =
         detail::make_task(ConstView<T>(queries.data() + rows.query * queries.outerStride(), rows.n_queries,
                                        queries.cols(), Eigen::OuterStride<>(queries.outerStride())),
-                          source.rows, heads, m, score, options, s);
+                          source.rows, heads, own_mask, own_score, options, s);
     const View<T> part(const_cast<T*>(destination.data()) + rows.query * destination.outerStride(), rows.n_queries,
                        destination.cols(), Eigen::OuterStride<>(destination.outerStride()));
     detail::attend(task, part, rows.query, options, workspace, executor);

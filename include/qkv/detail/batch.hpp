@@ -50,8 +50,8 @@ template <class T, class C, class M, class F, class E>
 void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index own, const PrefixStates<T>* prefix,
                       const M& mask, const F& score, Workspace& workspace, const E& executor) {
   const auto attend_to = [&](Index s, Heads heads, Index first_head, const auto& how) {
-    const auto seen = visible(batch.cache(s)) & mask;
-    attend_heads(batch, s, own, prefix, heads, first_head, seen, score, how);
+    const auto seen = visible(batch.cache(s)) & of_sequence(mask, s, batch.size());
+    attend_heads(batch, s, own, prefix, heads, first_head, seen, of_sequence(score, s, batch.size()), how);
   };
   if constexpr (std::is_same_v<E, Serial>) {
     for (Index s = first; s < last; ++s)
