@@ -50,6 +50,48 @@ void check_batch(const Batch& b, const M& mask, const F& score, Options<float> o
 
 }  // namespace
 
+TEST_CASE("unlike sequences of a batch have masks and scores of their own", "[attention][batch]") {
+  const Batch b = unequal();
+  std::vector<Matrix<bool>> allowed;
+  std::vector<Matrix<float>> added;
+  for (std::size_t s = 0; s < b.count(); ++s) {
+    const Index n = b.q_rows[s + 1] - b.q_rows[s], n_keys = b.k_rows[s + 1] - b.k_rows[s];
+    added.push_back(normals<float>(n * 6, n_keys, s + 7));
+    allowed.push_back((normals<float>(n, n_keys, s + 20).array() < 0.8F).matrix());
+  }
+  std::vector<Boolean> masks;
+  std::vector<Bias<float>> biases;
+  for (std::size_t s = 0; s < b.count(); ++s)
+    masks.push_back(boolean(allowed[s])), biases.push_back(bias_per_head(added[s], 6));
+  for (const Kernel kernel : {Kernel::automatic, Kernel::reference}) {
+    Options<float> batch{.kernel = kernel, .query_offsets = b.q_rows, .key_offsets = b.k_rows};
+    const auto run = [&](const auto& mask, const auto& score, const Options<float>& options) {
+      return attention(b.q, b.k, b.v, b.heads, mask, score, options);
+    };
+    const Matrix<float> out =
+        run(window(90, infinite) & per_sequence(masks), then(soft_cap(4), per_sequence(biases)), batch);
+    for (std::size_t s = 0; s < b.count(); ++s) {
+      INFO("sequence " << s << ", kernel " << name(kernel));
+      const Matrix<float> alone =
+          attention(b.part(b.q, b.q_rows, s), b.part(b.k, b.k_rows, s), b.part(b.v, b.k_rows, s), b.heads,
+                    window(90, infinite) & masks[s], then(soft_cap(4), biases[s]), {.kernel = kernel});
+      CHECK(same_bits(b.part(out, b.q_rows, s), alone));
+    }
+  }
+  // One mask of a batch is that of every sequence, and must fit each.
+  const auto said = [&](const auto& mask) {
+    return message_of([&] {
+      attention(b.q, b.k, b.v, b.heads, window(90, infinite) & mask, then(soft_cap(4), per_sequence(biases)),
+                {.query_offsets = b.q_rows, .key_offsets = b.k_rows});
+    });
+  };
+  CHECK(contains(said(masks[1]), "a boolean mask must be [n_queries, n_keys]"));
+  CHECK(contains(said(per_sequence(std::span(masks).first(5))),
+                 "per_sequence needs one mask or score for each sequence; given 5 for 6 sequences"));
+  const std::vector<Boolean> turned(masks.rbegin(), masks.rend());
+  CHECK(contains(said(per_sequence(turned)), "given [11, 5] for n_queries 1, n_keys 300"));
+}
+
 TEST_CASE("a sequence gives the same bits in a batch as alone", "[attention][batch]") {
   const std::vector<float> sinks = {0, 1, 2, -1, -2, 3};
   for (const Kernel kernel : {Kernel::automatic, Kernel::reference, Kernel::tiled, Kernel::decode}) {

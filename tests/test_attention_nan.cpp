@@ -166,6 +166,44 @@ TEST_CASE("NaN in what masks and scores hide is not read either", "[attention][n
   }
 }
 
+TEST_CASE("a bias of -inf hides a key and its value, whatever they hold", "[attention][nan]") {
+  const auto check = [](const Case& c, Kernel kernel, const auto& score_of, const auto& storage) {
+    using S = std::decay_t<decltype(storage)>;
+    Matrix<float> added = normals<float>(c.n_queries, c.n_keys, 4);
+    for (Index i = 0; i < c.n_queries; ++i)
+      for (Index j = 0; j < c.n_keys; ++j)
+        if (j % 3 == 1 || j > 250 + i) added(i, j) = -std::numeric_limits<float>::infinity();
+    const Matrix<bool> allowed = (added.array() > -std::numeric_limits<float>::infinity()).matrix();
+    const Inputs<float> in(c);
+    const Matrix<S> k = in.k.cast<S>(), v = in.v.cast<S>();
+    const auto run = [&](const Matrix<S>& keys, const Matrix<S>& values, const AnyMask& mask) {
+      Result r;
+      r.out = attention(in.q, keys, values, c.heads, mask, score_of(added),
+                        {.kernel = kernel, .log_sum_exp = &r.log_sum_exp});
+      return r;
+    };
+    const Result clean = run(k, v, AnyMask::of(full));
+    CHECK(clean.out.array().isFinite().all());
+    const Result masked = run(k, v, AnyMask::of(boolean(allowed)));
+    CHECK(max_error(masked.out, clean.out) <= 1e-6);
+    for (const float poison : poisons<float>) {
+      INFO("kernel " << name(kernel) << ", " << c.n_queries << " queries, " << poison);
+      Matrix<S> bad_k = k, bad_v = v;
+      for (Index j = 1; j < c.n_keys; j += 3) {
+        bad_k.row(j).setConstant(S(poison));
+        if (j % 2 == 0) bad_v.row(j).setConstant(S(poison));
+      }
+      CHECK(run(bad_k, bad_v, AnyMask::of(full)) == clean);
+    }
+  };
+  const auto capped = [](const Matrix<float>& m) { return then(soft_cap(5), bias(m)); };
+  for (const Case& c : {many, few})
+    for (const Kernel kernel : kernels) {
+      check(c, kernel, capped, float());
+      check(c, kernel, capped, bfloat16());
+    }
+}
+
 TEST_CASE("an output full of NaN is overwritten", "[attention][nan]") {
   const Inputs<float> in(many);
   for (const Kernel kernel : kernels) {

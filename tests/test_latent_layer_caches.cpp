@@ -120,6 +120,10 @@ TEMPLATE_TEST_CASE("in a batch each sequence of latent attention has the bits it
     for (auto* caches : {&together, &alone})
       for (auto& cache : *caches) cache.clear();
     CHECK(batch_equals_alone<T>(layer, together, alone, qkv::causal, qkv::plain, LayerOptions{}, threaded(2)));
+    for (auto* caches : {&together, &alone})
+      for (auto& cache : *caches) cache.clear();
+    const std::vector<qkv::Window> windows = {qkv::causal, qkv::window(3, 0), qkv::window(0, 0), qkv::window(20, 0)};
+    CHECK(batch_equals_alone<T>(layer, together, alone, qkv::per_sequence(windows)));
   }
 }
 

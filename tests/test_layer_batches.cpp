@@ -105,6 +105,27 @@ TEST_CASE("a cache of the user's own whose rows stand before position 0 is refus
   for (const auto& cache : caches) CHECK(cache.rows() == 3);
 }
 
+TEST_CASE("sequences of a batch may have masks of their own", "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa, true);
+  const std::vector<qkv::Window> windows = {qkv::causal, qkv::window(3, 0), qkv::window(0, 0), qkv::window(20, 0)};
+  const std::vector<qkv::SoftCap> caps = {qkv::soft_cap(3), qkv::soft_cap(0.5), qkv::soft_cap(9), qkv::soft_cap(1)};
+  auto together = contiguous(), alone = contiguous();
+  CHECK(batch_equals_alone<float>(layer, together, alone, qkv::per_sequence(windows)));
+  auto capped = contiguous(), capped_alone = contiguous();
+  CHECK(batch_equals_alone<float>(layer, capped, capped_alone, qkv::per_sequence(windows), qkv::per_sequence(caps)));
+  const RingCache<float> empty({.kv_heads = 2, .head_dim = 10, .v_head_dim = 7, .window = 9, .pinned = 2, .slack = 4});
+  std::vector<RingCache<float>> rings(4, empty), alone_rings(4, empty);
+  CHECK(batch_equals_alone<float>(layer, rings, alone_rings, qkv::per_sequence(windows)));
+  const auto few = std::span(windows).first(3);
+  const auto pointers = pointers_to(together);
+  const std::vector<Index> offsets = {0, 1, 1, 1, 2};
+  const Index before = together[0].position();
+  CHECK(contains(
+      message_of([&] { run_batch(layer, normals<float>(2, 23, 1), offsets, pointers, qkv::per_sequence(few)); }),
+      "per_sequence needs one mask or score for each sequence; given 3 for 4 sequences"));
+  CHECK(together[0].position() == before);
+}
+
 TEST_CASE("one full cache stops the whole batch before it begins", "[layer]") {
   const auto layer = multi_head_layer<float>(small_gqa);
   auto caches = contiguous<float>(12);

@@ -216,7 +216,9 @@ TEMPLATE_TEST_CASE("a shared prefix gives the same numbers", "[layer]", float, s
     return s - static_cast<decltype(s)>(at.query_position - at.key_position) * 0.05F * static_cast<float>(at.head + 1) +
            static_cast<decltype(s)>(at.query) * 0.1F * static_cast<float>(at.key % 3);
   };
-  CHECK(cascade_error<TestType>(qkv::window(11, 0), slanted, Kernel::automatic, qkv::serial) <= bound);
+  std::vector<qkv::Window> windows;  // of each sequence
+  for (const Index left : {11, 3, 14, 6, 5, 20, 8}) windows.push_back(qkv::window(left, 0));
+  CHECK(cascade_error<TestType>(qkv::per_sequence(windows), slanted, Kernel::automatic, qkv::serial) <= bound);
   CHECK(cascade_error<TestType>(odd, qkv::soft_cap(2), Kernel::automatic, shuffled(5)) <= bound);
 }
 

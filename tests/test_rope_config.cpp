@@ -92,6 +92,7 @@ TEST_CASE("the YaRN softmax factor is that of DeepSeek's code", "[rope]") {
   REQUIRE(std::abs(qkv::yarn_mscale(40) - 1.3688879454113936) < 1e-15);
   REQUIRE(std::abs(qkv::yarn_mscale(40, 0.707) - (0.1 * 0.707 * std::log(40.0) + 1)) < 1e-15);
   REQUIRE(qkv::yarn_mscale(1) == 1);
+  REQUIRE(qkv::yarn_mscale(40, 0) == 1);  // a model without mscale_all_dim
   REQUIRE(qkv::yarn_mscale(0.5) == 1);
 }
 

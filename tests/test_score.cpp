@@ -54,6 +54,12 @@ TEST_CASE("each score is its formula", "[score]") {
   const Matrix<double> m = numbers<double>(6, 4, 1);
   CHECK(bias(m)(1.5, somewhere) == 1.5 + m(2, 3));
   CHECK(bias_per_head(m, 2)(1.5, somewhere) == 1.5 + m(3 + 2, 3));
+  constexpr double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  Matrix<double> hidden = m;
+  hidden(2, 3) = -infinity;
+  for (const double s : {1.5, infinity, -infinity, nan}) CHECK(bias(hidden)(s, somewhere) == -infinity);
+  CHECK(std::isnan(bias(m)(nan, somewhere)));
+  CHECK(then(bias(hidden), soft_cap(2))(nan, somewhere) == -2);
   CHECK(bias(view(m).bottomRows(5))(1.5, somewhere) == 1.5 + m(3, 3));
   CHECK(bias(m.bottomRows(4))(1.5, somewhere) == 1.5 + m(4, 3));
 }

@@ -74,10 +74,11 @@ void check_disjoint(const View<T>& out, const Options<T>& options, const X& in, 
   if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, in, name_log_sum_exp);
 }
 
-/// attention_into of matrices, for all masks, scores and executors.
+/// attention_into of matrices, for all masks, scores and executors. with_rule(s, n, use) calls use(rule of sequence s of n).
 template <class T, StorageType S>
 void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v,
-                     Heads heads, const Rule<T, S>& rule, const Options<T>& options, const AnyExecutor& executor) {
+                     Heads heads, FunctionRef<void(Index, Index, FunctionRef<void(const Rule<T, S>&)>)> with_rule,
+                     const Options<T>& options, const AnyExecutor& executor) {
   check_keys(k, v, heads);
   check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
   check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
@@ -92,14 +93,16 @@ void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
     const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads);
-    check_call(rule, source.rows,
-               {.sequences = sequences.count(),
-                .heads = heads.heads,
-                .sequence = s,
-                .n_queries = rows.n_queries,
-                .first_position = first_position(rule, source.rows, s, rows.n_queries, options),
-                .output = footprint(out),
-                .log_sum_exp = log_sum_exp_footprint(options)});
+    with_rule(s, sequences.count(), [&](const Rule<T, S>& rule) {
+      check_call(rule, source.rows,
+                 {.sequences = sequences.count(),
+                  .heads = heads.heads,
+                  .sequence = s,
+                  .n_queries = rows.n_queries,
+                  .first_position = first_position(rule, source.rows, s, rows.n_queries, options),
+                  .output = footprint(out),
+                  .log_sum_exp = log_sum_exp_footprint(options)});
+    });
   }
 
   Workspace local;
@@ -108,8 +111,10 @@ void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
     const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads);
-    attend(make_task(rows_of(q, rows.query, rows.n_queries), source.rows, heads, rule, options, s), rule,
-           rows_of(out, rows.query, rows.n_queries), rows.query, options, workspace, executor);
+    with_rule(s, sequences.count(), [&](const Rule<T, S>& rule) {
+      attend(make_task(rows_of(q, rows.query, rows.n_queries), source.rows, heads, rule, options, s), rule,
+             rows_of(out, rows.query, rows.n_queries), rows.query, options, workspace, executor);
+    });
   }
 }
 
@@ -153,8 +158,15 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads =
   detail::check_functions<M, F, T>();
   detail::check_scalars<T, S, ScalarOf<V>>();
   const auto& m = detail::as_mask(mask);
-  detail::attend_matrices<T, S>(writable_view(out), view(q), view(k), view(v), heads, detail::rule_of<T, S>(m, score),
-                                options, executor);
+  using Rule = detail::Rule<T, S>;
+  detail::attend_matrices<T, S>(
+      writable_view(out), view(q), view(k), view(v), heads,
+      [&](Index s, Index n, detail::FunctionRef<void(const Rule&)> use) {
+        decltype(auto) own_mask = detail::of_sequence(m, s, n);
+        decltype(auto) own_score = detail::of_sequence(score, s, n);
+        use(detail::rule_of<T, S>(own_mask, own_score));
+      },
+      options, executor);
 }
 
 /// Takes any Eigen expressions; what is not row-major in memory is copied first.

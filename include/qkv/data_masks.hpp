@@ -3,6 +3,7 @@
 //     lengths(n)         key < n[sequence]: padding at the end of each sequence
 //     documents(ids)     ids[query_position] == ids[key_position]: several documents packed into one sequence
 //     boolean(matrix)    matrix(query, key), true = may see; boolean_per_head: one matrix per head
+//     per_sequence(list) list[s] for sequence s of a batch: masks, or scores (score.hpp), of one type
 //
 // They compose with all others. They hold views of their operands, which must outlive the call; a temporary that would not
 // is a compile error, and so is m.topRows(n) of a matrix that is not const, which could be one: write
@@ -22,6 +23,20 @@
 #include "mask.hpp"
 
 namespace qkv::inline QKV_ABI {
+
+namespace detail {
+
+/// What a span can be made of, and a temporary of that kind: a span of it would dangle.
+template <class R>
+concept List = requires(const std::remove_cvref_t<R>& list) {
+  std::span(list);
+};
+template <class R>
+concept DyingList = List<R> && !std::is_lvalue_reference_v<R> && !requires(const std::remove_cvref_t<R>& list) {
+  detail::accept_span(list);
+};
+
+}  // namespace detail
 
 /// Padding: in sequence s only the first lengths[s] key rows are real. They also define where the queries stand when
 /// options.first_position is not given: the last query is at position lengths[s] - 1.
@@ -105,7 +120,8 @@ template <detail::DyingRange<Index> R>
 Documents documents(R&& ids) = delete;
 
 /// matrix(query, key) is true where the query may see the key; rows and columns of the call, not positions.
-/// [n_queries, n_keys], or [heads·n_queries, n_keys] with one block of rows per head.
+/// [n_queries, n_keys], or [heads·n_queries, n_keys] with one block of rows per head. In a batch it is a mask of every
+/// sequence and must fit each: for sequences of unlike sizes write per_sequence(list of them).
 struct Boolean {
   ConstView<bool> matrix;
   Index n_queries = 0;  // rows per head; 0: one matrix for all heads
@@ -142,5 +158,80 @@ Boolean boolean_per_head(const X& matrix, Index heads) {
 }
 template <detail::DyingOperand X>
 Boolean boolean_per_head(X&&, Index) = delete;  // a view: boolean_per_head(std::as_const(m).topRows(n), heads)
+
+/// list[s] for sequence s of a batch: a mask where they are masks, a score where they are scores.
+template <class M>
+struct PerSequence {
+  static constexpr bool ignores_heads = detail::ignores_heads<M>;
+  std::span<const M> list;
+
+  bool sees(const At& at) const requires Mask<M> { return of(at.sequence).sees(at); }
+  Cover cover(const Block& b) const requires Mask<M> { return detail::cover(of(b.sequence), b); }
+  SeenBy seen_by(const Block& b) const requires Mask<M> { return detail::seen_by(of(b.sequence), b); }
+  SeenBy keys_seen(const Block& b) const requires Mask<M> { return detail::keys_seen(of(b.sequence), b); }
+  template <class T>
+  requires(!Mask<M>) T operator()(T score, const At& at) const { return of(at.sequence)(score, at); }
+
+  Index valid_keys(Index sequence, Index n_keys) const {
+    const bool known = static_cast<std::size_t>(sequence) < list.size();
+    return known ? detail::valid_keys(of(sequence), sequence, n_keys) : n_keys;  // check() refuses what is not
+  }
+  void check(const CallShape& call) const {
+    check(call.sequences);
+    detail::check_operand(of(call.sequence), call);
+  }
+  void check(Index sequences) const {
+    detail::require(static_cast<Index>(list.size()) == sequences,
+                    "per_sequence needs one mask or score for each sequence; given ", list.size(), " for ", sequences,
+                    " sequences");
+  }
+  const M& of(Index sequence) const { return list[static_cast<std::size_t>(sequence)]; }
+};
+
+/// masks: a vector, an array or a span, such as std::vector{boolean(a), boolean(b)}; it must outlive the call.
+template <detail::List R>
+auto per_sequence(const R& masks) {
+  return PerSequence<std::remove_const_t<typename decltype(std::span(masks))::element_type>>{masks};
+}
+template <detail::DyingList R>
+void per_sequence(R&&) = delete;  // a view: give the list a name, and let it outlive the call
+
+namespace detail {
+
+/// What a mask or score is to sequence s of n: itself, but for those of per_sequence, alone or in a composition.
+template <class M>
+struct OfSequence {
+  static constexpr bool differs = false;
+  static const M& get(const M& mask, Index, Index) { return mask; }
+};
+template <class M>
+struct OfSequence<PerSequence<M>> {
+  static constexpr bool differs = true;
+  static const M& get(const PerSequence<M>& masks, Index s, Index n) { return masks.check(n), masks.of(s); }
+};
+template <template <class, class> class Pair, class A, class B>
+struct OfPair {
+  static constexpr bool differs = OfSequence<A>::differs || OfSequence<B>::differs;
+  static decltype(auto) get(const Pair<A, B>& pair, Index s, Index n) {
+    if constexpr (!differs) {
+      return (pair);
+    } else {
+      decltype(auto) a = OfSequence<A>::get(pair.a, s, n);
+      decltype(auto) b = OfSequence<B>::get(pair.b, s, n);
+      return Pair<std::remove_cvref_t<decltype(a)>, std::remove_cvref_t<decltype(b)>>{a, b};
+    }
+  }
+};
+template <class A, class B>
+struct OfSequence<And<A, B>> : OfPair<And, A, B> {};
+template <class A, class B>
+struct OfSequence<Or<A, B>> : OfPair<Or, A, B> {};
+
+template <class M>
+decltype(auto) of_sequence(const M& mask, Index s, Index n) {
+  return OfSequence<M>::get(mask, s, n);
+}
+
+}  // namespace detail
 
 }  // namespace qkv::inline QKV_ABI

@@ -156,12 +156,15 @@ class LatentAttention {
     detail::require_disjoint(out, x, "x");
     detail::check_batch(row_offsets, caches, x.rows());
     if (caches.empty() || x.rows() == 0) return;
+    const auto of_sequence = [&](const auto& any, std::size_t s) -> decltype(auto) {
+      return detail::of_sequence(any, static_cast<Index>(s), static_cast<Index>(caches.size()));
+    };
     for (std::size_t s = 0; s < caches.size(); ++s) {
       detail::require(caches[s]->latent_dim() == config_.latent_dim && caches[s]->rope_dim() == config_.rope_dim,
                       "the cache must have latent_dim ", config_.latent_dim, " and rope_dim ", config_.rope_dim,
                       "; it has ", caches[s]->latent_dim(), " and ", caches[s]->rope_dim());
-      detail::check_growth(m, score, *caches[s], {config_.heads, config_.heads}, row_offsets[s + 1] - row_offsets[s],
-                           detail::footprint(out));
+      detail::check_growth(of_sequence(m, s), of_sequence(score, s), *caches[s], {config_.heads, config_.heads},
+                           row_offsets[s + 1] - row_offsets[s], detail::footprint(out));
     }
     detail::find_room(row_offsets, caches);
 
@@ -179,8 +182,8 @@ class LatentAttention {
     for (std::size_t s = 0; s < caches.size(); ++s) {
       const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
       if (n > 0)
-        attend(detail::rows_of(b.context, first, n), detail::rows_of(b.q, first, n), *caches[s], m, score, options,
-               executor);
+        attend(detail::rows_of(b.context, first, n), detail::rows_of(b.q, first, n), *caches[s], of_sequence(m, s),
+               of_sequence(score, s), options, executor);
     }
     weights_.output.forward_into(out, b.context, executor);
     appended.keep();

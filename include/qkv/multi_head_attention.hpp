@@ -152,9 +152,13 @@ class MultiHeadAttention {
     detail::check_batch(row_offsets, caches, x.rows());
     if (caches.empty()) return;
     for (const C* cache : caches) check_cache(*cache);
+    const auto& m = detail::as_mask(mask);
+    const auto of_sequence = [&](const auto& any, std::size_t s) -> decltype(auto) {
+      return detail::of_sequence(any, static_cast<Index>(s), static_cast<Index>(caches.size()));
+    };
     for (std::size_t s = 0; s < caches.size(); ++s)
-      detail::check_growth(detail::as_mask(mask), score, *caches[s], heads(), row_offsets[s + 1] - row_offsets[s],
-                           detail::footprint(out));
+      detail::check_growth(of_sequence(m, s), of_sequence(score, s), *caches[s], heads(),
+                           row_offsets[s + 1] - row_offsets[s], detail::footprint(out));
     detail::find_room(row_offsets, caches);
 
     if constexpr (detail::SlidingCache<C>)
@@ -164,7 +168,7 @@ class MultiHeadAttention {
         for (std::size_t s = 0; s < caches.size(); ++s) {
           const Index first = row_offsets[s], n = row_offsets[s + 1] - first;
           forward_pieces(detail::rows_of(writable_view(out), first, n), detail::rows_of(rows, first, n), *caches[s],
-                         mask, score, options, executor);
+                         of_sequence(m, s), of_sequence(score, s), options, executor);
         }
         return appended.keep();
       }
@@ -179,7 +183,7 @@ class MultiHeadAttention {
     detail::Appended<C> appended(row_offsets, caches, caches[0]->workspace());
     detail::append_all(row_offsets, caches, buffers.k, buffers.v);
     const detail::Batch<T, C> batch{buffers.context, buffers.q, row_offsets, caches, heads(), call_options(options, 0)};
-    detail::attend_batch(batch, options.share_prefixes, detail::as_mask(mask), score, caches[0]->workspace(), executor);
+    detail::attend_batch(batch, options.share_prefixes, m, score, caches[0]->workspace(), executor);
     weights_.output.forward_into(out, buffers.context, executor);
     appended.keep();
   }

@@ -41,7 +41,7 @@ struct RopeScaling {
   double original_context = 0;                       // positions (yarn, llama3)
   double beta_fast = 32, beta_slow = 1;              // yarn: turns within the original context, see yarn_scaling
   double low_freq_factor = 1, high_freq_factor = 4;  // llama3
-  double mscale = 1;            // yarn: for the *softmax scale* of MLA, see yarn_mscale; does not enter the rotation
+  double mscale = 1;  // yarn: a model's mscale_all_dim, for the *softmax scale* of MLA; does not enter the rotation
   double attention_factor = 1;  // multiplies cos and sin
 
   friend constexpr bool operator==(const RopeScaling&, const RopeScaling&) = default;
@@ -53,11 +53,18 @@ constexpr RopeScaling linear_scaling(double factor) { return {.kind = RopeScalin
 /// theta · factor^(dim/(dim−2)): high frequencies stay, the lowest is divided by factor ("NTK-aware", needs dim > 2).
 constexpr RopeScaling ntk_scaling(double factor) { return {.kind = RopeScaling::Kind::ntk, .factor = factor}; }
 
+/// A model's `rope_scaling` may name mscale and mscale_all_dim. What belongs here is
+///
+///     mscale            its mscale_all_dim: MLA's softmax scale is multiplied by yarn_mscale(factor, mscale_all_dim)²
+///     attention_factor  yarn_mscale(factor, its mscale) / yarn_mscale(factor, its mscale_all_dim)
+///
+/// DeepSeek-V2 and V3 give both the same value, so attention_factor is 1. A model without mscale_all_dim has mscale 0 here,
+/// which leaves the scale as it is; one that names neither has the paper's attention_factor, yarn_mscale(factor).
 struct YarnSettings {
   double factor = 0, original_context = 0;
   double beta_fast = 32, beta_slow = 1;
   double mscale = 1;
-  double attention_factor = 1;  // DeepSeek: 1. The paper, for models without MLA: yarn_mscale(factor)
+  double attention_factor = 1;
 };
 
 /// YaRN: pairs that turn more than beta_fast times within the original context stay, those that turn less than beta_slow
@@ -91,7 +98,8 @@ constexpr RopeScaling llama3_scaling(Llama3Settings s = {}) {
           .high_freq_factor = s.high_freq_factor};
 }
 
-/// Does not compile without a pairing: RopeConfig{.pairing = Pairing::half_split, .theta = 5e5}.
+/// Does not compile without a pairing: RopeConfig{.pairing = Pairing::half_split, .theta = 5e5}. A model's mscale_all_dim
+/// goes into the scaling's mscale, and its mscale into attention_factor: see YarnSettings.
 struct RopeConfig {
   Pairing pairing;
   Index dim = 0;  // features of a head that turn, the first ones; 0: all

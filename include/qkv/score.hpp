@@ -6,7 +6,10 @@
 //     bias(matrix)   score + matrix(query, key)
 //     f              any T f(T score, const At&), inlined; then(a, b) applies a, then b
 //
-// The order is ONNX's (Attention, opset 25): scale, scores from left to right, mask, softmax. A score of -inf is masked.
+// The order is ONNX's (Attention, opset 25): scale, scores from left to right, mask, softmax. A score that is -inf in the end
+// is masked: its value is not read. A bias of -inf makes it so whatever the score was, so that of a key behind it nothing is
+// read into the result either, not even NaN, as behind a mask. That is bias's doing: a function of your own that adds -inf to
+// NaN, or to +inf, gives NaN; let it return -inf. What comes after a bias acts on -inf: soft_cap would make -cap of it.
 // A function may be called for pairs that the mask hides too (the result is dropped): it must be defined for them.
 // Scores hold views of slopes and matrices: those must outlive the call. Of a part of a matrix that is not const write
 // bias(std::as_const(m).topRows(n)): m.topRows(n) could be of a temporary as well, and does not compile.
@@ -21,7 +24,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "mask.hpp"
+#include "data_masks.hpp"
 
 namespace qkv::inline QKV_ABI {
 
@@ -102,7 +105,9 @@ Alibi<T> alibi(std::span<const T> slopes) {
 template <detail::DyingOperand X>
 Alibi<ScalarOf<X>> alibi(X&&) = delete;  // a view: write alibi(x), alibi(std::as_const(x).head(n)); x outlives it
 
-/// Adds matrix(query, key); rows and columns of the call. [n_queries, n_keys], or [heads·n_queries, n_keys] per head.
+/// Adds matrix(query, key), -inf to anything being -inf; rows and columns of the call. [n_queries, n_keys], or
+/// [heads·n_queries, n_keys] per head. In a batch it is the bias of every sequence and must fit each: for sequences of
+/// unlike sizes write per_sequence(list of them).
 template <class T>
 struct Bias {
   ConstView<T> matrix;
@@ -110,7 +115,10 @@ struct Bias {
 
   template <class U>
   U operator()(U score, const At& at) const {
-    return score + static_cast<U>(matrix(at.head * n_queries + at.query, at.key));
+    const U added = static_cast<U>(matrix(at.head * n_queries + at.query, at.key));
+    if constexpr (std::numeric_limits<U>::has_infinity)
+      if (added == -std::numeric_limits<U>::infinity()) return added;  // NaN + -inf would be NaN
+    return score + added;
   }
   void check(const CallShape& call) const {
     detail::require(matrix.cols() == call.n_keys &&
@@ -154,6 +162,11 @@ struct Then {
   }
   void check(const CallShape& call) const { detail::check_operand(a, call), detail::check_operand(b, call); }
 };
+namespace detail {
+template <class A, class B>
+struct OfSequence<Then<A, B>> : OfPair<Then, A, B> {};
+}  // namespace detail
+
 template <class A, class B>
 constexpr Then<A, B> then(A a, B b) {
   return {std::move(a), std::move(b)};

@@ -18,7 +18,7 @@ extern const Eigen::Matrix<float, Eigen::Dynamic, Columns, Eigen::RowMajor> cons
 
 void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& columns, const Rope<float>& rope,
            const Projection<float>& projection, const RowVector<float>& gain, const LearnedPositions<float>& positions,
-           std::vector<float>& numbers, const std::vector<Index>& indices) {
+           std::vector<float>& numbers, const std::vector<Index>& indices, const std::vector<Window>& windows) {
   const std::array<float, 2> array{1, 2};
   const float plain_array[] = {1, 2};
   writable_view(constant<1>);                              // refused: qkv: an output must be writable, not const
@@ -48,6 +48,8 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   alibi(alibi_slopes<float>(4));                           // refused: delete
   alibi(x.col(0));                                         // refused: qkv: alibi(slopes) needs a vector in memory
   head_columns(Matrix<float>(2, 2), Index{0}, Index{1});   // refused: delete
+  per_sequence(std::vector<Window>(3));                    // refused: give the list a name, and let it outlive the call
+  per_sequence(std::array<Window, 2>{});                   // refused: give the list a name, and let it outlive the call
   Options<float> options{.sinks = std::vector<float>{1}};  // refused: give the vector a name, and let it outlive the
   options.sinks = std::vector<float>{1};                   // refused: give the vector a name, and let it outlive the
   options.sinks = std::array<float, 2>{1, 2};              // refused: give the vector a name, and let it outlive the
@@ -68,6 +70,8 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   const std::span<const float> sinks = seen.sinks;
   seen = {.sinks = sinks};
   lengths(seen.key_offsets);
+  per_sequence(windows);
+  per_sequence(std::span(windows));
 
   // parts of a const matrix, and of a map, look at what is there.
   bias(std::as_const(out).topRows(2));

@@ -118,17 +118,18 @@ bool named(const M& mask, const Block& block) {
 struct Operands {
   std::vector<Index> ids, valid;
   Matrix<bool> allowed{4 * n_rows, n_rows};
+  std::vector<Window> windows;  // of each sequence
 
   explicit Operands(Random& pick) {
     Index id = 0;
     for (Index p = 0; p < n_positions; ++p) ids.push_back(id += pick(0, 9) == 0);
-    for (int s = 0; s < 3; ++s) valid.push_back(pick(0, n_rows));
+    for (int s = 0; s < 3; ++s) valid.push_back(pick(0, n_rows)), windows.push_back({pick(0, 20), pick(0, 20)});
     for (Index i = 0; i < allowed.size(); ++i) allowed.data()[i] = pick(0, 1) == 1;
   }
 };
 
 AnyMask random_mask(Random& pick, const Operands& o, int depth) {
-  switch (depth > 0 ? pick(0, 13) : pick(0, 9)) {
+  switch (depth > 0 ? pick(0, 14) : pick(0, 10)) {
     case 0:
       return any(full);
     case 1:
@@ -150,7 +151,9 @@ AnyMask random_mask(Random& pick, const Operands& o, int depth) {
     case 9:
       return any(Band{pick(0, 30), pick(0, 60)});
     case 10:
+      return any(per_sequence(o.windows));
     case 11:
+    case 12:
       return any(random_mask(pick, o, depth - 1) & random_mask(pick, o, depth - 1));
     default:
       return any(random_mask(pick, o, depth - 1) | random_mask(pick, o, depth - 1));
@@ -165,6 +168,7 @@ TEST_CASE("cover of a block equals brute force for windows, prefixes and lengths
     const Operands o(pick);
     const Block block = random_block(pick, -20);
     check_block(full, block, true);
+    check_block(per_sequence(o.windows), block, true);
     check_block(causal, block, true);
     check_block(window(infinite, infinite), block, true);
     check_block(window(pick(0, 25), pick(0, 25)), block, true);

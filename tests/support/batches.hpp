@@ -36,6 +36,16 @@ Matrix<T> run_batch(const Layer& layer, const Matrix<T>& x, const std::vector<In
   return out;
 }
 
+/// What an argument is to sequence s where it is called alone.
+template <class X>
+const X& own_of(const X& x, std::size_t) {
+  return x;
+}
+template <class M>
+const M& own_of(const qkv::PerSequence<M>& masks, std::size_t s) {
+  return masks.list[s];
+}
+
 /// Every round in one call gives each sequence the bits it has alone. `together` and `alone` are four empty caches each.
 template <class T, class Layer, class Cache, class Other, class... More>
 bool batch_equals_alone(const Layer& layer, std::vector<Cache>& together, std::vector<Other>& alone,
@@ -48,7 +58,7 @@ bool batch_equals_alone(const Layer& layer, std::vector<Cache>& together, std::v
     const Matrix<T> x = normals<T>(offsets.back(), layer.config().model_dim, seed++);
     const Matrix<T> out = run_batch(layer, x, offsets, pointers, more...);
     for (std::size_t s = 0; s < round.size(); ++s) {
-      const Matrix<T> expected = layer.forward(x.middleRows(offsets[s], round[s]), alone[s], more...);
+      const Matrix<T> expected = layer.forward(x.middleRows(offsets[s], round[s]), alone[s], own_of(more, s)...);
       same = same && same_bits(out.middleRows(offsets[s], round[s]), expected) &&
              together[s].position() == alone[s].position();
     }

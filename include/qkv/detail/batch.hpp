@@ -50,8 +50,9 @@ template <class T, class C, class M, class F>
 void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index own, const PrefixStates<T>* prefix,
                       const M& mask, const F& score, Workspace& workspace, const AnyExecutor& executor) {
   const auto attend_to = [&](Index s, Heads heads, Index first_head, const AnyExecutor& how) {
-    const auto seen = visible(batch.cache(s)) & mask;
-    attend_heads(batch, s, own, prefix, heads, first_head, rule_of<T, typename C::Storage>(seen, score), how);
+    const auto seen = visible(batch.cache(s)) & of_sequence(mask, s, batch.size());
+    decltype(auto) own_score = of_sequence(score, s, batch.size());
+    attend_heads(batch, s, own, prefix, heads, first_head, rule_of<T, typename C::Storage>(seen, own_score), how);
   };
   if (executor.serial()) {
     for (Index s = first; s < last; ++s)

@@ -53,10 +53,20 @@ struct Stacked {
   std::span<const Index> row_offsets;  // of the group's sequences, from the batch's rows
   const Index* first_position;         // of each
   Index group_size;
+  Index first, count;  // the first of them in the batch, and how many the batch has
 
   std::size_t sequence(Index row) const {
     const auto after = std::upper_bound(row_offsets.begin(), row_offsets.end(), row + row_offsets.front());
     return static_cast<std::size_t>(after - row_offsets.begin()) - 1;
+  }
+  /// What a mask or score is to sequence s of the group, or to that of a query.
+  template <class M>
+  decltype(auto) of(const M& mask, std::size_t s) const {
+    return of_sequence(mask, first + static_cast<Index>(s), count);
+  }
+  template <class M>
+  decltype(auto) of_its_sequence(const M& mask, const At& at) const {
+    return of(mask, OfSequence<M>::differs ? sequence(at.query / group_size) : 0);
   }
   At at(At at) const {
     const Index row = at.query / group_size;
@@ -73,7 +83,7 @@ struct StackedMask {
   const M& mask;
   const Stacked& stacked;
 
-  bool sees(const At& at) const { return mask.sees(stacked.at(at)); }
+  bool sees(const At& at) const { return stacked.of_its_sequence(mask, at).sees(stacked.at(at)); }
   Cover cover(const Block& block) const {
     Cover least = Cover::all, most = Cover::none;
     const Index group = stacked.group_size, end = (block.query + block.n_queries - 1) / group + 1;
@@ -86,7 +96,7 @@ struct StackedMask {
         part.query = row + stacked.row_offsets.front() - stacked.row_offsets[s];
         part.n_queries = next - row;
         part.query_position = stacked.first_position[s] + part.query;
-        const Cover c = detail::cover(mask, part);
+        const Cover c = detail::cover(stacked.of(mask, s), part);
         least = std::min(least, c), most = std::max(most, c);
       }
       row = next;
@@ -101,7 +111,7 @@ struct StackedScore {
   const Stacked& stacked;
   template <class T>
   T operator()(T s, const At& at) const {
-    return score(s, stacked.at(at));
+    return stacked.of_its_sequence(score, at)(s, stacked.at(at));
   }
 };
 /// A score that does not ask where it is needs no disguise, and keeps its vectors.
@@ -133,7 +143,7 @@ class PrefixStates {
                     &q_.coeffRef(i, h * d));
     const Stacked stacked{batch.row_offsets.subspan(static_cast<std::size_t>(group.first),
                                                     static_cast<std::size_t>(group.last - group.first) + 1),
-                          positions_, group_};
+                          positions_, group_, group.first, batch.size()};
     const StackedMask<M> stacked_mask{mask, stacked};
     const auto f = stacked_score(score, stacked);
     // Positions are the mask's business; 0 keeps the kernel's own away from overflow.
