@@ -156,8 +156,8 @@ class LatentAttention {
     detail::require_disjoint(out, x, "x");
     detail::check_batch(row_offsets, caches, x.rows());
     if (caches.empty() || x.rows() == 0) return;
-    const auto of_sequence = [&](const auto& any, std::size_t s) -> decltype(auto) {
-      return detail::of_sequence(any, static_cast<Index>(s), static_cast<Index>(caches.size()));
+    const auto of_sequence = [&](const auto& each, std::size_t s) -> decltype(auto) {
+      return detail::of_sequence(each, static_cast<Index>(s), static_cast<Index>(caches.size()));
     };
     for (std::size_t s = 0; s < caches.size(); ++s) {
       detail::require(caches[s]->latent_dim() == config_.latent_dim && caches[s]->rope_dim() == config_.rope_dim,

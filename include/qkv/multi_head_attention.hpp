@@ -153,8 +153,8 @@ class MultiHeadAttention {
     if (caches.empty()) return;
     for (const C* cache : caches) check_cache(*cache);
     const auto& m = detail::as_mask(mask);
-    const auto of_sequence = [&](const auto& any, std::size_t s) -> decltype(auto) {
-      return detail::of_sequence(any, static_cast<Index>(s), static_cast<Index>(caches.size()));
+    const auto of_sequence = [&](const auto& each, std::size_t s) -> decltype(auto) {
+      return detail::of_sequence(each, static_cast<Index>(s), static_cast<Index>(caches.size()));
     };
     for (std::size_t s = 0; s < caches.size(); ++s)
       detail::check_growth(of_sequence(m, s), of_sequence(score, s), *caches[s], heads(),
