@@ -1,6 +1,9 @@
 #include <qkv/latent_attention.hpp>
 #include <qkv/memory.hpp>
 #include <qkv/paged_latent_cache.hpp>
+#include <qkv/saved_cache.hpp>
+
+#include <sstream>
 
 #include "support/batches.hpp"
 #include "support/catch.hpp"
@@ -197,6 +200,12 @@ TEMPLATE_TEST_CASE("forks that share pages are shifted each its own way, by the 
     if (round == 9) drop(2, 3, 2, qkv::Shift::in_place);
     if (round == 11) paged[3].truncate(31), whole[3].truncate(31), add(3, 9, seed);
     if (round == 12) paged[2].clear(), whole[2].clear(), add(2, 40, seed);  // pages whose rows had turned
+    if (round == 15) {  // a file begins anew, in pages whose rows had turned
+      std::stringstream file;
+      qkv::save_cache(file, paged[0]), qkv::save_cache(file, paged[0]);
+      qkv::load_cache(file, paged[2]), qkv::load_cache(file, whole[2]);
+      drop(2, 0, 2);
+    }
     if (round == 20) paged[1] = paged[3].fork(), whole[1] = whole[3];
     drop(3, 8, round % 2), add(3, round % 2, seed);
     for (std::size_t s = 0; s < 4; ++s)
