@@ -125,35 +125,37 @@ TEMPLATE_TEST_CASE("scores of ±1e5 neither overflow nor vanish", "[attention]",
   }
 }
 
-TEMPLATE_TEST_CASE("scores at the far ends of float give averages or the largest, in every arithmetic", "[attention]",
-                   float, bfloat16, std::int8_t) {
+TEMPLATE_TEST_CASE("scores at the far ends of float have the weights of their distances, in every arithmetic",
+                   "[attention]", float, bfloat16, std::int8_t) {
   constexpr float most = std::numeric_limits<float>::max();
   const Case c{.n_queries = 21, .n_keys = 203, .heads = {2, 1}, .head_dim = 5, .v_head_dim = 7};
   const Inputs<float> in(c);
-  const Matrix<float> v = in.v.array() + 2;
+  Matrix<float> v = in.v.array() + 1;
+  for (Index j = 0; j < c.n_keys; j += 5) v.row(j).array() += 2;
   const PagedKeys<TestType> cache(in.k, v, 1, consecutive_pages(c.n_keys, {50, 3}));
-  // What a score becomes: as where a bias of the lowest number hides keys, and sizes in between.
-  using Added = std::function<float(const At&)>;
-  const Added low = [](const At&) { return -most; }, high = [](const At&) { return 0.9F * most; };
-  const Added fifths = [](const At& at) { return at.key % 5 == 0 ? 0.0F : -most; };
-  const Added fifths_low = [](const At& at) { return at.key % 5 == 0 ? -1e30F : -most; };
-  const Added steps = [](const At& at) { return at.key % 5 == 0 ? 1e10F : 0.9e10F; };
-  const Added abyss = [](const At& at) { return at.key % 5 == 0 ? -1e5F : -1e5F - 100; };
-  for (const Added& added : {low, high, fifths, fifths_low, steps, abyss}) {
-    const bool all = added(At{0, 0, 0, 1, 0, 1}) == added(At{0, 0, 0, 0, 0, 0});
-    const AnyScore<float> score = [&](float, const At& at) { return added(at); };
+  // Scores of every fifth key and of the others: where a bias of the lowest number hides keys, the whole row among them,
+  // and sizes in between, the distance large or next to nothing beside them.
+  const float pairs[][2] = {{-most, -most},       {0.9F * most, 0.9F * most}, {0, -most},           {-1e30F, -most},
+                            {most, -most},        {1e10F, 0.9e10F},           {-1e5F, -1e5F - 100}, {4e6F, 4e6F - 0.5F},
+                            {-4e6F, -4e6F + 0.5F}};
+  for (const auto& [fifths, others] : pairs) {
+    const AnyScore<float> score = [a = fifths, b = others](float, const At& at) { return at.key % 5 == 0 ? a : b; };
+    const float top = std::max(fifths, others), weights[] = {std::exp(fifths - top), std::exp(others - top)};
     for (const Kernel kernel : kernels)
       for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8}) {
-        INFO("kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", " << added(At{}));
+        INFO("kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", " << fifths << ", " << others);
         const Matrix<float> out =
             attention(in.q, cache, c.heads, AnyMask::of(causal), score, {.kernel = kernel, .arithmetic = arithmetic});
-        for (Index i = 0; i < c.n_queries; ++i) {
-          Matrix<float> mean = Matrix<float>::Zero(1, 7);
-          Index n = 0;
-          for (Index j = 0; j <= 203 - 21 + i; j += all ? 1 : 5) mean += v.row(j), ++n;
-          // One step of int8 in values, and of their weights 1/255 of a block's or 2⁻⁸ of each value.
-          REQUIRE(max_error(out.row(i), (mean / static_cast<float>(n)).replicate(1, 2)) <=
-                  (sizeof(TestType) == 4 ? 1e-5 : 0.03));
+        Matrix<float> sum = Matrix<float>::Zero(1, 7);
+        float total = 0;
+        for (Index j = 0; j < c.n_keys; ++j) {
+          const float w = weights[j % 5 == 0 ? 0 : 1];
+          sum += w * v.row(j), total += w;
+          if (j < c.n_keys - c.n_queries) continue;
+          // Values of up to 7: half a step of int8, 2⁻⁸ of them in bfloat16, and weights in steps of 1/255.
+          const Matrix<float> mean = sum / total;
+          REQUIRE(max_error(out.row(j - (c.n_keys - c.n_queries)), mean.replicate(1, 2)) <=
+                  (sizeof(TestType) == 4 ? 2e-5 : 0.04));
         }
       }
   }
