@@ -2,17 +2,13 @@
 //
 //     s(c)      of column c, lane by lane: ±q·c, -inf where a lane does not see it
 //
-//     now = max(m, max_c s(c))      keep = e^(unit·(m - now))      s(c) ← e^(unit·(s(c) - now))
-//     m ← now                       l ← keep·l + Σ_c s(c)          and whoever holds o: o ← keep·o
-//
-// The powers themselves, in each arithmetic: kernel/panel_softmax.hpp.
+// One step of the running softmax, in each arithmetic: kernel/panel_softmax.hpp.
 //
 // Before: kernel/latent_queries.hpp   Next: kernel/absorbed.hpp
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
-#include <numbers>
 
 #include "../softmax.hpp"
 #include "../workspace.hpp"
@@ -69,17 +65,9 @@ class LaneScores {
   /// True where m has moved: what was summed up to here is then to be multiplied by keep().
   bool soften(Index begin, Index end, T unit, const float* scales, T* m, T* l) {
     bool moved = false;
-    const Vec to_log2 = V::broadcast(unit * static_cast<T>(std::numbers::log2e_v<long double>));
-    for (Index v = 0; v < Panel; v += W, m += W, l += W) {
-      const Vec old = V::load(m), now = V::max(old, Softmax::largest(s_ + v, begin, end));
-      const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // seen no key yet
-      const Vec base = V::select(nothing, V::zero(), now);
-      const Vec factor = V::weight(V::sub(old, base), to_log2);
-      const Vec sum = weigh(v, begin, end, base, to_log2, scales);
-      V::store(l, V::fma(V::load(l), factor, sum));
-      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
-      V::store(keep_ + v, factor);
-      moved = moved || V::any(V::less(old, now));
+    for (Index v = 0; v < Panel; v += W) {
+      const bool here = Softmax::step(s_ + v, begin, end, V::broadcast(unit), scales, m + v, l + v, keep_ + v, take_ + v);
+      moved = moved || here;
     }
     return moved;
   }
@@ -92,25 +80,6 @@ class LaneScores {
   T weight(Index column, Index lane) const { return Softmax::weight(s_, column, lane); }
 
  private:
-  /// Scores of register v become weights; their sum.
-  Vec weigh(Index v, Index begin, Index end, Vec base, Vec to_log2, [[maybe_unused]] const float* scales) {
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) {
-      const auto w = Softmax::weigh_bytes(s_ + v, begin, end, base, to_log2, scales);
-      V::store(take_ + v, w.step);
-      return w.sum;
-    } else
-#endif
-#ifdef QKV_DETAIL_SHORTS
-        if constexpr (A::shorts) {
-      const auto w = Softmax::weigh_shorts(s_ + v, begin, end, base, to_log2, scales);
-      V::store(take_ + v, w.step);
-      return w.sum;
-    } else
-#endif
-      return Softmax::weigh(s_ + v, begin, end, base, to_log2);
-  }
-
   T* s_;          // [n_rows, Panel]
   bool* hidden_;  // [n_rows, Panel]; written where a score is not finite
   alignas(detail::cache_line) T take_[std::size_t(Panel)] = {};

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstring>
+#include <numbers>
 
 #include "arithmetic.hpp"
 #include "panels.hpp"
@@ -26,6 +27,9 @@
 
 namespace qkv::inline QKV_ABI::kernel {
 
+template <class T>
+inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
+
 /// The numbers that weights become in the arithmetic A: of T, or pairs of bfloat16. A column has `lanes` scores.
 template <class A, Index lanes = TileShape<typename A::Scalar>::columns>
 class PanelSoftmax {
@@ -34,6 +38,34 @@ class PanelSoftmax {
   using Vec = typename V::Vec;
 
  public:
+  /// One step of the running softmax, for a register of lanes: the scores s of columns [begin, end) become weights, m and l
+  /// the maximum and the sum with them, `keep` the factor of what was summed up before,
+  ///
+  ///     m' = max(m, max_c s(c))     keep = e^(unit·(m - m'))     s(c) ← e^(unit·(s(c) - m'))     l ← keep·l + Σ_c s(c)
+  ///
+  /// Weights in steps: times `scales` of the value rows, and `worth` is what one step is worth. True where a maximum has moved,
+  /// so that keep is not 1. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+  static bool step(T* s, Index begin, Index end, Vec unit, [[maybe_unused]] const float* scales, T* m, T* l, T* keep,
+                   [[maybe_unused]] T* worth) {
+    const Vec old = V::load(m), now = V::max(old, largest(s, begin, end));
+    const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // the lane has seen no key yet
+    const Vec base = V::select(nothing, V::zero(), now), log2_e = V::broadcast(kernel::log2_e<T>);
+    const Vec to_log2 = V::select(nothing, log2_e, V::mul(log2_e, unit));  // a query of NaN has no unit
+    const Vec factor = V::weight(V::sub(old, base), to_log2);
+    Vec sum;
+    if constexpr (A::steps) {
+      const Steps w = weigh_steps(s, begin, end, base, to_log2, scales);
+      sum = w.sum;
+      V::store(worth, w.step);
+    } else {
+      sum = weigh(s, begin, end, base, to_log2);
+    }
+    V::store(l, V::fma(V::load(l), factor, sum));
+    V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
+    V::store(keep, factor);
+    return V::any(V::less(old, now));
+  }
+
   /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
   static Vec largest(const T* s, Index begin, Index end) {
     Vec w = V::broadcast(detail::minus_infinity<T>), x = w, y = w, z = w;
@@ -79,6 +111,25 @@ class PanelSoftmax {
     return V::add(V::add(w, x), V::add(y, z));
   }
 
+  /// The weight of one pair, as it is multiplied: in steps, where weights are.
+  static T weight(const T* s, Index c, Index lane) {
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
+    } else if constexpr (A::words) {
+      const Word pair = reinterpret_cast<const Word*>(s)[c / 2 * lanes + lane];
+      const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
+      T value;
+      std::memcpy(&value, &bits, sizeof bits);
+      return value;
+    } else {
+      return s[c * lanes + lane];
+    }
+  }
+
+ private:
   /// Weights 2^((s - base)·to_log2) in steps of `step` over the scale of a row, and their sum.
   struct Steps {
     Vec step, sum;
@@ -150,26 +201,15 @@ class PanelSoftmax {
     return {step, sum};
   }
 #endif
-
-  /// The weight of one pair, as it is multiplied: in steps, where weights are.
-  static T weight(const T* s, Index c, Index lane) {
-    if constexpr (A::steps) {
-      constexpr Index bits = 32 / A::keys;
-      Word several;
-      std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
-      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
-    } else if constexpr (A::words) {
-      const Word pair = reinterpret_cast<const Word*>(s)[c / 2 * lanes + lane];
-      const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
-      T value;
-      std::memcpy(&value, &bits, sizeof bits);
-      return value;
-    } else {
-      return s[c * lanes + lane];
-    }
+  static Steps weigh_steps(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::bytes) return weigh_bytes(s, begin, end, base, to_log2, scales);
+#endif
+#ifdef QKV_DETAIL_SHORTS
+    if constexpr (A::shorts) return weigh_shorts(s, begin, end, base, to_log2, scales);
+#endif
   }
 
- private:
   static EIGEN_ALWAYS_INLINE Vec put(T* s, Index c, Vec base, Vec to_log2) {
     const Vec weight = V::weight(V::sub(V::load(s + c * lanes), base), to_log2);
     V::store(s + c * lanes, weight);

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstddef>
-#include <numbers>
 #include <type_traits>
 
 #include "../softmax.hpp"
@@ -30,9 +29,6 @@
 #endif
 
 namespace qkv::inline QKV_ABI::kernel {
-
-template <class T>
-inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
 
 /// n <= lanes queries of one head from row `query` on, packed, and their state so far.
 template <class A>
@@ -123,46 +119,21 @@ class PanelStep {
         if constexpr (A::steps) V::store(take_ + v * V::width, V::zero());
         continue;
       }
-      T* const s = s_ + v * V::width;
-      T* const m = panel.m + v * V::width;
-      T* const l = panel.l + v * V::width;
-      const Vec low = V::broadcast(detail::minus_infinity<T>), one = V::broadcast(T(1));
-      const Vec unit = task_.rule.plain ? V::load(panel.unit + v * V::width) : one;
-      const Vec old = V::load(m);
-      Vec to_log2 = V::mul(V::broadcast(log2_e<T>), unit);
-      const Vec now = V::max(old, Softmax::largest(s, columns.begin, columns.end));
-      const auto nothing = V::less_equal(now, low);  // -inf: the lane has seen no key yet
-      const Vec base = V::select(nothing, V::zero(), now);
-      to_log2 = V::select(nothing, V::broadcast(log2_e<T>), to_log2);  // a query of NaN has no unit
-      const Vec factor = V::weight(V::sub(old, base), to_log2);
-      Vec sum;
-#ifdef QKV_DETAIL_WORDS
-      if constexpr (A::bytes) {
-        const auto w =
-            Softmax::weigh_bytes(s, columns.begin, columns.end, base, to_log2, panels_.value_scales + b * tile_keys);
-        sum = w.sum;
-        V::store(take_ + v * V::width, w.step);
-      } else
-#endif
-#ifdef QKV_DETAIL_SHORTS
-          if constexpr (A::shorts) {
-        const auto w =
-            Softmax::weigh_shorts(s, columns.begin, columns.end, base, to_log2, panels_.value_scales + b * tile_keys);
-        sum = w.sum;
-        V::store(take_ + v * V::width, w.step);
-      } else
-#endif
-        sum = Softmax::weigh(s, columns.begin, columns.end, base, to_log2);
-      V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
-      V::store(l, V::fma(V::load(l), factor, sum));
-      V::store(keep + v * V::width, factor);
-      moved = moved || V::any(V::less(old, now));
+      const Index lane = v * V::width;
+      const Vec unit = task_.rule.plain ? V::load(panel.unit + lane) : V::broadcast(T(1));
+      const bool here = Softmax::step(s_ + lane, columns.begin, columns.end, unit, value_scales(b),
+                                      panel.m + lane, panel.l + lane, keep + lane, take_ + (A::steps ? lane : 0));
+      moved = moved || here;
     }
     if (!moved) return;
     T* at = panel.o;
     for (Index x = 0; x < task_.v_head_dim; ++x, at += lanes)
       for (Index v = 0; v < vectors; ++v)
         V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(keep + v * V::width)));
+  }
+
+  const float* value_scales([[maybe_unused]] Index b) const {
+    return A::steps ? panels_.value_scales + b * tile_keys : nullptr;
   }
 
   /// Oᵀ += Vᵀ Sᵀ, `rows` features at a time.
