@@ -452,8 +452,8 @@ TEST_CASE("int8 latents may be of any size, or zeros", "[absorbed]") {
     CHECK(max_error(absorbed(s, rows, q, 0.1F, 200, qkv::causal, Arithmetic::automatic), expected) <= 3 * int8_error);
     // So small that steps of weights are near the end of what float can hold: nothing is left of them, but no NaN.
     for (Index i = 0; i < 203; ++i) rows.scales[static_cast<std::size_t>(i)] = i % 2 == 0 ? 1e-40F : 0.0F;
-    const auto nothing = absorbed(s, rows, q, 0.1F, 200, qkv::causal, Arithmetic::automatic);
-    CHECK(nothing.cwiseAbs().maxCoeff() <= 1e-36F);
+    const auto vanished = absorbed(s, rows, q, 0.1F, 200, qkv::causal, Arithmetic::automatic);
+    CHECK(vanished.cwiseAbs().maxCoeff() <= 1e-36F);
   }
 }
 
