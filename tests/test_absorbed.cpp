@@ -1,4 +1,4 @@
-#include <qkv/kernel/latent.hpp>
+#include <qkv/call/latent_forms.hpp>
 
 #include <cfenv>
 #include <functional>

@@ -1,4 +1,4 @@
-#include "qkv/kernel/gemm.hpp"
+#include "qkv/product/packed_product.hpp"
 
 #include <cmath>
 #include <limits>

@@ -1,4 +1,4 @@
-#include <qkv/detail/overlap.hpp>
+#include <qkv/base/overlap.hpp>
 #include <qkv/matrix.hpp>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-#include "qkv/kernel/simd.hpp"
+#include "qkv/simd/simd.hpp"
 
 #include <algorithm>
 #include <bit>

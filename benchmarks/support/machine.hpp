@@ -2,8 +2,8 @@
 // random numbers.
 #pragma once
 
-#include <qkv/detail/cache_blocks.hpp>
-#include <qkv/kernel/gemm.hpp>
+#include <qkv/cache/blocks.hpp>
+#include <qkv/product/packed_product.hpp>
 #include <qkv/workspace.hpp>
 
 #include <algorithm>

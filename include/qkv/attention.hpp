@@ -14,15 +14,15 @@
 // query i stands at position n_keys - n_queries + i. A query that sees nothing gives zeros.
 // Vaswani et al. 2017, arXiv:1706.03762, equation 1; semantics of ONNX Attention, opset 25.
 //
-// Before: kernel/decode.hpp   Next: explain.hpp
+// Before: options.hpp   Next: explain.hpp
 #pragma once
 
 #include <optional>
 
+#include "call/dispatch.hpp"
 #include "data_masks.hpp"
-#include "detail/launch.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// Anything that holds the keys and values of one sequence: KvCache, RingCache, PagedCache, or your own type with
 /// key_rows(), whose runs stand at ascending positions from 0 on.
@@ -56,8 +56,7 @@ Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, 
       const Index at_once = kernel::decode_heads_at_once(
           head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
           kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
-      return static_cast<Index>(state +
-                                kernel::Decode<Dot, T, T>::bytes(at_once, n, head_dim, v_head_dim));
+      return static_cast<Index>(state + kernel::Decode<Dot, T, T>::bytes(at_once, n, head_dim, v_head_dim));
     }
     default:
       return static_cast<Index>(state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim));
@@ -291,4 +290,4 @@ Matrix<ScalarOf<Q>> attention_weights(const Q& q, const C& cache, Heads heads = 
   return detail::weights_of(view(q_rows), cache.key_rows(), heads, detail::as_mask(mask), score, stage, options);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

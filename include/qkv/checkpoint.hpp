@@ -23,7 +23,7 @@
 #include "latent_attention.hpp"
 #include "multi_head_attention.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// A state dictionary: name -> matrix; vectors as [1, n].
 template <class T>
@@ -156,4 +156,4 @@ LatentAttentionWeights<T> deepseek_weights(const LatentAttentionConfig& c, const
   return w;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

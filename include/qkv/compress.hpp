@@ -20,7 +20,7 @@
 //
 // A tool, all in double: for w = kv_heads·(head_dim + v_head_dim) about model_dim²·(n + w) + 10·w³ multiply-adds.
 //
-// Before: checkpoint.hpp
+// Before: checkpoint.hpp   Next: parallel.hpp
 #pragma once
 
 #include <algorithm>
@@ -28,11 +28,11 @@
 #include <utility>
 #include <vector>
 
-#include "detail/key_directions.hpp"
+#include "compress/key_directions.hpp"
 #include "latent_attention.hpp"
 #include "multi_head_attention.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct CompressionSettings {
   Index rope_dim = 0;    // features that keep RoPE, over all kv heads; 0: all, kv_heads·dim
@@ -260,4 +260,4 @@ class Compression {
   RowVector<double> singular_values_, frequencies_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -22,7 +22,7 @@
 
 #include "mask.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 namespace detail {
 
@@ -234,4 +234,4 @@ decltype(auto) of_sequence(const M& mask, Index s, Index n) {
 
 }  // namespace detail
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -6,18 +6,18 @@
 // The vector of a word is the same in every sentence; telling two meanings of it apart is what attention is for.
 // Tied heads: Press & Wolf 2017, arXiv:1608.05859.
 //
-// Before: kernel/arithmetic.hpp   Next: position.hpp
+// Before: storage.hpp   Next: position.hpp
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <utility>
 
-#include "detail/chain_product.hpp"
-#include "detail/overlap.hpp"
+#include "base/overlap.hpp"
 #include "matrix.hpp"
+#include "product/tied_product.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 namespace detail {
 
@@ -108,4 +108,4 @@ class Embedding {
   Matrix<T> table_;  // [vocabulary, model_dim]
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -8,7 +8,7 @@
 //
 // The rule it reports is choose_kernel in options.hpp: the same function that the call itself uses.
 //
-// Before: attention.hpp   Next: model_config.hpp
+// Before: attention.hpp   Next: key_rows.hpp
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 
 #include "attention.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct Explanation {
   Kernel kernel = Kernel::automatic;
@@ -139,4 +139,4 @@ Explanation explain(const Q& q, const C& cache, Heads heads = {}, const M& mask 
                                            options);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -12,7 +12,7 @@
 
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct Heads {
   Index heads = 1;
@@ -56,4 +56,4 @@ Matrix<ScalarOf<X>> repeat_kv_heads(const X& x, Heads h) {
   return out;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -9,7 +9,7 @@
 // Rows are given in ascending position from 0 on, none twice: a call refuses others. Scales (int8 only) follow the same
 // pattern with their own strides.
 //
-// Before: options.hpp   Next: kernel/pair_rule.hpp
+// Before: explain.hpp   Next: model_config.hpp
 #pragma once
 
 #include <span>
@@ -17,7 +17,7 @@
 #include "heads.hpp"
 #include "storage.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// Contiguous positions in equally strided rows.
 template <StorageType S>
@@ -81,4 +81,4 @@ KeyRows<S> key_rows(const KeyRun<S>& run, const ConstView<S>& k, const ConstView
           .value_head_stride = v_head_dim};
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -20,12 +20,12 @@
 #include <utility>
 #include <vector>
 
-#include "detail/cache_blocks.hpp"
-#include "detail/context_shift.hpp"
+#include "cache/blocks.hpp"
+#include "cache/context_shift.hpp"
 #include "key_rows.hpp"
 #include "rope.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// All that attention and the layers ask of a cache; KvCache, RingCache and PagedCache are models, yours may be another.
 template <class C>
@@ -290,4 +290,4 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   std::vector<KeyRun<S>> runs_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

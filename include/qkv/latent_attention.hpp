@@ -10,10 +10,10 @@
 // Nothing is approximated at run time: the model *is* of low rank.
 //
 // Two forms compute the same: naive (restore keys and values, for many queries) and absorbed (never restore them, for few);
-// see kernel/latent.hpp. `automatic` chooses by numbers of queries and keys only: latent_form.hpp.
+// see call/latent_forms.hpp. `automatic` chooses by numbers of queries and keys only: latent_form.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //
-// Before: latent_form.hpp   Next: checkpoint.hpp
+// Before: paged_latent_cache.hpp   Next: checkpoint.hpp
 #pragma once
 
 #include <algorithm>
@@ -22,17 +22,17 @@
 #include <vector>
 
 #include "attention.hpp"
-#include "detail/appended.hpp"
-#include "detail/layer.hpp"
-#include "kernel/latent.hpp"
+#include "call/latent_forms.hpp"
 #include "latent_cache.hpp"
 #include "latent_form.hpp"
 #include "latent_weights.hpp"
+#include "layer/appended.hpp"
+#include "layer/common.hpp"
 #include "model_config.hpp"
 #include "norm.hpp"
 #include "rope.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// All that the layer asks of what holds one sequence's latent rows: LatentCache, PagedLatentCache, or your own type.
 template <class C>
@@ -291,4 +291,4 @@ class LatentAttention {
   std::vector<Projection<T>> absorb_value_;  // W_UV(h) [latent_dim, v_head_dim]
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

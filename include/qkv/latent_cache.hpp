@@ -7,15 +7,15 @@
 // key that all heads share, and its latent part is the value. An int8 cache keeps the latent as bytes with one scale
 // per row, and the rope key, which sets the position, in float. DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and 2.1.3.
 //
-// Before: paged_cache.hpp   Next: paged_latent_cache.hpp
+// Before: latent_form.hpp   Next: paged_latent_cache.hpp
 #pragma once
 
 #include <utility>
 
-#include "detail/latent_rows.hpp"
+#include "cache/latent_memory.hpp"
 #include "rope.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct LatentCacheConfig {
   Index latent_dim = 0, rope_dim = 0;
@@ -160,4 +160,4 @@ class LatentCache {
   Workspace workspace_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

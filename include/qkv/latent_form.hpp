@@ -6,7 +6,7 @@
 // By sizes and arithmetic of the call, never by time: the same program takes the same form on every machine, and its result
 // has the same bits. LayerOptions name a form where that must not depend on the chunks of a prompt.
 //
-// Before: latent_weights.hpp   Next: latent_attention.hpp
+// Before: latent_weights.hpp   Next: latent_cache.hpp
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include "model_config.hpp"
 #include "options.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
 /// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
@@ -41,4 +41,4 @@ constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionC
   return naive < absorbed ? LatentForm::naive : LatentForm::absorbed;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -5,16 +5,16 @@
 //
 // As in DeepSeek-V2, arXiv:2405.04434, section 2.1. checkpoint.hpp fills them from a model's tensors.
 //
-// Before: kernel/latent.hpp   Next: latent_form.hpp
+// Before: multi_head_attention.hpp   Next: latent_form.hpp
 #pragma once
 
 #include <cstdint>
 
-#include "detail/layer.hpp"
+#include "layer/common.hpp"
 #include "model_config.hpp"
 #include "projection.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 template <class T>
 struct LatentAttentionWeights {
@@ -83,4 +83,4 @@ void check(const LatentAttentionConfig& c, const LatentAttentionWeights<T>& w) {
   detail::check_projection("output", w.output, c.heads * c.v_head_dim, c.model_dim);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -20,10 +20,10 @@
 #include <type_traits>
 #include <utility>
 
-#include "detail/overlap.hpp"
+#include "base/overlap.hpp"
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// One (query, key) pair. `query` and `key` count rows inside the sequence; positions are absolute.
 struct At {
@@ -330,4 +330,4 @@ requires(Mask<A> && (Mask<B> || MaskFunction<B>)) ||
       detail::as_mask(a), detail::as_mask(b)};
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

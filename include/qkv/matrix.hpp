@@ -25,10 +25,10 @@
 #include <span>
 #include <type_traits>
 
-#include "detail/require.hpp"
+#include "base/require.hpp"
 #include "version.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 using Index = Eigen::Index;
 
@@ -167,4 +167,4 @@ decltype(auto) viewable(const X& x) {
     return Matrix<ScalarOf<X>>(x);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -16,7 +16,7 @@
 #include "model_config.hpp"
 #include "storage.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// Numbers that one token adds to the cache of one layer. std::length_error where a size does not fit an Index.
 constexpr Index elements_per_token(const MultiHeadAttentionConfig& c) {
@@ -78,4 +78,4 @@ static_assert(elements_per_token(multi_head_equivalent(deepseek_v3)) == 32768);
 static_assert(elements_per_token(multi_head_equivalent(deepseek_v3, 8)) == 2048);
 static_assert(elements_per_token(multi_head_equivalent(deepseek_v3, 1)) == 256);
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

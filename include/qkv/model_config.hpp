@@ -9,7 +9,7 @@
 //
 // The presets are the sizes of one layer as published with the weights; the comments count the layers.
 //
-// Before: explain.hpp   Next: memory.hpp
+// Before: key_rows.hpp   Next: memory.hpp
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@
 #include "heads.hpp"
 #include "rope_config.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// q [n, heads·head_dim], k [n, kv_heads·head_dim], v [n, kv_heads·v_head_dim], out [n, model_dim].
 struct MultiHeadAttentionConfig {
@@ -162,4 +162,4 @@ inline constexpr LatentAttentionConfig deepseek_v3{.model_dim = 7168,
                                                    .v_head_dim = 128,
                                                    .rope = deepseek_rope(1.0)};  // 61 layers; also DeepSeek-R1
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -14,7 +14,7 @@
 // quantised cache that includes the rows of this very call. A const layer may be used from several threads at once; the
 // workspace belongs to the cache. Vaswani et al. 2017, section 3.2.2; GQA arXiv:2305.13245; QK-norm arXiv:2010.04245.
 //
-// Before: multi_head_weights.hpp   Next: kernel/lane_parts.hpp
+// Before: multi_head_weights.hpp   Next: latent_weights.hpp
 #pragma once
 
 #include <algorithm>
@@ -24,18 +24,18 @@
 #include <vector>
 
 #include "attention.hpp"
-#include "detail/appended.hpp"
-#include "detail/batch.hpp"
-#include "detail/cache_positions.hpp"
-#include "detail/layer.hpp"
 #include "kv_cache.hpp"
+#include "layer/appended.hpp"
+#include "layer/batch.hpp"
+#include "layer/common.hpp"
+#include "layer/ring_positions.hpp"
 #include "model_config.hpp"
 #include "multi_head_weights.hpp"
 #include "norm.hpp"
 #include "projection.hpp"
 #include "rope.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 template <class T = float>
 class MultiHeadAttention {
@@ -302,4 +302,4 @@ class MultiHeadAttention {
   std::optional<Rope<T>> rope_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -10,11 +10,11 @@
 
 #include <cstdint>
 
-#include "detail/layer.hpp"
+#include "layer/common.hpp"
 #include "model_config.hpp"
 #include "projection.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 template <class T>
 struct MultiHeadAttentionWeights {
@@ -64,4 +64,4 @@ void check(const MultiHeadAttentionConfig& config, const MultiHeadAttentionWeigh
   detail::check_gain("sinks", w.sinks, w.sinks.size() == 0 ? 0 : config.heads);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -18,11 +18,11 @@
 #include <concepts>
 #include <type_traits>
 
-#include "detail/in_place.hpp"
-#include "detail/multiply_add.hpp"
+#include "base/in_place.hpp"
+#include "base/multiply_add.hpp"
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 namespace detail {
 
@@ -121,4 +121,4 @@ Matrix<ScalarOf<X>> layer_norm(const X& x, const G& gain, const B& bias, double 
   return out;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -1,6 +1,6 @@
 // options.hpp — what a call of attention() may ask for beyond its operands, and the rule that picks its kernel.
 //
-// Before: softmax.hpp   Next: key_rows.hpp
+// Before: softmax.hpp   Next: attention.hpp
 #pragma once
 
 #include <concepts>
@@ -13,7 +13,7 @@
 #include "matrix.hpp"
 #include "workspace.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 enum class Kernel {
   automatic,  // by the rule below
@@ -65,12 +65,12 @@ enum class Arithmetic {
               // faster and coarser
 };
 
-/// The two ways of latent attention; see kernel/latent.hpp.
+/// The two ways of latent attention; see call/latent_forms.hpp.
 enum class LatentForm { automatic, naive, absorbed };
 
 /// What a layer's forward may be told: force a kernel or a form, for instance to have the same bits for a prompt in pieces
 /// as at once. Absorbed latent attention of float and double with plain scores has a kernel of its own
-/// (kernel/absorbed.hpp), which `automatic` takes for any number of queries; a forced kernel serves it in the general way.
+/// (kernel/absorbed/absorbed.hpp), which `automatic` takes for any number of queries; a forced kernel serves it in the general way.
 struct LayerOptions {
   Kernel kernel = Kernel::automatic;
   Arithmetic arithmetic = Arithmetic::automatic;
@@ -114,4 +114,4 @@ struct Options {
   LastingSpan<Index> key_offsets = {};
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -18,9 +18,9 @@
 #include <utility>
 #include <vector>
 
-#include "detail/cache_blocks.hpp"
+#include "cache/blocks.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct PagePoolConfig {
   Index kv_heads = 1;
@@ -132,8 +132,8 @@ class PageUse {
   void join() { ++sequences_; }
   void leave() { --sequences_; }
   [[noreturn]] void outlived() const {
-    detail::give_up(
-        detail::message_of({"a page pool must outlive its sequences; it is destroyed while there are still ", sequences_}));
+    detail::give_up(detail::message_of(
+        {"a page pool must outlive its sequences; it is destroyed while there are still ", sequences_}));
   }
   void require_used(Index page) const {
     detail::require<std::out_of_range>(references(page) > 0, "page ", page, " of the pool is free");
@@ -178,4 +178,4 @@ class PagePool : public PageUse {
   detail::CacheBlocks<S> pages_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -9,17 +9,17 @@
 // Where the pool has no page left and evicting frees none (page_pool.hpp), a write is an error, or false from the try_
 // forms, and the sequence is as it was. Pool and sequences belong to one thread at a time.
 //
-// Before: page_pool.hpp   Next: latent_cache.hpp
+// Before: page_pool.hpp   Next: saved_cache.hpp
 #pragma once
 
 #include <algorithm>
 #include <utility>
 
-#include "detail/paged_rows.hpp"
+#include "cache/paged_rows.hpp"
 #include "kv_cache.hpp"
 #include "page_pool.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed. A row costs O(1) beside
 /// its own bytes to append, however many pages there are, and allocates nothing.
@@ -91,4 +91,4 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
   }
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -9,15 +9,15 @@
 //
 // The pool owns the bytes and must outlive its sequences (page_pool.hpp); it and they belong to one thread at a time.
 //
-// Before: latent_cache.hpp   Next: saved_cache.hpp
+// Before: latent_cache.hpp   Next: latent_attention.hpp
 #pragma once
 
 #include <utility>
 
-#include "detail/paged_rows.hpp"
+#include "cache/paged_rows.hpp"
 #include "latent_cache.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct LatentPagePoolConfig {
   Index latent_dim = 0, rope_dim = 0;
@@ -198,4 +198,4 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   Workspace workspace_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

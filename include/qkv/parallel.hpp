@@ -6,7 +6,7 @@
 // `serial` is the default. `OpenMp` exists where the compiler has OpenMP switched on. `PoolExecutor` runs on
 // Eigen::ThreadPool or anything else with Schedule(function). Your own callable of this form is an executor too.
 //
-// Before: storage.hpp   Next: workspace.hpp
+// Before: compress.hpp   Next: workspace.hpp
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 template <class E>
 concept Executor = requires(const E& executor, void (*f)(Index)) {
@@ -62,9 +62,9 @@ class AnyExecutor {
  public:
   template <Executor E>
   requires(!std::same_as<E, AnyExecutor>) AnyExecutor(const E& executor)  // implicit: any executor will do
-      : executor_(&executor), serial_(std::same_as<E, Serial>), run_([](const void* e, Index n, FunctionRef<void(Index)> f) {
-          (*static_cast<const E*>(e))(n, f);
-        }) {}
+      : executor_(&executor),
+        serial_(std::same_as<E, Serial>),
+        run_([](const void* e, Index n, FunctionRef<void(Index)> f) { (*static_cast<const E*>(e))(n, f); }) {}
   /// Everything on the calling thread: work need not be cut finer than it is fast.
   bool serial() const { return serial_; }
   void operator()(Index n, FunctionRef<void(Index)> f) const { run_(executor_, n, f); }
@@ -185,4 +185,4 @@ class PoolExecutor {
   Pool* pool_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -16,10 +16,10 @@
 #include <utility>
 #include <vector>
 
-#include "detail/in_place.hpp"
+#include "base/in_place.hpp"
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// The sinusoidal vectors of the given positions, [positions, model_dim]; any sign, odd model_dim too.
 template <class T>
@@ -125,4 +125,4 @@ RowVector<T> alibi_slopes(Index heads) {
   return slopes;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -6,7 +6,7 @@
 // n is. So the bits of a token's projection do not depend on the tokens beside it: prefill and decode agree exactly.
 // Weight files in PyTorch's convention hold Wᵀ [out_dim, in_dim]: `from_torch`, `Projection::from_out_in`.
 //
-// Weights are packed once, when the projection is made (kernel/gemm.hpp), and nothing else is kept; copies share them.
+// Weights are packed once, when the projection is made (product/packed_product.hpp), and nothing else is kept; copies share them.
 // `stored_as<S>()` keeps them narrower: for a few tokens a projection is bound by reading W, so half the bytes are half
 // the time. x, sums and y stay in T. Relative to each weight, half is off by at most 2⁻¹¹ (smaller than 6e-5: by 3e-8
 // absolutely), bfloat16 by 2⁻⁸; int8 has one scale per output, max|w|/127, and is off by half of it at most.
@@ -18,13 +18,13 @@
 #include <memory>
 #include <utility>
 
-#include "detail/overlap.hpp"
-#include "kernel/gemm.hpp"
+#include "base/overlap.hpp"
 #include "matrix.hpp"
 #include "parallel.hpp"
+#include "product/packed_product.hpp"
 #include "storage.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// [out_dim, in_dim] (torch.nn.Linear.weight, y = x·Wᵀ) -> [in_dim, out_dim], which everything here takes.
 template <MatrixLike W>
@@ -164,4 +164,4 @@ void run_together(const std::array<ProjectionCall<T>, N>& calls, const E& execut
 
 }  // namespace detail
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

@@ -27,7 +27,7 @@
 
 #include "kv_cache.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct RingCacheConfig {
   Index kv_heads = 1;
@@ -126,7 +126,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
   Index overhead_bytes() const { return this->workspace_.bytes(); }
 
-  /// For layers, whose calls may fail (detail/appended.hpp): n more rows overwrite old ones, which are kept until then.
+  /// For layers, whose calls may fail (layer/appended.hpp): n more rows overwrite old ones, which are kept until then.
   std::size_t undo_bytes(Index n) const {
     return for_each_undone(n, nullptr, [](auto*, auto*, Index) {});
   }
@@ -227,4 +227,4 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   std::size_t n_runs_ = 0;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

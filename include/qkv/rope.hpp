@@ -18,11 +18,11 @@
 #include <span>
 #include <utility>
 
-#include "detail/in_place.hpp"
-#include "detail/multiply_add.hpp"
+#include "base/in_place.hpp"
+#include "base/multiply_add.hpp"
 #include "rope_config.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 namespace detail {
 
@@ -277,4 +277,4 @@ Matrix<ScalarOf<X>> apply_rope(const X& x, Index heads, const Cos& cos, const Si
   return out;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

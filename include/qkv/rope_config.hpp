@@ -15,7 +15,7 @@
 
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// Which features form pair i of dim/2.
 class Pairing {
@@ -169,4 +169,4 @@ inline RowVector<double> rope_frequencies(const RopeConfig& config, Index head_d
   return frequencies;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

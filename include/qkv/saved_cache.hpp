@@ -21,7 +21,7 @@
 // Keys that a context shift has turned are saved as they are: to the cache that loads them they are the originals.
 // CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
 //
-// Before: paged_latent_cache.hpp   Next: multi_head_weights.hpp
+// Before: paged_cache.hpp   Next: multi_head_weights.hpp
 #pragma once
 
 #include <array>
@@ -32,12 +32,12 @@
 #include <string>
 #include <vector>
 
-#include "detail/cache_file.hpp"
+#include "cache/file.hpp"
 #include "latent_cache.hpp"
 #include "paged_cache.hpp"
 #include "ring_cache.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 /// Writes what the cache holds. False where the stream fails.
 template <class Cache>
@@ -98,4 +98,4 @@ void load_cache(std::istream& in, Cache& cache) {
   detail::require<std::runtime_error>(why.empty(), why);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

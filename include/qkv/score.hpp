@@ -26,7 +26,7 @@
 
 #include "data_masks.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 template <class S, class T>
 concept Score = std::is_invocable_r_v<T, const S&, T, const At&>;
@@ -176,4 +176,4 @@ constexpr auto then(A a, B b, More... more) {
   return then(then(std::move(a), std::move(b)), std::move(more)...);
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

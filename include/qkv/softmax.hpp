@@ -22,7 +22,7 @@
 
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 namespace detail {
 
@@ -162,4 +162,4 @@ SoftmaxState<T> merge(SoftmaxState<T> a, const SoftmaxState<T>& b) {
   return a;
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

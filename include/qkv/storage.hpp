@@ -4,7 +4,7 @@
 // A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that NaN reaches whoever reads it.
 // The scale is never so large that 127 of it overflow: what was finite is read back finite.
 //
-// Before: matrix.hpp   Next: parallel.hpp
+// Before: matrix.hpp   Next: embedding.hpp
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 using half = Eigen::half;          // IEEE 754 binary16
 using bfloat16 = Eigen::bfloat16;  // upper half of a float
@@ -89,4 +89,4 @@ void load_row(const S* row, Index n, [[maybe_unused]] float scale, T* out) {
   }
 }
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

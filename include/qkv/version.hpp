@@ -1,6 +1,6 @@
 // version.hpp — the version, the build this translation unit belongs to, and the compiler modes that are refused.
 //
-// The whole library lives in `namespace qkv::inline QKV_ABI`. QKV_ABI names all that our code or the layout of our types
+// The whole library lives in `namespace qkv { inline namespace QKV_ABI {`. QKV_ABI names all that our code or the layout of our types
 // depends on: instruction set, FMA, conversions of half, narrow products, whether Eigen may vectorise, how it aligns and
 // allocates, the standard library's mode, exceptions. What is usual is not spelt out: "abi_avx2_fma_f16c". So two units
 // compiled differently never share an instantiation: passing one of our types between them is a link error, not undefined
@@ -31,7 +31,7 @@
 #include <cstddef>
 #include <type_traits>
 
-#include "detail/eigen.hpp"  // decides whether there are vectors, and how memory is aligned
+#include "base/eigen.hpp"  // decides whether there are vectors, and how memory is aligned
 
 static_assert(std::is_same_v<Eigen::Index, std::ptrdiff_t> && sizeof(Eigen::Index) == 8,
               "qkv counts in std::ptrdiff_t of 64 bits: compile for a 64-bit target, without "
@@ -158,7 +158,7 @@ static_assert(std::is_same_v<Eigen::Index, std::ptrdiff_t> && sizeof(Eigen::Inde
 #define QKV_DETAIL_TEXT2(a) #a
 #define QKV_DETAIL_TEXT(a) QKV_DETAIL_TEXT2(a)
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 struct Version {
   int major = 0, minor = 0, patch = 0;
@@ -196,7 +196,7 @@ namespace detail {
 #endif
 #endif
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI
 
 #undef QKV_DETAIL_TEXT
 #undef QKV_DETAIL_TEXT2

@@ -4,7 +4,7 @@
 // the serial executor repeated calls allocate nothing. Several threads may lease at once without locks: up to `slots`
 // pieces are kept, and a call that needs more allocates for itself.
 //
-// Before: parallel.hpp   Next: kernel/packets.hpp
+// Before: parallel.hpp   Next: call/rule.hpp
 #pragma once
 
 #include <array>
@@ -16,7 +16,7 @@
 
 #include "matrix.hpp"
 
-namespace qkv::inline QKV_ABI {
+namespace qkv { inline namespace QKV_ABI {
 
 namespace detail {
 
@@ -121,4 +121,4 @@ class Workspace {
   std::array<Slot, slots> slots_;
 };
 
-}  // namespace qkv::inline QKV_ABI
+}}  // namespace qkv::QKV_ABI

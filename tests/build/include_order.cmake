@@ -1,16 +1,17 @@
 # cmake -D INCLUDE_DIR=include/qkv -P include_order.cmake
 #
-# The list in qkv.hpp is the reading order. It names every public header, and a header includes only what stands above it
-# there. What is in detail/ stands outside of the order. A line `// #include` in qkv.hpp holds a place in it all the same.
+# Two orders of the headers. That of dependency is the list in qkv.hpp: it names every header, and a header includes only what
+# stands above it there (a line `// #include` holds a place all the same). That of reading goes from `Next:` to `Next:`, from
+# version.hpp on: every header once, each naming the one before it.
 
 cmake_minimum_required(VERSION 3.25)
 
+get_filename_component(INCLUDE_DIR ${INCLUDE_DIR} ABSOLUTE)
 set(problems 0)
-function(problem text)
+macro(problem text)
   message("${text}")
-  math(EXPR n "${problems} + 1")
-  set(problems ${n} PARENT_SCOPE)
-endfunction()
+  math(EXPR problems "${problems} + 1")
+endmacro()
 
 # Included headers of `file`, as paths relative to INCLUDE_DIR.
 function(includes_of file result)
@@ -26,14 +27,12 @@ function(includes_of file result)
   set(${result} ${found} PARENT_SCOPE)
 endfunction()
 
+# --- dependency -------------------------------------------------------------------------------------------------------
 includes_of(qkv.hpp order)
 file(GLOB_RECURSE headers RELATIVE ${INCLUDE_DIR} ${INCLUDE_DIR}/*.hpp)
 list(REMOVE_ITEM headers qkv.hpp)
 
 foreach(header IN LISTS headers)
-  if(header MATCHES "(^|/)detail/")
-    continue()
-  endif()
   list(FIND order ${header} place)
   if(place EQUAL -1)
     problem("qkv.hpp does not list ${header}")
@@ -42,16 +41,41 @@ foreach(header IN LISTS headers)
   includes_of(${header} included_headers)
   foreach(included IN LISTS included_headers)
     list(FIND order ${included} place_of_included)
-    if(included MATCHES "(^|/)detail/")
-      continue()
-    elseif(place_of_included EQUAL -1 OR place_of_included GREATER_EQUAL place)
+    if(place_of_included EQUAL -1 OR place_of_included GREATER_EQUAL place)
       problem("${header} includes ${included}, which does not stand above it in qkv.hpp")
     endif()
   endforeach()
 endforeach()
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+set(header version.hpp)
+set(before "")
+set(read "")
+while(header)
+  if(header IN_LIST read OR NOT header IN_LIST headers)
+    problem("${before} names ${header} as the next to read: it is not there, or was read before")
+    break()
+  endif()
+  list(APPEND read ${header})
+  file(STRINGS ${INCLUDE_DIR}/${header} line REGEX "^// (Before|Next): ")
+  string(REGEX MATCH "Before: ([^ ]+)" found "${line}")
+  if(NOT "${CMAKE_MATCH_1}" STREQUAL "${before}" AND NOT (before STREQUAL "" AND NOT found))
+    problem("${header} says `${found}`; read before it was ${before}")
+  endif()
+  set(before ${header})
+  string(REGEX MATCH "Next: ([^ ]+)" found "${line}")
+  set(header "")
+  if(found)
+    set(header ${CMAKE_MATCH_1})
+  endif()
+endwhile()
+list(REMOVE_ITEM headers ${read})
+foreach(header IN LISTS headers)
+  problem("${header} is not reached by following `Next:` from version.hpp")
+endforeach()
+
 if(problems GREATER 0)
-  message(FATAL_ERROR "${problems} places break the reading order")
+  message(FATAL_ERROR "${problems} places break the orders of the headers")
 endif()
 list(LENGTH order length)
-message(STATUS "${length} headers, each after the ones that it includes")
+message(STATUS "${length} headers, each after the ones that it includes, all of them on the way from Next to Next")

@@ -10,7 +10,7 @@ set(kept # what users may ask for
          QKV_ABI QKV_DETAIL_JOIN QKV_DETAIL_JOIN2 QKV_DETAIL_ISA QKV_DETAIL_STEP QKV_DETAIL_FMA QKV_DETAIL_HALF
          QKV_DETAIL_DOT QKV_DETAIL_LANES QKV_DETAIL_ALIGN QKV_DETAIL_ALIGN1 QKV_DETAIL_ALIGN2 QKV_DETAIL_HEAP
          QKV_DETAIL_LIBRARY QKV_DETAIL_EXCEPTIONS
-         # what kernel/words.hpp and kernel/shorts.hpp found, for the kernels that include them
+         # what simd/words.hpp and simd/shorts.hpp found, for the kernels that include them
          QKV_DETAIL_WORDS QKV_DETAIL_SHORTS)
 
 file(GLOB_RECURSE headers ${INCLUDE_DIR}/*.hpp)

@@ -1,6 +1,6 @@
 // laws/latent_sweep.cpp — absorbed latent attention is its formula for every number of heads and tokens, in every storage
 // and arithmetic, however rows are cut into runs and lanes into groups.
-#include <qkv/kernel/latent.hpp>
+#include <qkv/call/latent_forms.hpp>
 #include <qkv/latent_cache.hpp>
 
 #include <numeric>

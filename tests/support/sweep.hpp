@@ -6,7 +6,7 @@
 #pragma once
 
 #include <qkv/kernel/arithmetic.hpp>
-#include <qkv/kernel/dots.hpp>
+#include <qkv/kernel/decode/dots.hpp>
 #include <qkv/mask.hpp>
 
 #include <algorithm>

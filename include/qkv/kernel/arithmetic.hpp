@@ -8,20 +8,20 @@
 //     Shorts      int16 · int8                15 bits · int8                  int32, per block
 //
 // `Number` is what is broadcast and what a lane holds: a T, or a word of `features` features of a key, of `keys` keys of a
-// value (kernel/words.hpp, kernel/shorts.hpp). Both the tiled and the absorbed kernel are written once for all of them.
+// value (simd/words.hpp, simd/shorts.hpp). Both the tiled and the absorbed kernel are written once for all of them.
 //
-// Before: kernel/word_tile.hpp   Next: embedding.hpp
+// Before: kernel/reference.hpp   Next: kernel/decode/decode.hpp
 #pragma once
 
 #include <concepts>
 #include <cstdint>
 #include <type_traits>
 
+#include "../simd/shorts.hpp"
+#include "../simd/words.hpp"
 #include "../storage.hpp"
-#include "shorts.hpp"
-#include "words.hpp"
 
-namespace qkv::inline QKV_ABI::kernel {
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// What follows from the numbers in which keys and values are multiplied.
 template <class T, class N, class Key, class Value>
@@ -53,10 +53,10 @@ struct Pairs : Numbers<float, Word, bfloat16, bfloat16> {  // sums in float
 struct Quads : Numbers<float, Word, std::int8_t, bfloat16> {
   static constexpr const char* name = " multiplied in int8, values in bf16";
 };
-struct Bytes : Numbers<float, Word, std::int8_t, std::int8_t> {  // weights in 8 bits: kernel/panel_softmax.hpp
+struct Bytes : Numbers<float, Word, std::int8_t, std::int8_t> {  // weights in 8 bits: kernel/register_softmax.hpp
   static constexpr const char* name = " multiplied in int8";
 };
-struct Shorts : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in 15 bits: kernel/panel_softmax.hpp
+struct Shorts : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in 15 bits: kernel/register_softmax.hpp
   static constexpr const char* name = " multiplied in int16";
 };
 
@@ -77,4 +77,4 @@ template <class A>
 using ScoreDot = ShortDot;
 #endif
 
-}  // namespace qkv::inline QKV_ABI::kernel
+}}}  // namespace qkv::QKV_ABI::kernel

@@ -4,25 +4,25 @@
 //     finish(tile)     s ← score(unit · s), then -inf where the pair is hidden                in place
 //
 // A kernel is a template over numbers only. The caller's mask and score, of whatever types, stand behind two pointers to
-// functions (detail/pair_rule_of.hpp), called once per block or tile and never per pair; `plain` scores under `full` call nothing.
+// functions (call/pair_rule_of.hpp), called once per block or tile and never per pair; `plain` scores under `full` call nothing.
 //
 //     tiled       lanes are queries of one head           scores [key][lane]
 //     absorbed    lanes are heads of one query after another         [key][lane]
 //     decode      lanes are the heads of a group, query after query  [lane][key]
 //
-// Before: key_rows.hpp   Next: kernel/position_grid.hpp
+// Before: compress/key_directions.hpp   Next: kernel/position_grid.hpp
 #pragma once
 
 #include "../mask.hpp"
 
-namespace qkv::inline QKV_ABI::kernel {
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// Lanes × keys at consecutive positions. Lane i is head first_head + (lane + i) mod heads of query (lane + i) / heads.
 struct PairTile {
   Index sequence = 0;
-  Index first_head = 0, heads = 1;       // as masks and scores count heads
-  Index lane = 0, lanes = 0;             // the first, and how many
-  Index first_position = 0;              // of query 0
+  Index first_head = 0, heads = 1;            // as masks and scores count heads
+  Index lane = 0, lanes = 0;                  // the first, and how many
+  Index first_position = 0;                   // of query 0
   Index key = 0, key_position = 0, keys = 0;  // logical row and position of the first; how many
 
   Index query(Index i) const { return (lane + i) / heads; }
@@ -50,8 +50,8 @@ struct PairRule {
   using Finish = void (*)(const PairRule&, const PairTile&, Cover, T* s, Index stride, const T* unit);
 
   const void *mask = nullptr, *score = nullptr;
-  bool plain = true;      // scores stay as they are
-  bool sees_all = true;   // no pair is hidden
+  bool plain = true;     // scores stay as they are
+  bool sees_all = true;  // no pair is hidden
   Cover (*cover_of)(const PairRule&, const PairTile&) = nullptr;
   Finish finish_lanes = nullptr, finish_keys = nullptr;
 
@@ -67,4 +67,4 @@ struct PairRule {
   }
 };
 
-}  // namespace qkv::inline QKV_ABI::kernel
+}}}  // namespace qkv::QKV_ABI::kernel

@@ -21,7 +21,7 @@
 
 #include "../mask.hpp"
 
-namespace qkv::inline QKV_ABI::kernel {
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// A cell and where its rows begin.
 struct GridCell {
@@ -149,4 +149,4 @@ Index count_cells(std::span<const Run> runs, Index step) {
   return n;
 }
 
-}  // namespace qkv::inline QKV_ABI::kernel
+}}}  // namespace qkv::QKV_ABI::kernel

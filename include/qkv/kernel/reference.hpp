@@ -6,7 +6,7 @@
 // float, double, long double or your own. Cost O(n_queries · n_keys · heads · (head_dim + v_head_dim)), no blocking.
 // ONNX Attention, opset 25.
 //
-// Before: kernel/task.hpp   Next: kernel/panels.hpp
+// Before: kernel/task.hpp   Next: kernel/arithmetic.hpp
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 #include "../workspace.hpp"
 #include "task.hpp"
 
-namespace qkv::inline QKV_ABI::kernel {
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// Scratch of one head.
 template <class T>
@@ -47,8 +47,8 @@ T reference_weights(const Task<T, S>& task, const M& mask, const F& score, Index
   Index j = 0;
   for (const auto& run : task.keys.runs)
     for (Index r = 0; r < run.rows; ++r, ++j) {
-      const At at{task.sequence, task.first_head + head,    query, task.keys.first_row + j, task.first_position + query,
-                  run.position + r};
+      const At at{task.sequence,           task.first_head + head,      query,
+                  task.keys.first_row + j, task.first_position + query, run.position + r};
       if (stage >= Stage::masked && !mask.sees(at)) {
         row[j] = detail::minus_infinity<T>;
         continue;
@@ -96,4 +96,4 @@ T reference(const Task<T, S>& task, const M& mask, const F& score, Index head, I
   return lse;
 }
 
-}  // namespace qkv::inline QKV_ABI::kernel
+}}}  // namespace qkv::QKV_ABI::kernel

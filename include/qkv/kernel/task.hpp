@@ -12,7 +12,7 @@
 #include "pair_rule.hpp"
 #include "position_grid.hpp"
 
-namespace qkv::inline QKV_ABI::kernel {
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// The queries of a task and what is asked of them. Everything has been checked; nothing here is written.
 template <class T>
@@ -31,9 +31,10 @@ struct QueryTask {
 
   /// `lanes` lanes from lane `lane` on, queries of `n_heads` heads from `head` on side by side, × `count` keys of a piece from
   /// its i-th on.
-  PairTile tile(Index head, Index n_heads, Index lane, Index lanes, const GridPiece& piece, Index i, Index count) const {
-    return {sequence,      first_head + head, n_heads, lane, lanes, first_position, piece.key + i,
-            piece.position + i, count};
+  PairTile tile(Index head, Index n_heads, Index lane, Index lanes, const GridPiece& piece, Index i,
+                Index count) const {
+    return {sequence,      first_head + head,  n_heads, lane, lanes, first_position,
+            piece.key + i, piece.position + i, count};
   }
 };
 
@@ -75,4 +76,4 @@ struct StateView {
   }
 };
 
-}  // namespace qkv::inline QKV_ABI::kernel
+}}}  // namespace qkv::QKV_ABI::kernel

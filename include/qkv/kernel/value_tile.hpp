@@ -8,7 +8,7 @@
 //
 // The sums stay in registers from the first column to the last: a mask's edge costs the columns it has and nothing more.
 //
-// Before: kernel/panel_softmax.hpp   Next: kernel/panel_sums.hpp
+// Before: kernel/register_softmax.hpp   Next: kernel/absorbed/absorbed.hpp
 #pragma once
 
 #include <array>
@@ -16,19 +16,15 @@
 #include <type_traits>
 #include <utility>
 
+#include "../product/register_tile.hpp"
+#include "../simd/shorts.hpp"
+#include "../simd/simd.hpp"
+#include "../simd/words.hpp"
 #include "arithmetic.hpp"
-#include "register_tile.hpp"
-#include "shorts.hpp"
-#include "simd.hpp"
-#include "words.hpp"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of AVX-512 intrinsics, as in kernel/simd.hpp
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-#endif
+#include "../base/warnings_off.hpp"
 
-namespace qkv::inline QKV_ABI::kernel {
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// Columns [begin, end), in numbers: of Exact a key each, of words two or four.
 struct Span {
@@ -92,7 +88,7 @@ using ValueDot =
 #else
     NumberDot<typename A::Scalar>;
 #endif
-// Constant indices and folds, as in kernel/register_tile.hpp: the sums stay in registers.
+// Constant indices and folds, as in product/register_tile.hpp: the sums stay in registers.
 template <class Dot, std::size_t... R>
 EIGEN_ALWAYS_INLINE void value_tile(const ValueOperands<typename Dot::Number>& op, std::index_sequence<R...>) {
   using Number = typename Dot::Number;
@@ -143,8 +139,6 @@ void value_tile_of(Index features, const ValueOperands<typename Dot::Number>& op
   tiles[static_cast<std::size_t>(features / Step - 1)](op, 1, 0, fetch);
 }
 
-}  // namespace qkv::inline QKV_ABI::kernel
+}}}  // namespace qkv::QKV_ABI::kernel
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+#include "../base/warnings_on.hpp"

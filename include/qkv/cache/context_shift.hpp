@@ -1,0 +1,109 @@
+// cache/context_shift.hpp — rows are dropped, those behind them move down, and their keys turn to the new positions.
+//
+//     as it came      k                        turned by 0
+//     shifted by n    round(R₋ₙ k)             turned by n           k is kept: UnturnedKeys
+//     … and by m      round(R₋₍ₙ₊ₘ₎ k)         turned by n + m       one rounding, however many shifts there were
+//
+// Angles are taken in double, and so are products where numbers are stored with an exponent of their own: then the storage's
+// rounding is the only one that counts, of the smaller number of a pair too.
+//
+// Before: cache/blocks.hpp   Next: cache/latent_memory.hpp
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../rope.hpp"
+#include "blocks.hpp"
+
+namespace qkv { inline namespace QKV_ABI {
+
+/// How a context shift (drop_rows of a cache) turns keys.
+enum class Shift {
+  /// From copies of the keys as they came: one rounding, however many shifts. The first shift takes memory for the keys (of
+  /// MLA the rope keys) once more and 8 bytes a row.
+  exact,
+  /// From the keys as they are: takes no memory, and every shift rounds again. Errors grow up to k-fold over k shifts, for
+  /// a turn of less than a step of the storage is lost every time: 2000 shifts by one leave 1e-6 of a key's size in float,
+  /// 0.1 in half, 0.8 in bfloat16, and noise in int8. For a few shifts.
+  in_place,
+};
+
+namespace detail {
+
+/// Rows that a context shift turns at a time: few enough for the cache, enough to share their cosines.
+inline constexpr Index shift_rows = 64;
+
+/// In what keys of storage S turn by a Rope<T>.
+template <class S, class T>
+using ShiftScalar = std::conditional_t<std::is_same_v<T, float> && !has_row_scale<S>, double, T>;
+
+inline void check_drop(Index first, Index n, Index rows) {
+  require<std::out_of_range>(first >= 0 && n >= 0 && first <= rows && n <= rows - first,
+                             "drop_rows(first, n) needs first >= 0, n >= 0 and first + n <= rows held ", rows,
+                             "; given ", first, " and ", n);
+}
+
+/// The scratch memory of a shift.
+template <class S, class T>
+std::size_t shift_bytes(Index width) {
+  return static_cast<std::size_t>(checked_product(shift_rows, width)) * sizeof(ShiftScalar<S, T>);
+}
+
+/// Turns row i of x [n, heads·head_dim] back by turned(i) positions. Neighbours that turn alike share their cosines.
+template <class X, class T, class Turned>
+void turn_back(const View<X>& x, Index heads, const Rope<T>& rope, const Turned& turned) {
+  X cos[rope_block], sin[rope_block];
+  Index held_pair = -1, held = 0;
+  const auto angles = [&](Index row, Index pair, Index n) -> CosSin<X> {
+    const Index by = turned(row);
+    if (pair != held_pair || by != held) cos_sin(-by, rope.frequencies().data() + pair, n, 1.0, cos, sin);
+    held_pair = pair, held = by;
+    return {cos, sin};
+  };
+  turn_rows<X>(x, view(x), heads, 0, rope.dim(), rope.config().pairing, angles);
+}
+
+/// Rows first + n … rows - 1 go n down, their keys turned by -n. Cannot fail: memory is there, for an exact shift also the
+/// copies that rows first … rows - n - 1 need. `all` knows the rows, of storage S:
+///     unturned(row), place(row)           the copies among which the row's is or would be, and its place there
+///     key(row, head), scale(row, head)    as they are now
+///     move(row, to, keys)                 all of the row, but with these keys [heads·width]
+template <class S, class T, class Rows>
+void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>& rope, Shift how, std::byte* scratch,
+                const Rows& all) {
+  using X = ShiftScalar<S, T>;
+  if (n == 0) return;
+  const bool exact = how == Shift::exact;
+  const Index head_dim = rope.head_dim(), width = heads * head_dim;
+  X* const keys = reinterpret_cast<X*>(scratch);
+  const auto turned = [&](Index row) { return exact ? all.unturned(row).turned(all.place(row)) : 0; };
+  for (Index from = first + n; from < rows; from += shift_rows) {
+    const Index count = std::min(shift_rows, rows - from);
+    for (Index i = 0; i < count; ++i) {
+      const Index row = from + i, place = all.place(row);
+      const bool kept = turned(row) > 0;
+      const auto& copies = all.unturned(row);
+      for (Index h = 0; h < heads; ++h)
+        load_row(kept ? copies.key(place, h) : all.key(row, h), head_dim,
+                 kept ? copies.scale(place, h) : all.scale(row, h), keys + i * width + h * head_dim);
+    }
+    turn_back(View<X>(keys, count, width, Eigen::OuterStride<>(width)), heads, rope,
+              [&](Index i) { return turned(from + i) + n; });
+    for (Index i = 0; i < count; ++i) {  // in this order: what a row overwrites has moved
+      const Index row = from + i, to = row - n, before = turned(row);
+      const auto& copies = all.unturned(to);
+      if (!exact)
+        copies.forget(all.place(to), 1);
+      else if (before > 0)
+        copies.copy_row(all.unturned(row), all.place(row), all.place(to), before + n);
+      else
+        for (Index h = 0; h < heads; ++h) copies.keep(all.place(to), h, all.key(row, h), all.scale(row, h), n);
+      all.move(row, to, keys + i * width);
+    }
+  }
+}
+
+}  // namespace detail
+
+}}  // namespace qkv::QKV_ABI

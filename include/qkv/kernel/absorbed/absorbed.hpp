@@ -1,0 +1,310 @@
+// kernel/absorbed/absorbed.hpp — absorbed latent attention: all heads share one row per key, and read it once.
+//
+//     for each block of keys:   Sᵀ = C Qᵀ                       [keys, lanes]       lanes are heads; C [keys, latent | rope]
+//                               m, l, Sᵀ ← softmax, lane by lane                    kernel/absorbed/scores.hpp
+//                               O += S C[:, latent]             [lanes, latent]     lanes of registers are features
+//
+// 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is bound
+// by multiply-adds. Lane i is head i mod heads of token i / heads, so several new tokens fill registers too.
+//
+// A sum is the same chain in every lane and panel: a prompt in pieces gives the same bits as at once.
+// DeepSeek-V2, arXiv:2405.04434, appendix C; blocks of keys as in Dao et al. 2022, arXiv:2205.14135.
+//
+// Before: kernel/value_tile.hpp   Next: kernel/absorbed/splits.hpp
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "../../softmax.hpp"
+#include "../../workspace.hpp"
+#include "../value_tile.hpp"
+#include "blocks.hpp"
+#include "grid.hpp"
+#include "queries.hpp"
+#include "scores.hpp"
+#include "tiles.hpp"
+
+#include "../../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
+
+/// The state of some lanes: m in natural units; o [lanes, o_step].
+template <class T>
+struct LaneState {
+  T *m, *l, *o;
+  Index o_step;
+};
+
+/// Some lanes, in panels of Vectors registers, against the blocks of one split after another.
+template <class A, Index Vectors, class T, StorageType S>
+class Absorbed {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Value = ValueDot<A>;
+  static constexpr Index W = V::width;
+  static constexpr bool words = A::words;
+  static constexpr Index n_rows = block_rows<words>;
+  static_assert(n_rows % Shape<T>::score_rows(1) == 0 && n_rows % Shape<T>::score_rows(2) == 0);
+
+ public:
+  static constexpr Index panel = Queries<A, Vectors, T, S>::panel;
+  static_assert(panel % Shape<T>::value_lanes == 0);
+
+  static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
+  static std::size_t bytes(const Task<T, S>& task, Index n_lanes) {
+    detail::Carver carver(nullptr);
+    Absorbed(task, carver, 0, n_lanes);
+    return carver.used();
+  }
+
+  Absorbed(const Task<T, S>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
+      : task_(task),
+        block_(carver, task.rows, parts_of<A>(task.heads)),
+        q_(task, carver, first_lane, n_lanes),
+        scores_(carver),
+        row_(carver.take<T>(features(task.rows))),
+        first_(first_lane),
+        n_(n_lanes) {}
+
+  void load_queries() { q_.load(); }
+
+  /// state ← that of the rows of `places`, `next` coming after them (or null).
+  void attend(const Place* places, Index n_places, const Place* next, const LaneState<T>& state) {
+    state_ = state;
+    const Index lanes = round_up(n_, panel);
+    std::fill_n(state.m, lanes, detail::minus_infinity<T>);
+    std::fill_n(state.l, lanes, T(0));
+    std::fill_n(state.o, lanes * state.o_step, T(0));
+    for (Index b = 0; b < n_places; ++b) {
+      block_.prepare(places[b]);
+      follow(b + 1 < n_places ? places + b + 1 : next);
+      for (Index p = 0; p < n_; p += panel) attend(p);
+    }
+    const T unit = kept_unit();
+    for (Index i = 0; i < n_; ++i)
+      if (state.m[i] != detail::minus_infinity<T>) state.m[i] *= unit;
+  }
+
+ private:
+  using Scores = LaneScores<A, panel>;
+
+  /// Scores are kept as ±q·c, so that what enters the exponent is a difference before it is scaled.
+  T score_unit() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
+  /// What the scores that are kept are then worth: a score function is given scaled ones.
+  T kept_unit() const { return task_.rule.plain ? score_unit() : T(1); }
+
+  PairTile tile(Index p, const GridPiece& piece) const {
+    return {task_.sequence,       0,         task_.heads,    first_ + p, std::min(n_ - p, panel),
+            task_.first_position, piece.key, piece.position, piece.count};
+  }
+  /// f(part of a piece, its cover) for the pieces of the block as panel p sees them: whole ones, or cut into 16 columns where
+  /// some pairs are hidden.
+  template <class F>
+  void for_each_cover(Index p, F&& f) const {
+    for (const GridPiece& piece : GridPieces(task_.rows.runs, n_rows, block_.place().cell)) {
+      const Cover all = task_.rule.cover(tile(p, piece));
+      if (all != Cover::some) {
+        f(piece, all);
+        continue;
+      }
+      for (Index i = 0; i < piece.count;) {
+        const Index some = std::min(piece.count - i, 16 - (piece.column + i) % 16);
+        const GridPiece part = piece.part(i, some);
+        f(part, task_.rule.cover(tile(p, part)));
+        i += some;
+      }
+    }
+  }
+
+  // ---- one block, one panel ----
+  void attend(Index p) {
+    const Place& place = block_.place();
+    Index begin = n_rows, end = 0, held = 0;
+    bool mixed = false;
+    for_each_cover(p, [&](const GridPiece& piece, Cover c) {
+      held += piece.count;
+      mixed = mixed || c != Cover::all;
+      if (c == Cover::none) return;
+      begin = std::min(begin, piece.column);
+      end = std::max(end, piece.column + piece.count);
+    });
+    if (end <= begin) return;
+    // Whole pairs and partial sums: a row beside those that are seen must not be NaN times zero unnoticed.
+    constexpr Index partial_sums = Scores::partial_sums;
+    begin = std::max(place.begin, begin / partial_sums * partial_sums);
+    end = std::min(place.count, round_up(end, partial_sums));
+    multiply_rows(p, begin, end);
+    const bool finite = scores_.finite(begin, end) && block_.values_finite();
+    if (!task_.rule.plain || mixed || held < place.count - place.begin) finish(p, begin, end);
+    const Index from = begin / partial_sums * partial_sums;
+    scores_.hide(from, begin);
+    if (!finite) scores_.note_hidden(from, end);
+    if (scores_.soften(from, end, kept_unit(), block_.value_scales(), state_.m + p, state_.l + p)) rescale(p);
+    if (finite)
+      multiply_values(p, from, end);
+    else
+      multiply_values_carefully(p, from, end);
+  }
+
+  void multiply_rows(Index p, Index begin, Index end) {
+    with_layout<A, Vectors>(q_.layout(), [&](auto registers, auto parts) {
+      multiply_rows<decltype(registers)::value, decltype(parts)::value>(p, begin, end);
+    });
+  }
+  template <Index Registers, Index Parts>
+  void multiply_rows(Index p, Index begin, Index end) {
+    constexpr Index rows = Shape<T>::score_rows(Registers);
+    const Index n = end - begin, tiles = n / rows;
+    tiles_of<Registers, Parts, rows>(p, begin, tiles);
+    begin += tiles * rows;
+    if (begin == end) return;
+    if (tiles > 0) return tiles_of<Registers, Parts, rows>(p, end - rows, 1);  // rows twice: the same bits
+    tiles_of<Registers, Parts, 4>(p, begin, (end - begin) / 4);
+    begin += (end - begin) / 4 * 4;
+    tiles_of<Registers, Parts, 1>(p, begin, end - begin);
+  }
+  template <Index Registers, Index Parts, Index Rows>
+  void tiles_of(Index p, Index c, Index tiles) {
+    constexpr Index step = Registers * W / Parts;
+    const Index live = round_up(std::min(panel, n_ - p), step);
+    for (Index lane = p; lane < p + live; lane += step) {
+      T* const to = scores_.row(c) + lane - p;
+      if constexpr (!A::scaled)
+        score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
+                                                              q_.at(lane), to, stream_);
+#ifdef QKV_DETAIL_WORDS
+      if constexpr (A::quads) {
+        const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
+                            block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
+        quad_score_tiles<Rows, Registers, Parts, panel>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+      }
+#endif
+#ifdef QKV_DETAIL_SHORTS
+      if constexpr (A::shorts) {
+        const ShortRows rows{q_.steps() / word_lanes, block_.row(c), block_.stride(), block_.scales(c)};
+        short_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
+        score_tiles<RopeDot, Rows, Vectors, 1, panel, true>(tiles, q_.rope_steps(), block_.rope(c),
+                                                            block_.rope_stride(), q_.rope(lane), to, stream_);
+      }
+#endif
+    }
+    if (live < panel)  // what follows takes whole registers
+      for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
+  }
+
+  /// Scores of columns [begin, end) become what the rule makes of them; those without a row are hidden.
+  void finish(Index p, Index begin, Index end) {
+    Index next = begin;  // columns before it are done
+    T unit[std::size_t(panel)];
+    std::fill_n(unit, panel, score_unit());
+    for_each_cover(p, [&](const GridPiece& piece, Cover c) {
+      const Index from = std::max(piece.column, begin), to = std::min(piece.column + piece.count, end);
+      if (from >= to) return;
+      scores_.hide(next, from);
+      next = to;
+      if (c == Cover::none) return scores_.hide(from, to);
+      task_.rule.template finish<Inner::lanes>(tile(p, piece.part(from - piece.column, to - from)), c,
+                                               scores_.row(from), panel, unit);
+    });
+    scores_.hide(next, end);
+  }
+
+  /// o of the panel ← keep·o, after a maximum has moved.
+  void rescale(Index p) {
+    const T* const keep = scores_.keep();
+    const Index width = features(task_.rows);
+    for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
+      if (keep[lane] == T(1)) continue;
+      T* const o = state_.o + (p + lane) * state_.o_step;
+      const Vec factor = V::broadcast(keep[lane]);
+      for (Index x = 0; x < width; x += W) V::store(o + x, V::mul(V::load(o + x), factor));
+    }
+  }
+
+  void multiply_values(Index p, Index begin, Index end) {
+    constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
+    if (begin >= end) return;
+    begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
+    const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
+    FeatureOperands<Value, T> op{.depth = (end + keys - 1) / keys - begin / keys,
+                                 .p = scores_.weights(begin),
+                                 .p_step = panel,
+                                 .c = block_.values(begin),
+                                 .c_step = block_.value_step(),
+                                 .o = state_.o + p * state_.o_step,
+                                 .o_row = state_.o_step,
+                                 .take = scores_.take()};
+    for (Index x = 0; x < width;) {
+      const Index some = std::min(vectors, (width - x) / W);
+      if (some == vectors)
+        feature_tiles<Value, vectors>(lanes, op, stream_);
+      else if (some == 2)
+        feature_tiles<Value, 2>(lanes, op, stream_);
+      else
+        feature_tiles<Value, 1>(lanes, op, stream_);
+      x += some * W, op.c += some * W, op.o += some * W;
+    }
+  }
+
+  // ---- rows that are not finite: a weight of zero must not meet them ----
+  void multiply_values_carefully(Index p, Index begin, Index end) {
+    const auto [dropped, n] = block_.dropped();
+    if constexpr (words) {
+      multiply_values(p, begin, end);  // they are packed as zeros
+    } else {
+      Index from = begin;
+      for (Index i = 0; i < n; ++i) {
+        if (dropped[i] < begin || dropped[i] >= end) continue;
+        multiply_values(p, from, dropped[i]);
+        from = dropped[i] + 1;
+      }
+      multiply_values(p, from, end);
+    }
+    for (Index i = 0; i < n; ++i) {
+      const Index c = dropped[i];
+      if (c < begin || c >= end) continue;
+      block_.load_latent(c, row_);
+      for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
+        if (scores_.hidden(c, lane)) continue;
+        T* const o = state_.o + (p + lane) * state_.o_step;
+        const T weight = scores_.weight(c, lane);  // in steps, too: what it multiplies is not finite
+        for (Index x = 0; x < task_.rows.latent_dim; ++x) o[x] += weight * row_[x];
+      }
+    }
+  }
+
+  /// The rows of the block to come, for the second-level cache.
+  void follow(const Place* next) {
+    stream_ = {};
+    if (next == nullptr) return;
+    const LatentRun<S>& run = task_.rows.runs[next->cell.run];
+    const Index count = std::min(next->count - next->begin, run.rows - next->cell.row);
+    const auto range = [&](const auto* from, Index step) {
+      const auto at = reinterpret_cast<std::uintptr_t>(from);
+      return std::pair{at, at + static_cast<std::uintptr_t>(count * step * Index(sizeof(*from)))};
+    };
+    std::tie(stream_.at, stream_.end) = range(task_.rows.latent(run, next->cell.row), task_.rows.latent_row_stride);
+    if constexpr (has_row_scale<S>)
+      std::tie(stream_.next, stream_.next_end) =
+          range(task_.rows.rope(run, next->cell.row), task_.rows.rope_row_stride);
+  }
+
+  const Task<T, S>& task_;
+  BlockRows<A, T, S> block_;
+  Queries<A, Vectors, T, S> q_;
+  Scores scores_;
+  T* row_;  // a latent, widened
+  Index first_, n_;
+  LaneState<T> state_{};
+  Stream stream_;
+};
+
+}}}  // namespace qkv::QKV_ABI::kernel::absorbed
+
+#include "../../base/warnings_on.hpp"

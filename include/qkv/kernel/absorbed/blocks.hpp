@@ -1,0 +1,252 @@
+// kernel/absorbed/blocks.hpp — a block of latent rows as absorbed attention multiplies it: in place where it can be.
+//
+//     exact    rows   float rows of one run: where they lie in the cache; else a copy, widened and without gaps
+//              values the same rows
+//     pairs    rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
+//     quads    rows   int8 latents, likewise; rope keys as bfloat16    values  the same, restored and rounded to bfloat16
+//     bytes    rows   as in quads                                      values  [four keys][latent_dim] words as stored, and
+//                                                                              their scales
+//     shorts   rows   int8 latents and float rope keys, likewise    values  [pair of keys][latent_dim] pairs of bytes as
+//                                                                           stored, and their scales
+//
+// Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
+//
+// Before: kernel/absorbed/grid.hpp   Next: kernel/absorbed/pack_rows.hpp
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "../../cache/latent_memory.hpp"
+#include "../../storage.hpp"
+#include "../../workspace.hpp"
+#include "../value_tile.hpp"
+#include "grid.hpp"
+#include "pack_rows.hpp"
+#include "tiles.hpp"
+
+#include "../../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
+
+/// A row of any storage as T.
+template <class T, StorageType S>
+void widen_row(const S* from, Index n, float scale, T* to) {
+  using V = Simd<T>;
+  const auto factor = V::broadcast(static_cast<T>(scale));
+  for (Index x = 0; x < n; x += V::width) {
+    auto v = x + V::width <= n ? V::load(from + x) : V::load_n(from + x, n - x);
+    if constexpr (has_row_scale<S>) v = V::mul(v, factor);
+    V::store_n(to + x, v, std::min(V::width, n - x));
+  }
+}
+
+/// One block at a time, prepared for arithmetic A in scratch of its own.
+template <class A, class T, StorageType S>
+class BlockRows {
+  using Number = typename A::Number;
+  using Element = std::conditional_t<A::words, S, T>;  // of rows
+  using Value = typename ValueDot<A>::Row;
+  using RopeNumber = RopeDot::Number;
+  static constexpr bool words = A::words, quads = A::quads;
+  static constexpr Index n_rows = block_rows<words>;
+  static constexpr Index unit = quads ? 64 : words ? 32 : Simd<T>::width;  // rows are read up to a multiple of it
+
+ public:
+  BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
+    copy_ = carver.take<Element>(n_rows * copy_step());
+    if constexpr (words) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
+    if constexpr (A::scaled)
+      rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
+    if constexpr (quads) offsets_ = carver.take<std::int32_t>(n_rows);
+    if constexpr (A::steps) value_scales_ = carver.take<float>(n_rows);
+  }
+
+  void prepare(const Place& place) {
+    place_ = place;
+    inspected_ = false;
+    n_dropped_ = 0;
+    const LatentRun<S>& run = rows_.runs[place.cell.run];
+    if (in_place(place)) {
+      if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place));
+      step_ = rows_.latent_row_stride;
+    } else {
+      copy();
+    }
+    if constexpr (A::scaled) take_scales(), take_rope();
+    if constexpr (words) pack_values(A{}, columns(), scales_, packed_, packed_step());
+  }
+
+  const Place& place() const { return place_; }
+  /// The row of a column that is held, and the bytes from one to the next.
+  const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
+  Index stride() const { return step_ * Index(sizeof(Element)); }
+  /// Values from column c on (words: the first of one), and the numbers from one (one word) to the next.
+  const Value* values(Index column) const {
+    if constexpr (words)
+      return packed_ + column / A::keys * packed_step();
+    else
+      return row(column);
+  }
+  Index value_step() const { return words ? packed_step() : step_; }
+  const RopeNumber* rope(Index column) const {
+    if constexpr (A::shorts)
+      if (place_.whole)
+        return rows_.rope(rows_.runs[place_.cell.run], place_.cell.row) +
+               (column - place_.begin) * rows_.rope_row_stride;
+    return rope_ + column * rope_step();
+  }
+  Index rope_stride() const {
+    const Index step = A::shorts && place_.whole ? rows_.rope_row_stride : rope_step();
+    return step * Index(sizeof(RopeNumber));
+  }
+  const float* scales(Index column) const { return scales_ + column; }
+  const std::int32_t* offsets(Index column) const { return offsets_ + column; }
+  /// Weights in steps: scales of the values, zero where a row is not finite.
+  const float* value_scales() const { return value_scales_; }
+
+  /// False: a value is not finite as it is multiplied, though the scores of its row may be.
+  bool values_finite() const { return values_finite_; }
+  /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
+  /// Asked for where a score is not finite, as every score of such a row is, or a value.
+  std::pair<const Index*, Index> dropped() {
+    if (!inspected_) inspect();
+    return {dropped_.data(), n_dropped_};
+  }
+  /// The latent of a column as T.
+  void load_latent(Index column, T* to) const {
+    for (const GridPiece& piece : pieces()) {
+      if (column < piece.column || column >= piece.column + piece.count) continue;
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      const Index row = piece.row + column - piece.column;
+      widen_row(rows_.latent(run, row), rows_.latent_dim, rows_.scale(run, row), to);
+    }
+  }
+
+ private:
+  GridPieces<LatentRun<S>> pieces() const { return {rows_.runs, n_rows, place_.cell}; }
+  ColumnRows<Element> columns() const { return {first_, step_, place_.begin, place_.count, rows_.latent_dim}; }
+  Index copied_dim() const { return A::scaled ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
+  Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
+  Index rope_step() const { return round_up(rows_.rope_dim, 32) / rope_features; }
+  Index packed_step() const {
+    return round_up(rows_.latent_dim, 32) + 16;
+  }  // not a multiple of 4 KB: all in one L1 set
+  const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
+
+  bool in_place(const Place& place) const {
+    if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
+    if constexpr (A::scaled || has_row_scale<S>)
+      return A::scaled;
+    else
+      return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
+             rows_.rope(rows_.runs[place.cell.run], 0) ==
+                 rows_.latent(rows_.runs[place.cell.run], 0) + rows_.latent_dim;
+  }
+
+  void copy() {
+    const Index step = copy_step(), latent = rows_.latent_dim;
+    [[maybe_unused]] const Index rope = rows_.rope_dim;
+    first_ = copy_ + place_.begin * step;
+    step_ = step;
+    Index next = place_.begin;  // columns before it are done
+    const auto clear = [&](Index to) {
+      for (; next < to; ++next) {
+        std::fill_n(copy_ + next * step, step, Element(0));
+      }
+    };
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      clear(piece.column);
+      for (Index i = 0; i < piece.count; ++i, ++next) {
+        Element* const to = copy_ + next * step;
+        const S* const c = rows_.latent(run, piece.row + i);
+        [[maybe_unused]] const WideStorage<S>* const r = rows_.rope(run, piece.row + i);
+        if constexpr (!words) {
+          widen_row(c, latent, rows_.scale(run, piece.row + i), to);
+          widen_row(r, rope, 1.0F, to + latent);
+        } else if constexpr (A::scaled) {
+          std::copy_n(c, latent, to);
+        } else {
+          std::copy_n(c, latent, to);
+          std::copy_n(r, rope, to + latent);
+        }
+        std::fill(to + copied_dim(), to + step, Element(0));
+      }
+    }
+  }
+
+  static constexpr Word key_bits = 0xFFFFFFFFU >> (32 - 32 / A::keys);  // of one key in a word of values
+  void inspect() {
+    inspected_ = true;
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      for (Index i = 0; i < piece.count; ++i) {
+        const S* const c = rows_.latent(run, piece.row + i);
+        const T scale = static_cast<T>(rows_.scale(run, piece.row + i));
+        bool finite = !A::scaled || std::isfinite(scale * A::restored);
+        for (Index x = 0; !A::scaled && x < rows_.latent_dim; ++x)
+          finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
+        if (finite) continue;
+        dropped_[static_cast<std::size_t>(n_dropped_++)] = piece.column + i;
+        if constexpr (words && !A::steps)  // whose scale is zero there
+          for (Index x = 0; x < packed_step(); ++x)
+            packed_[(piece.column + i) / A::keys * packed_step() + x] &=
+                ~(key_bits << (32 / A::keys * ((piece.column + i) % A::keys)));
+      }
+    }
+  }
+
+  /// Scales of the rows, and what follows from them and from the latents.
+  void take_scales() {
+    std::fill_n(scales_, n_rows, 0.0F);
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      for (Index i = 0; i < piece.count; ++i) scales_[piece.column + i] = rows_.scale(run, piece.row + i);
+    }
+    values_finite_ = true;
+    if constexpr (!A::steps)
+      for (Index c = 0; c < n_rows; ++c) values_finite_ = values_finite_ && std::isfinite(scales_[c] * A::restored);
+    if constexpr (A::steps)
+      for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (quads) {
+      std::fill_n(offsets_, n_rows, 0);
+      take_offsets(columns(), offsets_);
+    }
+#endif
+  }
+  /// Rope keys as they are multiplied: where they lie, or without gaps in a copy.
+  void take_rope() {
+    if (A::shorts && place_.whole) return;
+    std::fill_n(rope_, n_rows * rope_step(), RopeNumber(0));
+    for (const GridPiece& piece : pieces()) {
+      const LatentRun<S>& run = rows_.runs[piece.run];
+      for (Index i = 0; i < piece.count; ++i)
+        pack_rope(rows_.rope(run, piece.row + i), rows_.rope_dim, rope_ + (piece.column + i) * rope_step());
+    }
+  }
+
+  LatentRows<S> rows_;
+  Index parts_;
+  Place place_;
+  const Element* first_ = nullptr;
+  Index step_ = 0;
+  Element* copy_ = nullptr;
+  Value* packed_ = nullptr;
+  RopeNumber* rope_ = nullptr;
+  float *scales_ = nullptr, *value_scales_ = nullptr;
+  std::int32_t* offsets_ = nullptr;
+  bool values_finite_ = true, inspected_ = false;
+  Index n_dropped_ = 0;
+  std::array<Index, std::size_t(n_rows)> dropped_;
+};
+
+}}}  // namespace qkv::QKV_ABI::kernel::absorbed
+
+#include "../../base/warnings_on.hpp"

@@ -1,0 +1,198 @@
+// kernel/absorbed/queries.hpp — queries of absorbed latent attention, turned so that lanes are heads.
+//
+//     lane i is head i mod heads of token i / heads; panels of Vectors registers of lanes, in the numbers that they multiply in
+//
+//     exact    [panel][latent | rope][lanes] of T
+//     pairs    [panel][half of that][lanes] of words, two bfloat16 each
+//     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
+//              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
+//     shorts   [register of lanes][latent_dim / width][lane][width] of int16, q ≈ short · max|q| / largest_short(latent_dim)
+//              per lane, and the rope part [panel][rope_dim][lanes] of float
+//
+// In parts lanes are cut into registers of width / parts lanes, one or two of them side by side (kernel/absorbed/split_heads.hpp):
+// [registers side by side][steps][register][lane][part].
+//
+// The softmax scale stays out of them, but for its sign: before rounding it would cost the exactness of queries that are
+// narrow already.
+//
+// Before: kernel/absorbed/pack_rows.hpp   Next: kernel/absorbed/split_heads.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../../cache/latent_memory.hpp"
+#include "../../workspace.hpp"
+#include "../pair_rule.hpp"
+#include "grid.hpp"
+#include "split_heads.hpp"
+#include "tiles.hpp"
+
+#include "../../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
+
+/// One sequence. q [n_queries, heads·(latent_dim + rope_dim)].
+template <class T, StorageType S>
+struct Task {
+  ConstView<T> q;
+  LatentRows<S> rows;
+  Index heads;
+  T scale;
+  Index sequence, first_position;
+  PairRule<T> rule;
+
+  Index lanes() const { return q.rows() * heads; }
+  Index width() const { return rows.latent_dim + rows.rope_dim; }
+  const T* lane(Index i) const { return q.data() + i / heads * q.outerStride() + i % heads * width(); }
+};
+
+/// Lanes [first, first + n) of a task.
+template <class A, Index Vectors, class T, StorageType S>
+class Queries {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Number = typename A::Number;
+  using RopeNumber = RopeDot::Number;
+  static constexpr Index W = V::width;
+  static constexpr bool words = A::words, quads = A::quads;
+
+ public:
+  static constexpr Index panel = Vectors * W;
+
+  Queries(const Task<T, S>& task, detail::Carver& carver, Index first, Index n)
+      : task_(task), first_(first), n_(n), layout_(lane_layout<A, Vectors>(task.heads, n)) {
+    const Index slots = round_up(n, panel) * layout_.parts;
+    q_ = carver.take<Number>(steps() * slots);
+    if constexpr (A::scaled) {
+      rope_ = carver.take<RopeNumber>(rope_steps() * slots);
+      unit_ = carver.take<float>(slots);
+    }
+  }
+
+  void load() {
+    for (Index i = 0; i < n_; i += W) {
+      for (Index j = 0; j < W; ++j) from_[j] = i + j < n_ ? task_.lane(first_ + i + j) : nullptr;
+      load_register(i);
+    }
+  }
+
+  const LaneLayout& layout() const { return layout_; }
+  /// Numbers of a part of a lane, without a rope part kept apart; where the registers that begin with a lane lie.
+  Index steps() const { return (depth() + layout_.parts - 1) / layout_.parts; }
+  const Number* at(Index lane) const { return q_ + lane * layout_.parts * steps(); }
+  Index rope_steps() const { return (rope_depth() + layout_.parts - 1) / layout_.parts; }
+  const RopeNumber* rope(Index lane) const { return rope_ + lane * layout_.parts * rope_steps(); }
+  const float* unit(Index lane) const { return unit_ + lane * layout_.parts; }
+
+ private:
+  Index depth() const {
+    const Index features = A::scaled ? task_.rows.latent_dim : task_.width();
+    return (A::shorts ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
+  }
+  Index rope_depth() const { return (task_.rows.rope_dim + rope_features - 1) / rope_features; }
+  /// Features [k, k + W) of lane i of the register that is loaded, with the sign of the scale; zeros past the end.
+  Vec part(Index i, Index k, Index end) const {
+    const T* const from = from_[i];
+    if (from == nullptr || k >= end) return V::zero();
+    const Vec v = k + W <= end ? V::load(from + k) : V::load_n(from + k, end - k);
+    return task_.scale < 0 ? V::mul(v, V::broadcast(T(-1))) : v;
+  }
+  /// What a whole number of lane i of register `lane` is worth where `most` is the largest of them; returns its inverse.
+  float find_unit(Index lane, Index i, float most) {
+    Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the lane is not finite
+    for (Index k = 0; k < task_.rows.latent_dim; k += W) {
+      const Vec x = part(i, k, task_.rows.latent_dim);
+      largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
+      nothing = V::fma(V::zero(), x, nothing);
+    }
+    const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
+    const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
+    std::fill_n(unit_ + (lane + i) * layout_.parts, layout_.parts, (zeros ? 0 : amax / most) + nan);
+    return zeros ? 0 : most / amax;
+  }
+  /// Lanes [lane, lane + W) turned: [number][lane of the panel].
+  void load_register(Index lane) {
+    if constexpr (!words) {
+      turn(q_, lane, depth(), [&](Index i, Index k) { return part(i, k, task_.width()); });
+    }
+#ifdef QKV_DETAIL_SHORTS
+    else {
+      const Index latent = task_.rows.latent_dim;
+      for (Index i = 0; i < W; ++i) {
+        const Vec factor = V::broadcast(find_unit(lane, i, static_cast<float>(largest_short(latent))));
+        const auto whole = [&](Index x) { return round_to_words(V::mul(part(i, x, latent), factor)); };
+        Word* to = q_ + lane * steps() + i * W;
+        for (Index x = 0; x < latent; x += 2 * W, to += W * W) store_words(to, to_shorts(whole(x), whole(x + W)));
+      }
+      turn(rope_, lane, rope_depth(), [&](Index i, Index k) { return part(i, latent + k, task_.width()); });
+    }
+#endif
+#ifdef QKV_DETAIL_WORDS
+    else if constexpr (!quads) {
+      turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
+        return _mm512_castsi512_ps(to_halves(part(i, 2 * k, task_.width()), part(i, 2 * k + 16, task_.width())));
+      });
+    }
+    else {
+      const Index latent = task_.rows.latent_dim;
+      float inverse[16];
+      for (Index i = 0; i < 16; ++i) inverse[i] = find_unit(lane, i, 127);
+      turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
+        alignas(detail::cache_line) std::uint8_t bytes[64];
+        for (Index j = 0; j < 4; ++j) {
+          const __m512 x = V::mul(part(i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
+          const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
+          _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + j, _mm512_cvtusepi32_epi8(whole));
+        }
+        return _mm512_castsi512_ps(_mm512_load_si512(bytes));
+      });
+      turn(reinterpret_cast<float*>(rope_), lane, rope_depth(), [&](Index i, Index k) {
+        return _mm512_castsi512_ps(
+            to_halves(part(i, latent + 2 * k, task_.width()), part(i, latent + 2 * k + 16, task_.width())));
+      });
+    }
+#endif
+  }
+  template <class F>
+  void turn(T* to, Index lane, Index depth, F&& row) const {
+    if (layout_.parts > 1) return spread(to, lane, depth, row);
+    to += lane / panel * panel * depth + lane % panel;
+    for (Index k = 0; k < depth; k += W) {
+      Vec block[V::lanes];
+      for (Index i = 0; i < W; ++i) block[i] = row(i, k);
+      V::transpose(block);
+      for (Index i = 0; i < std::min(W, depth - k); ++i) V::store(to + (k + i) * panel, block[i]);
+    }
+  }
+
+  /// The same in parts.
+  template <class F>
+  void spread(T* to, Index lane, Index depth, F&& row) const {
+    const Index parts = layout_.parts, n_steps = (depth + parts - 1) / parts;
+    alignas(detail::cache_line) T numbers[std::size_t(W)];
+    for (Index i = 0; i < W; ++i) {
+      const Index at = (lane + i) * parts, all = layout_.registers * W;
+      T* const first = to + at / all * all * n_steps + at % all;
+      for (Index k = 0; k < depth; k += W) {
+        V::store(numbers, row(i, k));
+        for (Index j = 0; j < W && k + j < n_steps * parts; j += parts)
+          std::memcpy(first + (k + j) / parts * all, numbers + j, static_cast<std::size_t>(parts) * sizeof(T));
+      }
+    }
+  }
+
+  const Task<T, S>& task_;
+  Index first_, n_;
+  LaneLayout layout_;
+  const T* from_[std::size_t(W)] = {};  // lanes of the register that is loaded
+  Number* q_ = nullptr;
+  RopeNumber* rope_ = nullptr;
+  float* unit_ = nullptr;
+};
+
+}}}  // namespace qkv::QKV_ABI::kernel::absorbed
+
+#include "../../base/warnings_on.hpp"

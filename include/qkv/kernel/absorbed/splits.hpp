@@ -1,0 +1,163 @@
+// kernel/absorbed/splits.hpp — absorbed latent attention of a whole sequence: its keys in splits, its lanes in groups.
+//
+//     splits    `split_rows` positions each, on a fixed grid; their states are merged in ascending order
+//     groups    lanes that share a prepared block; a state has the same bits in any
+//
+// A work item is a group and, for several threads, a split: enough items for one token and many keys. Bits depend on neither
+// threads nor groups. FlashDecoding (Dao et al. 2023) splits the keys of a decode step likewise.
+//
+// Before: kernel/absorbed/absorbed.hpp   Next: kernel/absorbed/grid.hpp
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <optional>
+#include <type_traits>
+
+#include "../../parallel.hpp"
+#include "../../softmax.hpp"
+#include "../../workspace.hpp"
+#include "../task.hpp"
+#include "absorbed.hpp"
+#include "grid.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
+
+/// Merges the state of lanes [first, first + n) of one split.
+template <class T, StorageType S>
+void merge_lanes(const Task<T, S>& task, const LaneState<T>& from, Index first, Index n, const StateView<T>& state) {
+  const Index latent = task.rows.latent_dim;
+  for (Index i = 0; i < n; ++i) {
+    const Index query = (first + i) / task.heads, head = (first + i) % task.heads;
+    detail::merge_row(state.m(query, head), state.l(query, head), state.o(query, head, latent), from.m[i], from.l[i],
+                      from.o + i * from.o_step, latent);
+  }
+}
+
+/// Lanes of one work item, in panels: they share a prepared block, which costs more where rows are packed or widened than
+/// in place. Few splits are shared out in smaller items. (A state has the same bits in any group.)
+template <class A, class T, class S>
+constexpr Index group_lanes(Index n_splits) {
+  constexpr bool prepared = A::words || (!Shape<float>::wide && !std::is_same_v<T, S>);
+  return prepared && n_splits >= 4 ? 128 : 64;
+}
+/// One thread goes through the splits with up to so many groups beside each other.
+inline constexpr Index most_groups_at_once = 4;
+/// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.
+inline constexpr Index most_partial_bytes = Index(64) << 20;
+
+template <class A, Index Vectors, class T, StorageType S>
+void run(const Task<T, S>& task, const StateView<T>& state, Workspace& workspace, const detail::AnyExecutor& executor) {
+  using Worker = Absorbed<A, Vectors, T, S>;
+  constexpr Index rows = block_rows<A::words>;
+  static_assert(split_rows % rows == 0);
+  const Index n_blocks = count_cells(task.rows.runs, rows);
+  if (n_blocks == 0) return;
+  detail::Carver count(nullptr);
+  const Index room = round_up(n_blocks + 1, 64);  // a growing cache seldom needs more
+  count.take<Place>(room), count.take<Index>(room);
+  const auto tables = workspace.lease(count.used());
+  detail::Carver carver(tables.data());
+  Place* const places = carver.take<Place>(room);
+  Index* const splits = carver.take<Index>(room);  // first block of each
+  Index n_splits = 0, b = 0;
+  for (const GridCell& cell : GridCells(task.rows.runs, rows)) {
+    if (b == 0 || cell.first / split_rows != places[b - 1].cell.first / split_rows) splits[n_splits++] = b;
+    places[b++] = place_of(task.rows, rows, cell);
+  }
+  splits[n_splits] = n_blocks;
+
+  const Index lanes = task.lanes();
+  const Index group =
+      std::min(group_lanes<A, T, S>(executor.serial() ? n_blocks : n_splits), round_up(lanes, Worker::panel));
+  const Index groups = (lanes + group - 1) / group, width = Worker::features(task.rows) + Simd<T>::width;
+  const auto lanes_of = [&](Index g) { return std::min(group, lanes - g * group); };
+  const auto state_bytes = [&](Index n) {
+    detail::Carver c(nullptr);
+    c.take<T>(n), c.take<T>(n), c.take<T>(n * width);
+    return c.used();
+  };
+  const auto state_at = [&](std::byte* base, Index n) {
+    detail::Carver c(base);
+    T* const m = c.take<T>(n);
+    T* const l = c.take<T>(n);
+    return LaneState<T>{m, l, c.take<T>(n * width), width};
+  };
+  const std::size_t own = Worker::bytes(task, group), part = state_bytes(group);
+  const auto attend = [&](Worker& worker, Index s, const LaneState<T>& to) {
+    worker.attend(places + splits[s], splits[s + 1] - splits[s], s + 1 < n_splits ? places + splits[s + 1] : nullptr,
+                  to);
+  };
+  // However they are ordered, each lane's splits are merged in ascending order: the same bits.
+  if (executor.serial() && groups > 1 && groups <= most_groups_at_once && n_splits > 1) {
+    // Split by split: the rows that one group has read are still near for the next.
+    const auto scratch = workspace.lease((own + part) * static_cast<std::size_t>(groups));
+    std::array<std::optional<Worker>, std::size_t(most_groups_at_once)> workers;
+    const auto memory_of = [&](Index g) { return scratch.data() + (own + part) * static_cast<std::size_t>(g); };
+    for (Index g = 0; g < groups; ++g) {
+      detail::Carver c(memory_of(g));
+      workers[static_cast<std::size_t>(g)].emplace(task, c, g * group, lanes_of(g)).load_queries();
+    }
+    for (Index s = 0; s < n_splits; ++s)
+      for (Index g = 0; g < groups; ++g) {
+        const LaneState<T> to = state_at(memory_of(g) + own, group);
+        attend(*workers[static_cast<std::size_t>(g)], s, to);
+        merge_lanes(task, to, g * group, lanes_of(g), state);
+      }
+    return;
+  }
+  if (executor.serial() || n_splits == 1 || groups >= n_splits * 4 ||
+      static_cast<Index>(part) > most_partial_bytes / (groups * n_splits)) {
+    executor(groups, [&](Index g) {
+      const auto scratch = workspace.lease(own + part);
+      detail::Carver c(scratch.data());
+      Worker worker(task, c, g * group, lanes_of(g));
+      worker.load_queries();
+      const LaneState<T> to = state_at(scratch.data() + own, group);
+      for (Index s = 0; s < n_splits; ++s) {
+        attend(worker, s, to);
+        merge_lanes(task, to, g * group, lanes_of(g), state);
+      }
+    });
+    return;
+  }
+  const auto parts = workspace.lease(part * static_cast<std::size_t>(groups * n_splits));
+  const auto part_of = [&](Index g, Index s) {
+    return state_at(parts.data() + part * static_cast<std::size_t>(s * groups + g), group);
+  };
+  executor(groups * n_splits, [&](Index item) {
+    const Index g = item % groups;
+    const auto scratch = workspace.lease(own);
+    detail::Carver c(scratch.data());
+    Worker worker(task, c, g * group, lanes_of(g));
+    worker.load_queries();
+    attend(worker, item / groups, part_of(g, item / groups));
+  });
+  executor(groups, [&](Index g) {
+    for (Index s = 0; s < n_splits; ++s) merge_lanes(task, part_of(g, s), g * group, lanes_of(g), state);
+  });
+}
+
+/// What it covers: numbers that fill registers.
+template <class T>
+inline constexpr bool serves = (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2;
+
+/// Merges all rows into the state, in the arithmetic of the storage or exactly.
+template <class T, StorageType S>
+void run(const Task<T, S>& task, Arithmetic arithmetic, const StateView<T>& state, Workspace& workspace,
+         const detail::AnyExecutor& executor) {
+  const auto in = [&]<class A>(std::type_identity<A>) {
+    if constexpr (Simd<T>::width % Shape<T>::value_lanes == 0)
+      if (task.lanes() <= Simd<T>::width) return run<A, 1>(task, state, workspace, executor);
+    run<A, 2>(task, state, workspace, executor);
+  };
+  using Narrow = NarrowArithmetic<T, S>;
+  if constexpr (std::is_same_v<Narrow, Quads>)
+    if (arithmetic == Arithmetic::int8) return in(std::type_identity<Bytes>{});
+  if constexpr (Narrow::words)
+    if (arithmetic != Arithmetic::exact) return in(std::type_identity<Narrow>{});
+  in(std::type_identity<Exact<T>>{});
+}
+
+}}}  // namespace qkv::QKV_ABI::kernel::absorbed

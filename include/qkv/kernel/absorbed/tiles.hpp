@@ -1,0 +1,261 @@
+// kernel/absorbed/tiles.hpp — the two products of absorbed latent attention, in registers.
+//
+//     scores    s(j, lane) = Σ_k c(j, k)·q(k, lane)       lanes are heads (of one or more tokens); c is broadcast, from
+//                                                       cache rows where they lie
+//     values    o(lane, x) += Σ_j p(j, lane)·c(j, x)      lanes are features; the weight is broadcast
+//
+// Neither needs a transposed copy of the rows, and neither wastes lanes on few heads in the second. Each sum is one chain
+// of multiply-adds in ascending k or j, whatever the height of the tile (few heads: kernel/absorbed/split_heads.hpp). A number stands for one
+// feature, or is a word of two (bfloat16) or four (int8) features or, of values, of as many keys.
+//
+// Before: kernel/absorbed/split_heads.hpp   Next: kernel/absorbed/scores.hpp
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "../../simd/words.hpp"
+#include "../value_tile.hpp"
+#include "split_heads.hpp"
+
+#include "../../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
+
+/// How the latent part of the rows is multiplied with queries (int8: the rope part is pairs of bfloat16).
+template <class A>
+using KeyDot =
+#ifdef QKV_DETAIL_WORDS
+    std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
+#else
+    ValueDot<A>;
+#endif
+
+/// How a rope part that is kept apart is multiplied: in pairs of bfloat16 where there are such products.
+#ifdef QKV_DETAIL_WORDS
+using RopeDot = PairValueDot;
+#else
+using RopeDot = NumberDot<float>;
+#endif
+inline constexpr Index rope_features = words_available ? 2 : 1;  // in one number
+
+/// Heights: one register of lanes needs more rows than two to keep as many sums.
+template <class T>
+struct Shape {
+  static constexpr bool wide = Simd<T>::registers >= 32;
+  static constexpr Index score_rows(Index vectors) {
+    return vectors == 1 ? (wide ? 24 : 12) : wide ? 12 : Simd<T>::fused ? 6 : 4;
+  }
+  static constexpr Index value_lanes = wide && Simd<T>::width >= 4 ? 8 : 4;  // of a value tile: they divide a panel's
+  static constexpr Index value_vectors = wide ? 3 : 2;
+};
+
+/// Hides a number from the optimiser, which would otherwise keep one address for each row, in memory.
+EIGEN_ALWAYS_INLINE void opaque([[maybe_unused]] std::uintptr_t& x) {
+#if defined(__GNUC__)
+  asm("" : "+r"(x));
+#endif
+}
+
+/// Rows 8i … 8i + 7 lie at multiples 0 … 7 of the stride behind base i: three bases and three multiples address 24 rows,
+/// where an address in memory can be base + 1, 2 or 4 times a register.
+struct RowAddress {
+  std::uintptr_t base[3], once, three, five, seven;
+
+  RowAddress(const void* rows, Index bytes)
+      : base{}, once(static_cast<std::uintptr_t>(bytes)), three(3 * once), five(5 * once), seven(7 * once) {
+    for (std::uintptr_t i = 0; i < 3; ++i) base[i] = reinterpret_cast<std::uintptr_t>(rows) + 8 * i * once;
+    opaque(three), opaque(five), opaque(seven);
+  }
+  template <Index Row>
+  EIGEN_ALWAYS_INLINE const void* row() const {
+    const std::uintptr_t from = base[Row / 8];
+    constexpr Index r = Row % 8;
+    if constexpr (r == 0) return reinterpret_cast<const void*>(from);
+    if constexpr (r == 1 || r == 2 || r == 4) return reinterpret_cast<const void*>(from + std::uintptr_t(r) * once);
+    if constexpr (r == 3 || r == 6) return reinterpret_cast<const void*>(from + std::uintptr_t(r / 3) * three);
+    if constexpr (r == 5) return reinterpret_cast<const void*>(from + five);
+    return reinterpret_cast<const void*>(from + seven);
+  }
+  EIGEN_ALWAYS_INLINE void move(std::uintptr_t bytes) {
+    base[0] += bytes, base[1] += bytes, base[2] += bytes;
+    opaque(base[0]), opaque(base[1]), opaque(base[2]);
+  }
+};
+
+/// Memory that will be read next, asked for step by step while tiles are multiplied: rows read in order stream well. Value
+/// tiles leave load slots free. With AVX2, where a step does a quarter of the work and would wait for what comes in a
+/// burst, fewer bytes with every step, and score tiles, which take longer over their operands, begin with it.
+struct Stream {
+  static constexpr bool in_scores = !Shape<float>::wide;
+  static constexpr std::uintptr_t step = Shape<float>::wide ? 128 : 32;  // bytes
+  std::uintptr_t at = 0, end = 0, next = 0, next_end = 0;                // then [next, next_end)
+
+  bool pending() {
+    if (at >= end) at = next, end = next_end, next = next_end = 0;
+    return at < end;
+  }
+  static EIGEN_ALWAYS_INLINE void ask(std::uintptr_t& from) {
+    prefetch(reinterpret_cast<const void*>(from));
+    if constexpr (step > 64) prefetch(reinterpret_cast<const void*>(from + 64));
+    from += step;
+  }
+};
+
+/// sum(r, v) += Σ_k rows(r, k)·lanes(k, v), k ascending in steps of Parts numbers. By constant indices only, as in
+/// product/register_tile.hpp. Ahead: with every step some memory from `ahead` on is asked for.
+template <class D, Index Vectors, Index Parts, bool Ahead = false, std::size_t... Sum, std::size_t... Vector>
+EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], Index steps, RowAddress rows,
+                                       const typename D::Number* lanes, std::index_sequence<Sum...>,
+                                       std::index_sequence<Vector...>, [[maybe_unused]] std::uintptr_t ahead = 0) {
+  using Vec = decltype(D::load(lanes));
+  for (; steps > 0; --steps) {
+    const Vec lane[] = {D::load(lanes + Index(Vector) * D::width)...};
+    ((sum[Sum] = D::dot(sum[Sum], repeat<D, Parts>(rows.template row<Index(Sum) / Vectors>()), lane[Sum % Vectors])),
+     ...);
+    if constexpr (Ahead) Stream::ask(ahead);
+    rows.move(sizeof(typename D::Number) * Parts);
+    lanes += Vectors * D::width;
+  }
+}
+
+/// Scores of `Rows` rows for Vectors registers of lanes, or of parts of lanes: s [Rows][row], Vectors·width / Parts of a row.
+/// Continued: s has begun.
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued, bool Ahead, class T,
+          std::size_t... I>
+EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
+                                    std::uintptr_t ahead, std::index_sequence<I...> all) {
+  typename D::Sum sum[sizeof...(I)];
+  if constexpr (Continued)
+    ((sum[I] = Simd<T>::load(s + Index(I) / Vectors * Row + Index(I) % Vectors * Simd<T>::width)), ...);
+  else
+    ((sum[I] = Simd<T>::zero()), ...);
+  multiply_rows<D, Vectors, Parts, Ahead>(sum, steps, rows, lanes, all,
+                                          std::make_index_sequence<std::size_t(Vectors)>{}, ahead);
+  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (Simd<T>::width / Parts), sum[I]), ...);
+}
+
+/// `tiles` of them, one after another; rows lie `stride` bytes apart.
+template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued = false, class T>
+void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s,
+                 [[maybe_unused]] Stream& stream) {
+  const auto tile = [&](auto ahead, std::uintptr_t from) {
+    score_tile<D, Rows, Vectors, Parts, Row, Continued, decltype(ahead)::value>(
+        steps, RowAddress(rows, stride), lanes, s, from, std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+  };
+  for (; tiles > 0; --tiles) {
+    if (Stream::in_scores && stream.pending())
+      tile(std::bool_constant<Stream::in_scores>{}, stream.at),
+          stream.at += static_cast<std::uintptr_t>(steps) * Stream::step;
+    else
+      tile(std::false_type{}, 0);
+    rows = static_cast<const char*>(rows) + Rows * stride;
+    s += Rows * Row;
+  }
+}
+
+#ifdef QKV_DETAIL_WORDS
+/// Rows whose latent part is int8 and whose rope part is pairs of bfloat16.
+struct QuadRows {
+  Index steps, rope_steps;
+  const std::int8_t* latent;
+  const Word* rope;
+  Index latent_stride, rope_stride;  // bytes
+  const float* scale;                // per row
+  const std::int32_t* offset;        // per row: -128·Σ latent
+};
+/// Scores: the rope part continues the sum that the latent part, made float, has begun.
+template <Index Rows, Index Vectors, Index Parts, Index Row, std::size_t... I>
+EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes, const Word* rope_lanes,
+                                         const float* unit, float* s, std::index_sequence<I...> all) {
+  using Quad = QuadValueDot;
+  constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
+  constexpr __mmask16 first_part = Parts == 1 ? 0xFFFF : Parts == 2 ? 0x5555 : 0x1111;
+  Quad::Sum sum[sizeof...(I)];
+  ((sum[I] = (Quad::Sum)_mm512_maskz_set1_epi32(first_part, rows.offset[Index(I) / Vectors])), ...);
+  multiply_rows<Quad, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all,
+                                      vectors);
+  __m512 score[sizeof...(I)];
+  ((score[I] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]),
+                             _mm512_mul_ps(_mm512_set1_ps(rows.scale[Index(I) / Vectors]),
+                                           _mm512_loadu_ps(unit + Index(I) % Vectors * word_lanes)))),
+   ...);
+  multiply_rows<PairValueDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride),
+                                              rope_lanes, all, vectors);
+  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (word_lanes / Parts), score[I]), ...);
+}
+template <Index Rows, Index Vectors, Index Parts, Index Row>
+void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word* rope_lanes, const float* unit,
+                      float* s) {
+  for (; tiles > 0; --tiles) {
+    quad_score_tile<Rows, Vectors, Parts, Row>(rows, lanes, rope_lanes, unit, s,
+                                               std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    rows.latent += Rows * rows.latent_stride;
+    rows.rope += Rows * rows.rope_stride / Index(sizeof(Word));
+    rows.scale += Rows, rows.offset += Rows;
+    s += Rows * Row;
+  }
+}
+#endif
+
+/// o(lane, x) += Σ_j p(j, lane)·c(j, x)
+template <class D, class T>
+struct FeatureOperands {
+  Index depth;                  // keys, or words of them
+  const typename D::Number* p;  // [depth][p_step]
+  Index p_step;
+  const typename D::Row* c;  // rows c_step apart
+  Index c_step;
+  T* o;  // rows o_row apart
+  Index o_row;
+  const T* take;  // weights in steps: what one is worth, per lane
+};
+template <class D, class T>
+EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]] const T* take) {
+  using V = Simd<T>;
+  if constexpr (requires { D::to_float(sum); })
+    V::store(o, V::fma(D::to_float(sum), V::broadcast(*take), V::load(o)));
+  else
+    D::finish(o, sum, nullptr);
+}
+template <class D, Index Vectors, bool Ahead, class T, std::size_t... Sum, std::size_t... Vector>
+EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_unused]] std::uintptr_t ahead,
+                                      std::index_sequence<Sum...>, std::index_sequence<Vector...>) {
+  typename D::Sum sum[] = {D::start(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width)...};
+  const typename D::Number* p = op.p;
+  const typename D::Row* c = op.c;
+  using Vec = decltype(D::load(c));
+  for (Index k = op.depth; k > 0; --k) {
+    Vec row[] = {D::load(c + Index(Vector) * D::width)...};
+    if constexpr (!Shape<T>::wide) (detail::hold(row[Vector]), ...);  // or g++ loads them again for every lane
+    if constexpr (Ahead) Stream::ask(ahead);
+    ((sum[Sum] = D::dot(sum[Sum], row[Sum % Vectors], D::broadcast(p[Index(Sum) / Vectors]))), ...);
+    p += op.p_step;
+    c += op.c_step;
+  }
+  (add_features<D>(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width, sum[Sum],
+                   op.take + Index(Sum) / Vectors),
+   ...);
+}
+/// One slice of features for `lanes` lanes, a multiple of the tile's.
+template <class D, Index Vectors, class T>
+void feature_tiles(Index lanes, FeatureOperands<D, T> op, Stream& stream) {
+  constexpr Index rows = Shape<T>::value_lanes;
+  constexpr auto sums = std::make_index_sequence<std::size_t(rows * Vectors)>{};
+  constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
+  for (; lanes > 0; lanes -= rows) {
+    if (stream.pending())
+      feature_tile<D, Vectors, true>(op, stream.at, sums, vectors),
+          stream.at += static_cast<std::uintptr_t>(op.depth) * Stream::step;
+    else
+      feature_tile<D, Vectors, false>(op, 0, sums, vectors);
+    op.p += rows;
+    op.o += rows * op.o_row;
+    op.take += rows;
+  }
+}
+
+}}}  // namespace qkv::QKV_ABI::kernel::absorbed
+
+#include "../../base/warnings_on.hpp"

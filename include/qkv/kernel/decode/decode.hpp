@@ -1,0 +1,159 @@
+// kernel/decode/decode.hpp — a few queries against a long cache: every key and value row is read once, in order.
+//
+//     for each chunk of keys on the position grid:   s = score(scale · K q) for all queries of the kv group
+//                                                    m, l, o ← merge with (max s, Σ e^(s-m), Σ e^(s-m) v)
+//
+//     position   0          256         512                     2048
+//     chunks     |-----------|-----------|-- …                   |-----------|-- …
+//     splits     |--------------- one state (m, l, o) -----------|---------- another, merged in ascending order
+//
+// The work is bound by reading memory: 2 · n_keys · kv_heads · head_dim numbers. Queries of a group (and several new
+// tokens) share each row while it is in registers (kernel/decode/scores.hpp); narrow storage is widened there, int8 mostly
+// multiplied as it is. Splits lie on a grid of absolute positions and merge in order, so paged, ring and contiguous
+// caches, any number of threads and a prompt in pieces give the same bits. Dao et al. 2023, "Flash-Decoding for
+// long-context inference".
+//
+// Memory is fast only where it is read in long stretches. A head's rows in a contiguous cache are one; in pages they are
+// many short ones, but those of the next head lie behind them. So heads of short runs take turns in every chunk:
+//
+//     long runs     head 0: K V K V K V …   head 1: K V K V …
+//     short runs    K of heads 0 1 2 …   V of heads 0 1 2 …   then the next chunk
+//
+// Before: kernel/arithmetic.hpp   Next: kernel/decode/head.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <type_traits>
+
+#include "../../softmax.hpp"
+#include "../../workspace.hpp"
+#include "../task.hpp"
+#include "head.hpp"
+#include "scores.hpp"
+#include "state.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
+
+inline constexpr Index decode_split = 8 * decode_chunk;
+
+/// Whether rows of one split are worth waking other threads for: more than 1024 rows of 8 kv heads of 128. Measured on two
+/// cores: 1024 such rows in float take as long on two threads as on one, in int8 0.9 to 1.3 of the time; 2048 0.9 and 0.8.
+template <class T, StorageType S>
+bool decode_in_parallel(const Task<T, S>& task) {
+  return task.keys.rows * task.heads.kv_heads * (task.head_dim + task.v_head_dim) >= Index{3} << 20;
+}
+
+/// How many kv heads take turns: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the
+/// rows of one head to those of the next; `scratch`: of one head.
+constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t scratch) {
+  constexpr Index long_stretch = Index{512} << 10;
+  constexpr std::size_t all_scratch = std::size_t{512} << 10;  // half of a second-level cache
+  return apart >= long_stretch ? 1 : std::clamp<Index>(static_cast<Index>(all_scratch / scratch), 1, kv_heads);
+}
+template <class D, class T, StorageType S>
+Index decode_heads_at_once(const Task<T, S>& task) {
+  return decode_heads_at_once(
+      task.keys.key_head_stride * static_cast<Index>(sizeof(S)), task.heads.kv_heads,
+      decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim));
+}
+
+/// Adds the keys of one split, whose state is `state`, to what is in `into`. Splits are merged in ascending order.
+template <class T, StorageType S>
+void merge_split(const Task<T, S>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
+  using V = Simd<T>;
+  const Index dv = task.v_head_dim, width = whole_registers<T>(dv), group = task.heads.group_size();
+  for (Index i = 0; i < task.n_queries() * group; ++i) {
+    if (state.m[i] == detail::minus_infinity<T>) continue;
+    const Index query = i / group, head = kv_head * group + i % group;
+    T& m = into.m(query, head);
+    T& l = into.l(query, head);
+    T* const o = into.o(query, head, dv);
+    const T top = detail::nan_max(m, state.m[i]);
+    const T mine = detail::weight_of(m, top), theirs = detail::weight_of(state.m[i], top);
+    m = top;
+    l = multiply_add(theirs, state.l[i], V::first_lane(V::mul(V::broadcast(mine), V::broadcast(l))));
+    for (Index x = 0; x < dv; x += V::width) {
+      const Index some = std::min(V::width, dv - x);
+      const auto sum = V::mul(V::broadcast(mine), V::load_n(o + x, some));
+      V::store_n(o + x, V::fma(V::broadcast(theirs), V::load(state.o + i * width + x), sum), some);
+    }
+  }
+}
+
+/// kv heads [first, first + count) of a task.
+template <class D, class T, StorageType S>
+class Decode {
+  using Head = DecodeHead<D, T, S>;
+  static_assert(std::is_trivially_destructible_v<Head>);  // heads live in scratch memory
+
+ public:
+  Decode(const Task<T, S>& task, Index first, Index count, std::byte* scratch) : task_(task) {
+    detail::Carver carver(scratch);
+    Head* const heads = carver.take<Head>(count);
+    const auto of_one = static_cast<Index>(
+        decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim));
+    for (Index h = 0; h < count; ++h) std::construct_at(heads + h, task, first + h, carver.take<std::byte>(of_one));
+    heads_ = {heads, static_cast<std::size_t>(count)};
+  }
+  /// Of scratch: n = n_queries · group_size.
+  static std::size_t bytes(Index count, Index n, Index head_dim, Index v_head_dim) {
+    detail::Carver carver(nullptr);
+    carver.take<Head>(count);
+    return carver.used() + static_cast<std::size_t>(count) * decode_scratch_bytes<D>(n, head_dim, v_head_dim);
+  }
+
+  /// All keys, split by split, merged into `into`.
+  void run(const StateView<T>& into) {
+    for (const GridCell& split : GridCells(task_.keys.runs, decode_split, task_.keys.first_row)) {
+      for (Head& head : heads_) head.begin(head.own_state());
+      add_split(split);
+      for (const Head& head : heads_) merge_split(task_, head.kv_head(), head.own_state(), into);
+    }
+  }
+
+  /// The keys of one split; leaves their states in state_of(kv_head).
+  template <class StateOf>
+  void run_split(const GridCell& split, const StateOf& state_of) {
+    for (Head& head : heads_) head.begin(state_of(head.kv_head()));
+    add_split(split);
+  }
+
+ private:
+  void add_split(const GridCell& split) {
+    for (const GridCell& chunk : GridCells(task_.keys.runs, decode_chunk, split, split.first + decode_split)) {
+      for (Head& head : heads_) head.begin_chunk();
+      for (const GridPiece& piece : GridPieces(task_.keys.runs, decode_chunk, chunk))
+        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].score(piece, next_rows<false>(chunk, piece, h));
+      for (Head& head : heads_) head.weigh();
+      for (const GridPiece& piece : GridPieces(task_.keys.runs, decode_chunk, chunk))
+        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].add_values(piece, next_rows<true>(chunk, piece, h));
+      for (Head& head : heads_) head.end_chunk();
+    }
+  }
+
+  /// The rows that are read after a piece of head h: the next head's; after the last head the first one's of the next piece;
+  /// where the chunk ends, its values or the keys of the next chunk.
+  template <bool Values>
+  Rows<S> next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
+    if (h + 1 < heads_.size()) return heads_[h + 1].template rows<Values>(piece.run, piece.row, piece.count);
+    const auto runs = task_.keys.runs;
+    std::size_t r = piece.run;
+    Index row = piece.row + piece.count;
+    while (r < runs.size() && row == runs[r].rows) row = 0, ++r;
+    const bool ends = r == runs.size() || runs[r].position + row >= chunk.first + decode_chunk;
+    const bool values = ends != Values;
+    if (ends && values) r = chunk.run, row = chunk.row;
+    if (r == runs.size()) return {};
+    const Head& head = heads_.front();
+    return values ? head.template rows<true>(r, row, runs[r].rows - row)
+                  : head.template rows<false>(r, row, runs[r].rows - row);
+  }
+
+  const Task<T, S>& task_;
+  std::span<Head> heads_;
+};
+
+}}}  // namespace qkv::QKV_ABI::kernel

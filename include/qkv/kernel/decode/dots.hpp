@@ -1,0 +1,223 @@
+// kernel/decode/dots.hpp — in which numbers decode multiplies q·k: what a register of a row is, and what a sum is.
+//
+//     WidenedDot   any storage widened to T     sum += q·k
+//     QuadsDot     int8, AVX-512 with VNNI      sum += Σ₄ q·k      queries as int8
+//     PairsDot     int8, AVX2 and SSE2          sum += Σ₂ q·k      queries as int16
+//
+// Sums of integers are exact; what differs is how a query is rounded, with one scale each, before it is multiplied.
+// With QuadsDot and PairsDot go values in pairs of int16 (kernel/decode/int8_values.hpp), with WidenedDot widened ones.
+//
+// Before: kernel/decode/values.hpp   Next: kernel/decode/int8_values.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../../options.hpp"
+#include "../../product/register_tile.hpp"
+#include "../../simd/shorts.hpp"
+#include "../../storage.hpp"
+
+#include "../../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
+
+/// What queries leave off where keys are whole numbers, up to 127 for a key of 1: sums of products would overflow long
+/// before scores do. It comes back with the scale of the key.
+template <StorageType S>
+inline constexpr float headroom = has_row_scale<S> ? 64 : 1;
+
+/// q·k in T: what a register of a row is, how it is multiplied, and how a query is packed.
+template <class T, class S>
+struct WidenedDot {
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  using Scalar = T;
+  using Key = S;
+  using Query = T;
+  static constexpr const char* name = "";
+  static constexpr Index width = V::width;  // elements in a register of a row
+  static constexpr Index lanes = V::width;  // sums that one tree adds up
+  static constexpr Index parts = 1;         // registers that those of a row become
+  static constexpr Index least_group = 1;   // query heads of a group from which on it pays
+
+  static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec query(const T* q) {
+    return V::load_once(q);
+  }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec key(const S* k) {
+    return V::load_once(k);
+  }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec key_n(const S* k, Index n) {
+    return V::load_n(k, n);
+  }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return V::fma(q, k, sum); }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const T* factor, const std::int32_t*, T* to) {
+    V::store(to, V::mul(V::sum_each(sum), V::load(factor)));
+  }
+  static T round(const T* query, Index n, T* to, std::int32_t&) {
+    constexpr T factor = T(1) / static_cast<T>(headroom<S>);
+    for (Index i = 0; i < n; ++i) to[i] = query[i] * factor;
+    return T(1);
+  }
+};
+
+#if defined(EIGEN_VECTORIZE_AVX2) && !defined(EIGEN_VECTORIZE_AVX512)
+/// bfloat16 in pairs as they lie: a register of 16 is its eight even features, shifted up, and its eight odd ones, masked.
+/// Half the shuffles of widening them in order; queries are packed in the same order.
+template <>
+struct WidenedDot<float, bfloat16> {
+  using V = Simd<float>;
+  using Vec = V::Vec;
+  using Scalar = float;
+  using Key = bfloat16;
+  using Query = float;
+  static constexpr const char* name = "";
+  static constexpr Index width = 2 * V::width, lanes = V::width, parts = 2;
+  static constexpr Index least_group = 1;
+
+  static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
+  template <Index Part>
+  static EIGEN_ALWAYS_INLINE Vec query(const float* q) {
+    return V::load_once(q + Part * V::width);
+  }
+  template <Index Part>
+  static EIGEN_ALWAYS_INLINE Vec key(const bfloat16* k) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k));
+    if constexpr (Part == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  }
+  template <Index Part>
+  static EIGEN_ALWAYS_INLINE Vec key_n(const Key* k, Index n) {
+    Key copy[std::size_t(width)] = {};
+    std::copy_n(k, n, copy);
+    return key<Part>(copy);
+  }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return V::fma(q, k, sum); }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const float* factor, const std::int32_t*,
+                                         float* to) {
+    V::store(to, V::mul(V::sum_each(sum), V::load(factor)));
+  }
+  static float round(const float* query, Index n, float* to, std::int32_t&) {
+    for (Index i = 0; i < n; ++i) to[i / width * width + i % 2 * V::width + i % width / 2] = query[i];
+    return 1.0F;
+  }
+};
+#endif
+
+#ifdef QKV_DETAIL_WORDS
+/// q·k of int8 rows in integers (simd/words.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
+/// a sum, 128·Σq, is taken off at the end.
+struct QuadsDot {
+  using V = Simd<float>;
+  using Vec = QuadDot::Sum;
+  using Scalar = float;
+  using Key = std::int8_t;
+  using Query = std::int8_t;
+  static constexpr const char* name = " multiplied in int8, values in int16";
+  static constexpr Index width = 64, lanes = 16, parts = 1;
+  static constexpr Index least_group = 2;  // one query waits for memory anyway
+
+  static EIGEN_ALWAYS_INLINE Vec zero() { return (Vec)_mm512_setzero_si512(); }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec query(const std::int8_t* q) {
+    __m512i v = _mm512_loadu_si512(q);
+    detail::hold(v);
+    return (Vec)v;
+  }
+  static EIGEN_ALWAYS_INLINE Vec plus_128(__m512i k) { return (Vec)_mm512_xor_si512(k, _mm512_set1_epi8(-128)); }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) {
+    return plus_128(_mm512_loadu_si512(k));
+  }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec key_n(const std::int8_t* k, Index n) {
+    return plus_128(row_words(k, n, 0));
+  }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
+    return QuadDot::dot(sum, (__m512i)q, (__m512i)k);
+  }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[16], const float* factor, const std::int32_t* shift, float* to) {
+    const __m512i products = _mm512_sub_epi32((__m512i)detail::sum_each_16(sum), _mm512_loadu_si512(shift));
+    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(products), _mm512_loadu_ps(factor)));
+  }
+  static float round(const float* query, Index n, std::int8_t* to, std::int32_t& shift) {
+    const float scale = quantize_row(query, n, to);
+    shift = 0;
+    for (Index i = 0; i < n; ++i) shift += 128 * to[i];
+    return scale / headroom<Key>;
+  }
+};
+#elif defined(QKV_DETAIL_SHORTS)
+/// q·k of int8 rows in int16 (simd/shorts.hpp): queries with one scale each, keys widened once for all of them: 1.7 times
+/// as fast as widened to float (Zen 3, four queries of 128).
+struct PairsDot {
+  using V = Simd<float>;
+  using Vec = Words;
+  using Scalar = float;
+  using Key = std::int8_t;
+  using Query = std::int16_t;
+  static constexpr const char* name = " multiplied in int16";
+  static constexpr Index width = short_lanes, lanes = V::width, parts = 1;
+  static constexpr Index least_group = 1;  // widening to float takes longer than memory even for one query
+
+  static EIGEN_ALWAYS_INLINE Vec zero() { return broadcast_word(0); }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec query(const std::int16_t* q) {
+    Vec v = load_words(q);
+    detail::hold(v);
+    return v;
+  }
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) {
+    return widen_bytes(load_bytes(k));
+  }
+  template <Index Part>
+  static EIGEN_ALWAYS_INLINE Vec key_n(const Key* k, Index n) {
+    Key copy[std::size_t(width)] = {};
+    std::copy_n(k, n, copy);
+    return key<Part>(copy);
+  }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return add_products(sum, q, k); }
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const float* factor, const std::int32_t*,
+                                         float* to) {
+    V::store(to, V::mul(words_to_float(sum_each(sum)), V::load(factor)));
+  }
+  static float round(const float* query, Index n, std::int16_t* to, std::int32_t&) {
+    return quantize_row(query, n, to, static_cast<float>(largest_short(n))) / headroom<Key>;
+  }
+};
+#endif
+
+/// What Arithmetic::automatic multiplies in. Groups of less than NarrowDot::least_group query heads are exact all the same.
+template <class T, class S>
+struct NarrowDotOf {
+  using Type = WidenedDot<T, S>;
+};
+#ifdef QKV_DETAIL_WORDS
+template <>
+struct NarrowDotOf<float, std::int8_t> {
+  using Type = QuadsDot;
+};
+#elif defined(QKV_DETAIL_SHORTS)
+template <>
+struct NarrowDotOf<float, std::int8_t> {
+  using Type = PairsDot;
+};
+#endif
+template <class T, class S>
+using NarrowDot = typename NarrowDotOf<T, S>::Type;
+
+/// Whether decode multiplies q·k in narrower numbers than the scalar's for groups of so many query heads.
+template <class T, class S>
+constexpr bool decode_is_narrow(Arithmetic arithmetic, Index group_size) {
+  using D = NarrowDot<T, S>;
+  return !std::is_same_v<D, WidenedDot<T, S>> && arithmetic != Arithmetic::exact && group_size >= D::least_group;
+}
+
+}}}  // namespace qkv::QKV_ABI::kernel
+
+#include "../../base/warnings_on.hpp"

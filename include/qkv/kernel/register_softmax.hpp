@@ -1,0 +1,228 @@
+// kernel/register_softmax.hpp — scores of one register of queries become weights, lane by lane.
+//
+//     m = max_c s(c)      s(c) ← 2^((s(c) - base)·to_log2)      Σ_c of the new s(c)        s(c) at [column][lanes]
+//
+// Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
+// In bfloat16 the rounded weights are summed. NaN: a maximum may pass it over, the sum never does.
+//
+// In 8 bits (Bytes) and 15 bits (Shorts) what is rounded is the weight times the scale of the value row, in steps of 1/255
+// or 1/32767 of the largest such product of the block and lane: a sink with a small value costs no precision. Products are
+// of weights, powers of distances from the maximum: they keep their precision however large the scores are. Shorts: two
+// partial sums, by column modulo 2.
+//
+// Before: kernel/tiled/query_state.hpp   Next: kernel/value_tile.hpp
+#pragma once
+
+#include <cstring>
+#include <numbers>
+
+#include "../simd/simd.hpp"
+#include "arithmetic.hpp"
+#include "tiled/packed_kv.hpp"
+
+#include "../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
+
+template <class T>
+inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
+
+/// The numbers that weights become in the arithmetic A: of T, or pairs of bfloat16. A column has `lanes` scores.
+template <class A, Index lanes = TileShape<typename A::Scalar>::columns>
+class PanelSoftmax {
+  using T = typename A::Scalar;
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+
+ public:
+  /// One step of the running softmax, for a register of lanes: the scores s of columns [begin, end) become weights, m and l
+  /// the maximum and the sum with them, `keep` the factor of what was summed up before,
+  ///
+  ///     m' = max(m, max_c s(c))     keep = e^(unit·(m - m'))     s(c) ← e^(unit·(s(c) - m'))     l ← keep·l + Σ_c s(c)
+  ///
+  /// Weights in steps: times `scales` of the value rows, and `worth` is what one step is worth. True where a maximum has moved,
+  /// so that keep is not 1. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+  static bool step(T* s, Index begin, Index end, Vec unit, [[maybe_unused]] const float* scales, T* m, T* l, T* keep,
+                   [[maybe_unused]] T* worth) {
+    const Vec old = V::load(m), now = V::max(old, largest(s, begin, end));
+    const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // the lane has seen no key yet
+    const Vec base = V::select(nothing, V::zero(), now), log2_e = V::broadcast(kernel::log2_e<T>);
+    const Vec to_log2 = V::select(nothing, log2_e, V::mul(log2_e, unit));  // a query of NaN has no unit
+    const Vec factor = V::weight(V::sub(old, base), to_log2);
+    Vec sum;
+    if constexpr (A::steps) {
+      const Steps w = weigh_steps(s, begin, end, base, to_log2, scales);
+      sum = w.sum;
+      V::store(worth, w.step);
+    } else {
+      sum = weigh(s, begin, end, base, to_log2);
+    }
+    V::store(l, V::fma(V::load(l), factor, sum));
+    V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
+    V::store(keep, factor);
+    return V::any(V::less(old, now));
+  }
+
+  /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
+  static Vec largest(const T* s, Index begin, Index end) {
+    Vec w = V::broadcast(detail::minus_infinity<T>), x = w, y = w, z = w;
+    Index c = begin;
+    for (; c + 4 <= end; c += 4) {
+      w = V::max(w, V::load(s + c * lanes));
+      x = V::max(x, V::load(s + (c + 1) * lanes));
+      y = V::max(y, V::load(s + (c + 2) * lanes));
+      z = V::max(z, V::load(s + (c + 3) * lanes));
+    }
+    for (; c < end; ++c) w = V::max(w, V::load(s + c * lanes));
+    return V::max(V::max(w, x), V::max(y, z));
+  }
+
+  /// Weights in place of the scores, and their sum. In pairs, columns c and c + 1 go to row c / 2.
+  static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2) {
+    Index c = begin;
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::words) {
+      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+      Vec w = V::zero(), x = w;
+      for (; c + 4 <= end; c += 4) {
+        w = PairDot::dot(w, put_pair(s, c, true, base, to_log2), ones);
+        x = PairDot::dot(x, put_pair(s, c + 2, true, base, to_log2), ones);
+      }
+      if (c < end) w = PairDot::dot(w, put_pair(s, c, c + 1 < end, base, to_log2), ones);
+      if (c + 2 < end) x = PairDot::dot(x, put_pair(s, c + 2, false, base, to_log2), ones);
+      return V::add(w, x);
+    }
+#endif
+    Vec w = V::zero(), x = w, y = w, z = w;
+    if constexpr (!A::words) {
+      for (; c + 4 <= end; c += 4) {
+        w = V::add(w, put(s, c, base, to_log2));
+        x = V::add(x, put(s, c + 1, base, to_log2));
+        y = V::add(y, put(s, c + 2, base, to_log2));
+        z = V::add(z, put(s, c + 3, base, to_log2));
+      }
+      if (c < end) w = V::add(w, put(s, c, base, to_log2));
+      if (c + 1 < end) x = V::add(x, put(s, c + 1, base, to_log2));
+      if (c + 2 < end) y = V::add(y, put(s, c + 2, base, to_log2));
+    }
+    return V::add(V::add(w, x), V::add(y, z));
+  }
+
+  /// The weight of one pair, as it is multiplied: in steps, where weights are.
+  static T weight(const T* s, Index c, Index lane) {
+    if constexpr (A::steps) {
+      constexpr Index bits = 32 / A::keys;
+      Word several;
+      std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
+      return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
+    } else if constexpr (A::words) {
+      const Word pair = reinterpret_cast<const Word*>(s)[c / 2 * lanes + lane];
+      const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
+      T value;
+      std::memcpy(&value, &bits, sizeof bits);
+      return value;
+    } else {
+      return s[c * lanes + lane];
+    }
+  }
+
+ private:
+  /// Weights 2^((s - base)·to_log2) in steps of `step` over the scale of a row, and their sum.
+  struct Steps {
+    Vec step, sum;
+  };
+#ifdef QKV_DETAIL_SHORTS
+  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite. First the products with them take the place of the
+  /// scores, then whole steps that of the products.
+  static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+    Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
+    const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
+      const Vec weight = V::weight_short(V::sub(V::load(at), base), to_log2);
+      const Vec product = V::mul(weight, V::broadcast(scale));
+      V::store(at, product);
+      total = V::add(total, weight), top = V::max(top, product);
+    };
+    const Index pairs = (end - begin) / 2;
+    const bool rest = (end - begin) % 2 == 1;
+    T* at = s + begin * lanes;
+    const float* scale = scales + begin;
+    for (Index i = pairs; i > 0; --i, at += 2 * lanes, scale += 2)
+      put(at, scale[0], even, even_top), put(at + lanes, scale[1], odd, odd_top);
+    if (rest) put(at, scale[0], even, even_top);
+    const Vec sum = V::add(even, odd), top = V::max(even_top, odd_top);
+    // Not less than 2⁻¹²⁶, so that its inverse is finite. A weight of NaN is in the sum, whatever the maximum made of it.
+    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-126F));
+    const Vec inverse = V::div(V::broadcast(1), step);
+    step = V::fma(V::zero(), sum, step);
+    // Cut off after adding a half: no rounding mode makes 32768 of the largest.
+    const auto rounded = [&](const T* product) {
+      return cut_to_words(V::fma(V::load(product), inverse, V::broadcast(0.5F)));
+    };
+    at = s + begin * lanes;
+    T* to = s + begin / 2 * lanes;
+    for (Index i = pairs; i > 0; --i, at += 2 * lanes, to += lanes)
+      store_words(to, to_pairs(rounded(at), rounded(at + lanes)));
+    if (rest) store_words(to, to_pairs(rounded(at), broadcast_word(0)));
+    return {step, sum};
+  }
+#endif
+#ifdef QKV_DETAIL_WORDS
+  /// Bytes: the same, columns c … c + 3 to row c / 4.
+  static Steps weigh_bytes(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+    Vec w = V::zero(), x = w, y = w, z = w, w_top = w, x_top = w, y_top = w, z_top = w;
+    const auto put = [&](Index c, Vec& total, Vec& top) {
+      const Vec weight = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
+      const Vec product = V::mul(weight, V::broadcast(scales[c]));
+      V::store(s + c * lanes, product);
+      total = V::add(total, weight), top = V::max(top, product);
+    };
+    const Index whole = begin + (end - begin) / 4 * 4;  // columns before it fill rows
+    for (Index c = begin; c < whole; c += 4)
+      put(c, w, w_top), put(c + 1, x, x_top), put(c + 2, y, y_top), put(c + 3, z, z_top);
+    if (whole < end) put(whole, w, w_top);
+    if (whole + 1 < end) put(whole + 1, x, x_top);
+    if (whole + 2 < end) put(whole + 2, y, y_top);
+    const Vec sum = V::add(V::add(w, x), V::add(y, z));
+    const Vec top = V::max(V::max(w_top, x_top), V::max(y_top, z_top));
+    Vec step = V::max(V::mul(top, V::broadcast(1.0F / 255)), V::broadcast(0x1p-126F));
+    const Vec inverse = V::div(V::broadcast(1), step);
+    step = V::fma(V::zero(), sum, step);
+    const auto rounded = [&](Index c) { return _mm512_cvtps_epi32(V::mul(V::load(s + c * lanes), inverse)); };
+    const auto rounded_if = [&](Index c) { return c < end ? rounded(c) : _mm512_setzero_si512(); };
+    Word* const to = reinterpret_cast<Word*>(s);
+    for (Index c = begin; c < whole; c += 4)
+      store_words(to + c / 4 * lanes, to_bytes(rounded(c), rounded(c + 1), rounded(c + 2), rounded(c + 3)));
+    if (whole < end)
+      store_words(to + whole / 4 * lanes,
+                  to_bytes(rounded(whole), rounded_if(whole + 1), rounded_if(whole + 2), rounded_if(whole + 3)));
+    return {step, sum};
+  }
+#endif
+  static Steps weigh_steps(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+#ifdef QKV_DETAIL_WORDS
+    if constexpr (A::bytes) return weigh_bytes(s, begin, end, base, to_log2, scales);
+#endif
+#ifdef QKV_DETAIL_SHORTS
+    if constexpr (A::shorts) return weigh_shorts(s, begin, end, base, to_log2, scales);
+#endif
+  }
+
+  static EIGEN_ALWAYS_INLINE Vec put(T* s, Index c, Vec base, Vec to_log2) {
+    const Vec weight = V::weight(V::sub(V::load(s + c * lanes), base), to_log2);
+    V::store(s + c * lanes, weight);
+    return weight;
+  }
+#ifdef QKV_DETAIL_WORDS
+  static EIGEN_ALWAYS_INLINE __m512i put_pair(float* s, Index c, bool second, Vec base, Vec to_log2) {
+    const Vec low = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
+    const Vec high = second ? V::weight_short(V::sub(V::load(s + (c + 1) * lanes), base), to_log2) : V::zero();
+    const __m512i pair = to_pairs(low, high);
+    store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
+    return pair;
+  }
+#endif
+};
+
+}}}  // namespace qkv::QKV_ABI::kernel
+
+#include "../base/warnings_on.hpp"

@@ -1,0 +1,187 @@
+// kernel/tiled/tiled.hpp — many queries against many keys: lanes are queries, and one inner loop serves both products.
+//
+//                 blocks of keys, on a fixed grid of positions
+//               ┌──────┬──────┬──────┬──────┐        for a block of queries, in panels of one register row each:
+//     panels of │ all  │ all  │ some │ none │          Sᵀ = K Qᵀ      [keys, lanes]   broadcast K, vector Q
+//     queries   │ all  │ some │ none │ none │          m, Sᵀ ← e^(s - m), l             lane by lane: no sums across lanes
+//               └──────┴──────┴──────┴──────┘          Oᵀ += Vᵀ Sᵀ     [v_dim, lanes]  broadcast V, vector Sᵀ
+//
+//     Q is packed [panel][head_dim][lanes] with its scale's sign; K and V as in kernel/tiled/packed_kv.hpp, once per kv head for all
+//     query blocks and the whole group. Oᵀ is turned back when a section ends. Nothing of size n_queries·n_keys exists.
+//
+// What a mask hides in whole is never computed: kernel/tiled/block_mask.hpp. Every element of S is one multiply-add chain in
+// ascending order of features, every element of O one in ascending order of keys for each section of the positions, merged
+// section by section, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at once, and errors
+// do not grow with the number of keys. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice.
+//
+// Before: kernel/decode/int8_row_pairs.hpp   Next: kernel/tiled/step.hpp
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+#include "../../parallel.hpp"
+#include "../../product/register_tile.hpp"
+#include "../../workspace.hpp"
+#include "../task.hpp"
+#include "pack_queries.hpp"
+#include "packed_kv.hpp"
+#include "query_state.hpp"
+#include "step.hpp"
+
+#include "../../base/warnings_off.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
+
+/// Queries of one work item: a few panels, so that a block of keys is used while it is in the cache.
+inline constexpr Index tile_queries = 192;
+
+/// Positions whose keys are summed in one chain. The error of a chain grows with its length, where rows repeat in
+/// proportion to it; a merge takes 0.3 % of the section's time.
+inline constexpr Index section_keys = 24 * tile_keys;
+
+/// Scratch of one work item.
+template <class T>
+struct TiledScratch {
+  static constexpr Index lanes = TileShape<T>::columns;
+  static constexpr Index panels = (tile_queries + lanes - 1) / lanes;
+
+  T *q, *s, *o, *m, *l, *unit;
+  bool* hidden;  // [tile_keys, lanes]: pairs of the rows that are not finite
+
+  TiledScratch(detail::Carver& carver, Index head_dim, Index v_head_dim)
+      : q(carver.take<T>(panels * head_dim * lanes)),
+        s(carver.take<T>(tile_keys * lanes)),
+        o(carver.take<T>(panels * TileShape<T>::tail_height(v_head_dim) * lanes)),
+        m(carver.take<T>(panels * lanes)),
+        l(carver.take<T>(panels * lanes)),
+        unit(carver.take<T>(panels * lanes)),
+        hidden(carver.take<bool>(tile_keys * lanes)) {}
+
+  static std::size_t bytes(Index head_dim, Index v_head_dim) {
+    detail::Carver carver(nullptr);
+    TiledScratch(carver, head_dim, v_head_dim);
+    return carver.used();
+  }
+};
+
+/// One head and one block of queries against all packed keys of its kv head.
+template <class A>
+class Tiled {
+  using T = typename A::Scalar;
+  using Number = typename A::Number;
+  using V = Simd<T>;
+  static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
+
+ public:
+  Tiled(const QueryTask<T>& task, const BlockSource<A>& source, const StateView<T>& state, const Panels<A>& panels,
+        Index n_blocks, Index head, Index query, std::byte* scratch)
+      : task_(task),
+        source_(source),
+        state_(state),
+        panels_(panels),
+        n_blocks_(n_blocks),
+        head_(head),
+        query_(query),
+        n_queries_(std::min(tile_queries, task.n_queries() - query)),
+        carver_(scratch),
+        scratch_(carver_, task.head_dim, task.v_head_dim),
+        step_(task, source, panels, head, scratch_.s, scratch_.hidden) {}
+
+  /// Merges all keys of the task into the state of these queries; done(query, n_queries, head, 1) for some at a time.
+  void run(detail::FunctionRef<void(Index, Index, Index, Index)> done) {
+    const Index n_panels = (n_queries_ + lanes - 1) / lanes;
+    // The blocks that these queries see anything of lie in [first, last].
+    Index first = 0, last = n_blocks_ - 1;
+    while (first <= last && !seen(first)) ++first;
+    while (first < last && !seen(last)) --last;
+    if (first > last)
+      for (Index p = 0; p < n_panels; ++p) load_panel(p);
+    Index section = first <= last ? section_of(first) : 0;
+    for (Index b = first; b <= last; ++b) {
+      if (b != first && b != last && !seen(b)) continue;
+      const bool next_section = section_of(b) != section;
+      section = section_of(b);
+      if (!panels_.blocks[b].packed) source_.pack(panels_, task_.heads.kv_head(head_), b);
+      for (Index p = 0; p < n_panels; ++p) {
+        if (b == first) load_panel(p);
+        if (next_section) merge(p), sums(p).clear(task_.v_head_dim);
+        fetch_.clear();
+        if (b == last || section_of(b + 1) != section)
+          fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim), state_.weighted.outerStride(),
+                                   task_.v_head_dim, panel_queries(p), true));
+        if (b == last && p + 1 == n_panels)  // of the item that is likely to come next
+          fetch_queries(query_ + n_queries_);
+        fetch_block(b + 1, p, n_panels);
+        if (b == first && p + 1 < n_panels) fetch_queries(query_ + (p + 1) * lanes);
+        step_.run(b, {query_ + p * lanes, panel_queries(p), q(p), sums(p)}, fetch_);
+      }
+    }
+    for (Index p = 0; p < n_panels; ++p) {
+      merge(p);
+      done(query_ + p * lanes, panel_queries(p), head_, 1);
+    }
+  }
+
+ private:
+  Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
+  Number* q(Index p) const { return reinterpret_cast<Number*>(scratch_.q) + p * panels_.key_depth() * lanes; }
+  T* o(Index p) const { return scratch_.o + p * panels_.value_rows() * lanes; }
+  PanelSums<T> sums(Index p) const {
+    return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes, o(p)};
+  }
+
+  Index section_of(Index b) const { return panels_.blocks[b].cell.first / section_keys; }
+  void merge(Index p) const {
+    merge_panel(sums(p), task_.rule.plain, state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim);
+  }
+
+  /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
+  void load_panel(Index p) {
+    const Index n = panel_queries(p);
+    const T scale = std::max(task_.scale < 0 ? -task_.scale : task_.scale, std::numeric_limits<T>::min());
+    std::fill_n(scratch_.unit + p * lanes, lanes, scale);
+    for (Index v = 0; v < vectors; ++v) {
+      const Index first = p * lanes + v * V::width, some = std::clamp<Index>(n - v * V::width, 0, V::width);
+      const QueryRows<T> from{task_.query(query_ + first, head_), task_.q.outerStride(), some, task_.head_dim,
+                              task_.scale < 0 ? T(-1) : T(1)};
+      pack_queries(A{}, from, q(p) + v * V::width, lanes, scratch_.unit + first);
+    }
+    sums(p).clear(task_.v_head_dim);
+  }
+  /// Whether a query of this item may see a key of block b.
+  bool seen(Index b) const {
+    for (const GridPiece& piece : GridPieces(source_.runs, tile_keys, panels_.blocks[b].cell))
+      if (task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, piece, 0, piece.count)) != Cover::none) return true;
+    return false;
+  }
+  void fetch_queries(Index query) {
+    const Index n = std::min(lanes, task_.n_queries() - query);
+    if (n > 0) fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim, n));
+  }
+  /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
+  void fetch_block(Index b, Index p, Index n_panels) {
+    if (b >= n_blocks_ || panels_.blocks[b].packed) return;
+    const KeyBlock& block = panels_.blocks[b];
+    const Index held = std::min(source_.runs[block.cell.run].rows - block.cell.row, block.count);
+    const Index begin = held * p / n_panels, n = held * (p + 1) / n_panels - begin;
+    if (n > 0)
+      source_.prefetch_rows(source_.keys, task_.heads.kv_head(head_), block.cell.run, block.cell.row + begin, n,
+                            fetch_);
+  }
+
+  const QueryTask<T>& task_;
+  const BlockSource<A>& source_;
+  const StateView<T>& state_;
+  const Panels<A>& panels_;
+  Index n_blocks_, head_, query_, n_queries_;
+  detail::Carver carver_;
+  TiledScratch<T> scratch_;
+  FetchList fetch_;
+  PanelStep<A> step_;
+};
+
+}}}  // namespace qkv::QKV_ABI::kernel
+
+#include "../../base/warnings_on.hpp"

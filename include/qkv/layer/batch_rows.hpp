@@ -1,0 +1,49 @@
+// layer/batch_rows.hpp — a batch of sequences as a layer has it, and parts of what their caches hold.
+//
+// Before: layer/common.hpp   Next: layer/batch.hpp
+#pragma once
+
+#include <span>
+
+#include "../call/dispatch.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace detail {
+
+/// The batch as the layer has it: rows row_offsets[s] … of q and context belong to caches[s], which holds them already.
+template <class T, class C>
+struct Batch {
+  View<T> context;  // [n, heads·v_head_dim]
+  View<T> q;        // [n, heads·head_dim]
+  std::span<const Index> row_offsets;
+  std::span<C* const> caches;
+  Heads heads;
+  Options<T> options;  // scale, sinks, kernel, arithmetic
+
+  Index size() const { return static_cast<Index>(caches.size()); }
+  const C& cache(Index s) const { return *caches[static_cast<std::size_t>(s)]; }
+  Index first(Index s) const { return row_offsets[static_cast<std::size_t>(s)]; }
+  Index n(Index s) const { return first(s + 1) - first(s); }
+  Index first_position(Index s) const { return cache(s).position() - n(s); }
+};
+
+/// Rows [row, …) of what a cache holds, for a row that begins a run.
+template <StorageType S>
+KeyRows<S> rows_from(KeyRows<S> keys, Index row) {
+  while (!keys.runs.empty() && row > 0) {
+    const Index count = keys.runs.front().rows;
+    keys.runs = keys.runs.subspan(1);
+    keys.rows -= count, keys.first_row += count, row -= count;
+  }
+  return keys;
+}
+template <StorageType S>
+KeyRows<S> rows_before(KeyRows<S> keys, Index row) {
+  std::size_t runs = 0;
+  Index rows = 0;
+  while (runs < keys.runs.size() && rows < row) rows += keys.runs[runs++].rows;
+  keys.runs = keys.runs.first(runs);
+  keys.rows = rows;
+  return keys;
+}
+
+}}}  // namespace qkv::QKV_ABI::detail

@@ -1,0 +1,194 @@
+// layer/shared_prefix.hpp — attention over the rows that several sequences of a batch begin with, once for all of them.
+//
+// Opt-in: sequences whose page tables begin with the same pages attend to those together. All their queries, and all heads
+// of a group, are the queries of one call, so a prefix row is read once for all of them; each sequence then merges its own
+// rows. The same sums in another bracketing: equal within rounding, not in bits. Juravsky et al. 2024, arXiv:2402.05099.
+//
+// Before: layer/batch.hpp   Next: layer/ring_positions.hpp
+#pragma once
+
+#include <algorithm>
+#include <span>
+
+#include "batch_rows.hpp"
+#include "common.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace detail {
+
+/// Rows of whole pages with which both sequences begin.
+template <class C>
+Index shared_rows(const C& a, const C& b) {
+  if constexpr (PooledCache<C>) {
+    if (a.pool() == nullptr || a.pool() != b.pool()) return 0;
+    const auto x = a.pages(), y = b.pages();
+    const auto most = static_cast<std::size_t>(std::min(a.rows(), b.rows()) / a.page_tokens());
+    std::size_t pages = 0;
+    while (pages < most && x[pages] == y[pages]) ++pages;
+    return static_cast<Index>(pages) * a.page_tokens();
+  } else {
+    return 0;
+  }
+}
+
+/// Sequences [first, last) of the batch, and the rows that all of them (those with queries) begin with.
+struct SharedPrefix {
+  Index first = 0, last = 0, rows = 0;
+};
+
+/// From sequence `first` on: takes in neighbours as long as that saves more rows of reading.
+template <class T, class C>
+SharedPrefix shared_prefix(const Batch<T, C>& batch, Index first) {
+  SharedPrefix group{first, first + 1, 0};
+  if (batch.n(first) == 0) return group;
+  for (Index members = 1, s = first + 1; s < batch.size(); ++s) {
+    if (batch.n(s) == 0) continue;
+    const Index rows = shared_rows(batch.cache(first), batch.cache(s));
+    const Index shorter = members == 1 ? rows : std::min(rows, group.rows);
+    if (shorter == 0 || members * shorter < (members - 1) * group.rows) break;
+    group.rows = shorter, group.last = s + 1, ++members;
+  }
+  return group;
+}
+
+/// Query row i of the common call is query row i / group_size of these sequences, head i % group_size of the kv group.
+struct Stacked {
+  std::span<const Index> row_offsets;  // of the group's sequences, from the batch's rows
+  const Index* first_position;         // of each
+  Index group_size;
+  Index first, count;  // the first of them in the batch, and how many the batch has
+
+  std::size_t sequence(Index row) const {
+    const auto after = std::upper_bound(row_offsets.begin(), row_offsets.end(), row + row_offsets.front());
+    return static_cast<std::size_t>(after - row_offsets.begin()) - 1;
+  }
+  /// What a mask or score is to sequence s of the group, or to that of a query.
+  template <class M>
+  decltype(auto) of(const M& mask, std::size_t s) const {
+    return of_sequence(mask, first + static_cast<Index>(s), count);
+  }
+  template <class M>
+  decltype(auto) of_its_sequence(const M& mask, const At& at) const {
+    return of(mask, OfSequence<M>::differs ? sequence(at.query / group_size) : 0);
+  }
+  At at(At at) const {
+    const Index row = at.query / group_size;
+    const std::size_t s = sequence(row);
+    at.head = at.head * group_size + at.query % group_size;
+    at.query = row + row_offsets.front() - row_offsets[s];
+    at.query_position = first_position[s] + at.query;
+    return at;
+  }
+};
+
+template <class M>
+struct StackedMask {
+  const M& mask;
+  const Stacked& stacked;
+
+  bool sees(const At& at) const { return stacked.of_its_sequence(mask, at).sees(stacked.at(at)); }
+  Cover cover(const Block& block) const {
+    Cover least = Cover::all, most = Cover::none;
+    const Index group = stacked.group_size, end = (block.query + block.n_queries - 1) / group + 1;
+    for (Index row = block.query / group; row < end;) {
+      const std::size_t s = stacked.sequence(row);
+      const Index next = std::min(end, stacked.row_offsets[s + 1] - stacked.row_offsets.front());
+      for (Index g = 0; g < group; ++g) {
+        Block part = block;
+        part.head = block.head * group + g;
+        part.query = row + stacked.row_offsets.front() - stacked.row_offsets[s];
+        part.n_queries = next - row;
+        part.query_position = stacked.first_position[s] + part.query;
+        const Cover c = detail::cover(stacked.of(mask, s), part);
+        least = std::min(least, c), most = std::max(most, c);
+      }
+      row = next;
+    }
+    return least == most ? least : Cover::some;
+  }
+};
+
+template <class F>
+struct StackedScore {
+  const F& score;
+  const Stacked& stacked;
+  template <class T>
+  T operator()(T s, const At& at) const {
+    return stacked.of_its_sequence(score, at)(s, stacked.at(at));
+  }
+};
+/// A score that does not ask where it is needs no disguise, and keeps its vectors.
+inline Plain stacked_score(const Plain& score, const Stacked&) { return score; }
+inline SoftCap stacked_score(const SoftCap& score, const Stacked&) { return score; }
+template <class F>
+StackedScore<F> stacked_score(const F& score, const Stacked& stacked) {
+  return {score, stacked};
+}
+
+/// The states of all queries of a group over its prefix.
+template <class T>
+class PrefixStates {
+ public:
+  template <class C, class M, class F>
+  PrefixStates(const Batch<T, C>& batch, const SharedPrefix& group, const M& mask, const F& score, Workspace& workspace,
+               const AnyExecutor& executor)
+      : first_row_(batch.first(group.first)),
+        group_(batch.heads.group_size()),
+        state_{nullptr, nullptr, View<T>(nullptr, 0, 0, Eigen::OuterStride<>(0)), batch.heads.kv_heads},
+        lease_(workspace.lease(carve(batch, group, nullptr))) {
+    carve(batch, group, lease_.data());
+    const auto keys = rows_before(batch.cache(group.first).key_rows(), group.rows);
+    const Index d = keys.head_dim, kv_heads = batch.heads.kv_heads, n = q_.rows();
+    for (Index s = group.first; s < group.last; ++s) positions_[s - group.first] = batch.first_position(s);
+    for (Index i = 0; i < n; ++i)
+      for (Index h = 0; h < kv_heads; ++h)
+        std::copy_n(&batch.q.coeffRef(first_row_ + i / group_, (h * group_ + i % group_) * d), d,
+                    &q_.coeffRef(i, h * d));
+    const Stacked stacked{batch.row_offsets.subspan(static_cast<std::size_t>(group.first),
+                                                    static_cast<std::size_t>(group.last - group.first) + 1),
+                          positions_, group_, group.first, batch.size()};
+    const StackedMask<M> stacked_mask{mask, stacked};
+    const auto f = stacked_score(score, stacked);
+    // Positions are the mask's business; 0 keeps the kernel's own away from overflow.
+    Options<T> options = batch.options;
+    options.first_position = 0;
+    const auto rule = rule_of<T, typename C::Storage>(stacked_mask, f);
+    const auto task = make_task(ConstView<T>(q_.data(), n, q_.cols(), Eigen::OuterStride<>(q_.outerStride())), keys,
+                                {kv_heads, kv_heads}, rule, options, 0);
+    launch(choose_kernel<T>(options.kernel, n, decode_max_stacked_queries), task, rule, state_, workspace, executor,
+           nothing_more);
+  }
+
+  /// Copies the states of query rows [row, row + to's rows) of the batch and some heads: what their own rows merge into.
+  void copy_to(const kernel::StateView<T>& to, Index row, Index n, Index first_head, Index v_head_dim) const {
+    for (Index i = 0; i < n; ++i)
+      for (Index h = 0; h < to.heads; ++h) {
+        const Index from = (row - first_row_ + i) * group_ + (first_head + h) % group_,
+                    kv_head = (first_head + h) / group_;
+        to.m(i, h) = state_.m(from, kv_head);
+        to.l(i, h) = state_.l(from, kv_head);
+        std::copy_n(state_.o(from, kv_head, v_head_dim), v_head_dim, to.o(i, h, v_head_dim));
+      }
+  }
+
+ private:
+  template <class C>
+  std::size_t carve(const Batch<T, C>& batch, const SharedPrefix& group, std::byte* base) {
+    const auto& cache = batch.cache(group.first);
+    const Index n = (batch.first(group.last) - first_row_) * group_, kv_heads = batch.heads.kv_heads;
+    Carver carver(base);
+    carve_matrix(carver, q_, n, kv_heads * cache.head_dim());
+    carve_matrix(carver, state_.weighted, n, kv_heads * cache.v_head_dim());
+    state_.maximum = carver.take<T>(n * kv_heads);
+    state_.sum = carver.take<T>(n * kv_heads);
+    positions_ = carver.take<Index>(group.last - group.first);
+    return carver.used();
+  }
+
+  Index first_row_, group_;
+  View<T> q_{nullptr, 0, 0, Eigen::OuterStride<>(0)};  // [rows·group, kv_heads·head_dim]
+  kernel::StateView<T> state_;                         // heads: kv_heads
+  Index* positions_ = nullptr;
+  Workspace::Lease lease_;
+};
+
+}}}  // namespace qkv::QKV_ABI::detail
