@@ -15,7 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../product/register_tile.hpp"
+#include "simd.hpp"
 #include "simd.hpp"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
