@@ -7,7 +7,7 @@
 // Keys and values are never expanded; `repeat_kv_heads` does it for teaching and for tests.
 // GQA: Ainslie et al. 2023, arXiv:2305.13245. MQA: Shazeer 2019, arXiv:1911.02150.
 //
-// Before: projection.hpp   Next: mask.hpp
+// Before: projection.hpp   Next: mask_protocol.hpp
 #pragma once
 
 #include "matrix.hpp"

@@ -11,7 +11,9 @@
 // and never add minus infinity to everything. `some` is always a legal answer. A mask that says so (`ignores_heads`) is asked
 // once for all heads.
 //
-// Before: heads.hpp   Next: data_masks.hpp
+// What a mask may answer beyond sees(at): mask_protocol.hpp.
+//
+// Before: mask_protocol.hpp   Next: data_masks.hpp
 #pragma once
 
 #include <algorithm>
@@ -20,135 +22,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "base/overlap.hpp"
-#include "matrix.hpp"
+#include "mask_protocol.hpp"
 
 namespace qkv { inline namespace QKV_ABI {
-
-/// One (query, key) pair. `query` and `key` count rows inside the sequence; positions are absolute.
-struct At {
-  Index sequence = 0, head = 0;
-  Index query = 0, key = 0;
-  Index query_position = 0, key_position = 0;
-};
-
-/// A rectangle of pairs: queries first … and keys first … at consecutive positions; never empty.
-struct Block {
-  Index sequence = 0, head = 0;
-  Index query = 0, n_queries = 1, query_position = 0;  // first row, how many, position of the first
-  Index key = 0, n_keys = 1, key_position = 0;
-
-  constexpr Index last_query_position() const { return query_position + n_queries - 1; }
-  constexpr Index last_key_position() const { return key_position + n_keys - 1; }
-};
-
-enum class Cover { none, some, all };
-
-/// What a call looks like to a mask or score that wants to check its operands against it before anything is written.
-struct CallShape {
-  Index sequences = 1, heads = 1;
-  Index sequence = 0, n_queries = 0, n_keys = 0;  // of this sequence
-  Index first_position = 0;                       // of its first query
-  Index last_key_position = -1;                   // of its last key
-  detail::Footprint output = {};                  // what the call writes: its output …
-  detail::Footprint log_sum_exp = {};             // … and, where it was asked for, the log-sum-exp
-
-  /// Raises where the call would write into an operand. x: a matrix, or a span of const.
-  template <class X>
-  void require_unwritten(const X& x, const char* name) const {
-    const detail::Footprint operand = detail::footprint(x);
-    detail::require(!detail::share_an_element(output, operand) && !detail::share_an_element(log_sum_exp, operand),
-                    "the output (and the log-sum-exp) must not share elements with the operand of ", name);
-  }
-};
-
-/// Of a block with one key: the queries [begin, end) that see it. Of a block with one query: the keys [begin, end) that it
-/// sees. `exact` false: the mask cannot say it as one interval.
-struct SeenBy {
-  Index begin = 0, end = 0;
-  bool exact = true;
-};
-
-template <class M>
-concept Mask = requires(const M& mask, const At& at) {
-  { mask.sees(at) } -> std::convertible_to<bool>;
-};
-
-/// A predicate that can stand where a mask is expected.
-template <class F>
-concept MaskFunction = !Mask<F> && std::is_invocable_r_v<bool, const F&, const At&> &&
-                       std::same_as<std::remove_cvref_t<std::invoke_result_t<const F&, const At&>>, bool>;
-
-namespace detail {
-
-template <class M>
-constexpr Cover cover(const M& mask, const Block& block) {
-  if constexpr (requires {
-                  { mask.cover(block) } -> std::same_as<Cover>;
-                })
-    return mask.cover(block);
-  else
-    return Cover::some;
-}
-
-/// Which queries of the block see its one key (block.n_keys == 1), as one interval where that is possible.
-template <class M>
-constexpr SeenBy seen_by(const M& mask, const Block& block) {
-  if constexpr (requires {
-                  { mask.seen_by(block) } -> std::same_as<SeenBy>;
-                })
-    return mask.seen_by(block);
-  else
-    return {0, 0, false};
-}
-
-/// Which keys of the block its one query sees (block.n_queries == 1), likewise.
-template <class M>
-constexpr SeenBy keys_seen(const M& mask, const Block& block) {
-  if constexpr (requires {
-                  { mask.keys_seen(block) } -> std::same_as<SeenBy>;
-                })
-    return mask.keys_seen(block);
-  else
-    return {0, 0, false};
-}
-
-/// Both, either.
-constexpr SeenBy seen_by_both(const SeenBy& a, const SeenBy& b) {
-  const Index begin = std::max(a.begin, b.begin);
-  return {begin, std::max(begin, std::min(a.end, b.end)), a.exact && b.exact};
-}
-constexpr SeenBy seen_by_either(const SeenBy& a, const SeenBy& b) {
-  const bool exact = a.exact && b.exact;
-  if (a.begin == a.end) return {b.begin, b.end, exact};
-  if (b.begin == b.end) return {a.begin, a.end, exact};
-  const bool meet = a.begin <= b.end && b.begin <= a.end;
-  return {std::min(a.begin, b.begin), std::max(a.end, b.end), exact && meet};
-}
-
-/// Whether the mask answers alike for every head: `static constexpr bool ignores_heads = true` in the mask says so.
-template <class M>
-inline constexpr bool ignores_heads = requires {
-  requires M::ignores_heads;
-};
-
-template <class M>
-void check_operand(const M& mask, const CallShape& call) {
-  if constexpr (requires { mask.check(call); }) mask.check(call);
-}
-
-/// How many keys of the sequence are real; the rest is padding. n_keys unless the mask knows lengths.
-template <class M>
-constexpr Index valid_keys(const M& mask, Index sequence, Index n_keys) {
-  if constexpr (requires {
-                  { mask.valid_keys(sequence, n_keys) } -> std::same_as<Index>;
-                })
-    return mask.valid_keys(sequence, n_keys);
-  else
-    return n_keys;
-}
-
-}  // namespace detail
 
 /// Everybody sees everything.
 struct Full {

@@ -48,6 +48,7 @@
 #include "heads.hpp"                          // heads are column blocks: MHA, GQA, MQA
 
 // What attention is asked
+#include "mask_protocol.hpp"                  // what may be asked of a mask
 #include "mask.hpp"                           // who may see whom
 #include "data_masks.hpp"                     // masks over lengths, documents, boolean matrices
 #include "score.hpp"                          // what happens to q·k

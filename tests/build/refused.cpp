@@ -12,6 +12,18 @@
 
 using namespace qkv;
 
+struct Misspelt : Full {
+  Cover covers(const Block&) const;
+};
+struct Mistyped {
+  bool sees(const At&) const;
+  bool cover(const Block&) const;
+};
+struct Unanswered {
+  bool sees(const At&) const;
+  SeenBy keys_seen(Index query) const;
+};
+
 /// One type a line: a compiler reports what does not compile once per type.
 template <int Columns>
 extern const Eigen::Matrix<float, Eigen::Dynamic, Columns, Eigen::RowMajor> constant;
@@ -35,6 +47,9 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   attention_into(out, columns, x, x);                      // refused: need row-major memory with unit inner stride
   attention(x, x, x, {}, soft_cap(5));                     // refused: qkv: a score stands where the mask is expected
   attention(x, x, x, {}, full, causal);                    // refused: qkv: a mask stands where the score is expected
+  attention(x, x, x, {}, Misspelt{});                      // refused: a member is spelt almost like one of them
+  attention(x, x, x, {}, Mistyped{});                      // refused: a mask's cover must be `Cover cover(const Block&) const`
+  attention(x, x, x, {}, Unanswered{});                    // refused: a mask's keys_seen must be
   lengths(std::vector<Index>{3});                          // refused: delete
   documents(std::array<Index, 2>{3, 4});                   // refused: delete
   boolean(Matrix<bool>(2, 2));                             // refused: delete

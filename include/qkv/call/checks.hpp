@@ -27,6 +27,7 @@ constexpr void check_functions() {
   static_assert(Mask<M> || MaskFunction<M>, "qkv: a mask needs bool sees(const At&) const, or be a bool f(const At&)");
   static_assert(!Mask<F> && !MaskFunction<F>,
                 "qkv: a mask stands where the score is expected: attention(q, k, v, heads, mask, score, options)");
+  check_members<M>();
   static_assert(Score<F, T>, "qkv: a score needs T operator()(T score, const At&) const for the scalar T of q");
 }
 
