@@ -33,31 +33,31 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
            std::vector<float>& numbers, const std::vector<Index>& indices, const std::vector<Window>& windows) {
   const std::array<float, 2> array{1, 2};
   const float plain_array[] = {1, 2};
-  writable_view(constant<1>);                              // refused: qkv: an output must be writable, not const
-  attention_into(constant<2>, x, x, x);                    // refused: qkv: an output must be writable, not const
-  attention_into(constant<3>.topRows(1), x, x, x);         // refused: qkv: an output must be writable, not const
-  rms_norm_into(constant<4>, x, gain, 1e-6);               // refused: qkv: an output must be writable, not const
-  layer_norm_into(constant<5>, x, gain, gain, 1e-6);       // refused: qkv: an output must be writable, not const
-  rope.apply_into(constant<6>, x, 1, Index{0});            // refused: qkv: an output must be writable, not const
-  rope.apply_in_place(constant<7>, 1, Index{0});           // refused: qkv: an output must be writable, not const
-  rope.shift_in_place(constant<8>, 1, 5);                  // refused: qkv: an output must be writable, not const
-  positions.forward_into(constant<9>, x);                  // refused: qkv: an output must be writable, not const
-  projection.forward_into(constant<10>, x);                // refused: qkv: an output must be writable, not const
-  attention_into(out, x * 2, x, x);                        // refused: need row-major memory with unit inner stride
-  attention_into(out, columns, x, x);                      // refused: need row-major memory with unit inner stride
-  attention(x, x, x, {}, soft_cap(5));                     // refused: qkv: a score stands where the mask is expected
-  attention(x, x, x, {}, full, causal);                    // refused: qkv: a mask stands where the score is expected
-  attention(x, x, x, {}, Misspelt{});                      // refused: a member is spelt almost like one of them
-  attention(x, x, x, {}, Mistyped{});                      // refused: a mask's cover must be `Cover cover(const Block&) const`
-  attention(x, x, x, {}, Unanswered{});                    // refused: a mask's keys_seen must be
-  lengths(std::vector<Index>{3});                          // refused: delete
-  documents(std::array<Index, 2>{3, 4});                   // refused: delete
-  boolean(Matrix<bool>(2, 2));                             // refused: delete
-  bias(Matrix<float>(2, 2));                               // refused: delete
-  bias(view(Matrix<float>(2, 2)));                         // refused: delete
-  bias(out.topRows(2));                                    // refused: write bias(m), bias(std::as_const(m).topRows(n))
-  bias_per_head(out.topRows(2), 1);                        // refused: bias_per_head(std::as_const(m).topRows(n)
-  boolean(Matrix<bool>(2, 2).topRows(1));                  // refused: write boolean(m), boolean(std::as_const
+  writable_view(constant<1>);                         // refused: qkv: an output must be writable, not const
+  attention_into(constant<2>, x, x, x);               // refused: qkv: an output must be writable, not const
+  attention_into(constant<3>.topRows(1), x, x, x);    // refused: qkv: an output must be writable, not const
+  rms_norm_into(constant<4>, x, gain, 1e-6);          // refused: qkv: an output must be writable, not const
+  layer_norm_into(constant<5>, x, gain, gain, 1e-6);  // refused: qkv: an output must be writable, not const
+  rope.apply_into(constant<6>, x, 1, Index{0});       // refused: qkv: an output must be writable, not const
+  rope.apply_in_place(constant<7>, 1, Index{0});      // refused: qkv: an output must be writable, not const
+  rope.shift_in_place(constant<8>, 1, 5);             // refused: qkv: an output must be writable, not const
+  positions.forward_into(constant<9>, x);             // refused: qkv: an output must be writable, not const
+  projection.forward_into(constant<10>, x);           // refused: qkv: an output must be writable, not const
+  attention_into(out, x * 2, x, x);                   // refused: need row-major memory with unit inner stride
+  attention_into(out, columns, x, x);                 // refused: need row-major memory with unit inner stride
+  attention(x, x, x, {}, soft_cap(5));                // refused: qkv: a score stands where the mask is expected
+  attention(x, x, x, {}, full, causal);               // refused: qkv: a mask stands where the score is expected
+  attention(x, x, x, {}, Misspelt{});                 // refused: a member is spelt almost like one of them
+  attention(x, x, x, {}, Mistyped{});      // refused: a mask's cover must be `Cover cover(const Block&) const`
+  attention(x, x, x, {}, Unanswered{});    // refused: a mask's keys_seen must be
+  lengths(std::vector<Index>{3});          // refused: delete
+  documents(std::array<Index, 2>{3, 4});   // refused: delete
+  boolean(Matrix<bool>(2, 2));             // refused: delete
+  bias(Matrix<float>(2, 2));               // refused: delete
+  bias(view(Matrix<float>(2, 2)));         // refused: delete
+  bias(out.topRows(2));                    // refused: write bias(m), bias(std::as_const(m).topRows(n))
+  bias_per_head(out.topRows(2), 1);        // refused: bias_per_head(std::as_const(m).topRows(n)
+  boolean(Matrix<bool>(2, 2).topRows(1));  // refused: write boolean(m), boolean(std::as_const
   boolean_per_head(Matrix<bool>(2, 2).topRows(1), 1);      // refused: boolean_per_head(std::as_const(m).topRows
   alibi(RowVector<float>(4).head(2));                      // refused: write alibi(x), alibi(std::as_const(x).head(n))
   alibi(alibi_slopes<float>(4));                           // refused: delete

@@ -105,7 +105,8 @@ Named check_interval(const M& mask, const Block& block) {
     check(queries, i,
           {block.sequence, block.head, block.query + i, block.key, block.query_position + i, block.key_position});
   for (Index j = 0; j < block.n_keys; ++j)
-    check(keys, j, {block.sequence, block.head, block.query, block.key + j, block.query_position, block.key_position + j});
+    check(keys, j,
+          {block.sequence, block.head, block.query, block.key + j, block.query_position, block.key_position + j});
   return {queries.exact, keys.exact};
 }
 template <class M>
@@ -227,7 +228,8 @@ TEST_CASE("cover of a block never contradicts brute force under & and |", "[mask
   CHECK(all > 1000);
 }
 
-TEST_CASE("the queries that see a key, and the keys that a query sees, are the intervals that a mask names", "[mask][laws]") {
+TEST_CASE("the queries that see a key, and the keys that a query sees, are the intervals that a mask names",
+          "[mask][laws]") {
   Random pick{std::mt19937(16)};
   int queries = 0, keys = 0;
   for (int trial = 0; trial < 6000; ++trial) {

@@ -64,7 +64,7 @@ void check_largest_scores(int most) {
   for (int exponent = 0; exponent <= most; ++exponent)
     for (const double sign : {1.0, -1.0})
       for (const Heads heads : {Heads{1, 1}, Heads{3, 1}})
-        for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact}) {
+        for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8}) {
           const double k = std::ldexp(1, std::is_same_v<S, half> ? 3 : exponent), q = std::ldexp(sign, most) / k;
           const Index d = exponent % 2 == 0 ? 1 : 7;
           Matrix<float> queries = Matrix<float>::Zero(2, heads.heads * d), keys = Matrix<float>::Zero(2, d),

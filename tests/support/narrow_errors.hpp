@@ -2,8 +2,8 @@
 // docs/numerics.md derives, for one query and head.
 #pragma once
 
-#include <qkv/kernel/tiled/packed_kv.hpp>
 #include <qkv/kernel/decode/scores.hpp>
+#include <qkv/kernel/tiled/packed_kv.hpp>
 
 #include <algorithm>
 #include <cmath>

@@ -16,7 +16,6 @@
 #include <cstdint>
 
 #include "simd.hpp"
-#include "simd.hpp"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(EIGEN_VECTORIZE_AVX512)
 #define QKV_DETAIL_WORDS 1
