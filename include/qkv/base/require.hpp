@@ -11,6 +11,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "../version.hpp"
@@ -56,8 +57,9 @@ struct Shape {
 /// A part of a message: text, a number or a shape. One type for all, so that a check is compiled without what prints it.
 class MessagePart {
  public:
-  MessagePart(const char* text) : kind_(Kind::text), text_(text) {}
-  MessagePart(const std::string& text) : MessagePart(text.c_str()) {}
+  MessagePart(std::string_view text) : kind_(Kind::text), text_(text) {}
+  MessagePart(const char* text) : MessagePart(std::string_view(text)) {}
+  MessagePart(const std::string& text) : MessagePart(std::string_view(text)) {}
   MessagePart(Shape shape) : kind_(Kind::shape), shape_(shape) {}
   template <class Number>
   requires std::is_arithmetic_v<Number> MessagePart(Number number) {
@@ -69,19 +71,23 @@ class MessagePart {
       kind_ = Kind::natural, natural_ = number;
   }
   void append_to(std::string& message) const {
+    if (kind_ == Kind::text) {
+      message += text_;
+      return;
+    }
     char digits[64] = "";
     if (kind_ == Kind::integer) std::snprintf(digits, sizeof digits, "%lld", integer_);
     if (kind_ == Kind::natural) std::snprintf(digits, sizeof digits, "%llu", natural_);
     if (kind_ == Kind::real)
       std::snprintf(digits, sizeof digits, "%.9g", real_);  // "-1e-09", where to_string says -0.000000
     if (kind_ == Kind::shape) std::snprintf(digits, sizeof digits, "[%td, %td]", shape_.rows, shape_.cols);
-    message += kind_ == Kind::text ? text_ : digits;
+    message += digits;
   }
 
  private:
   enum class Kind { text, integer, natural, real, shape } kind_;
   union {
-    const char* text_;
+    std::string_view text_;
     long long integer_;
     unsigned long long natural_;
     double real_;

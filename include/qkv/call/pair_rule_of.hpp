@@ -119,15 +119,15 @@ class PairRuleOf {
 
  public:
   static Rule make(const M& mask, const F& score) {
-    Rule rule{&mask, &score, plain, sees_all};
+    Rule rule{kernel::address_of(mask), kernel::address_of(score), plain, sees_all};
     if constexpr (!sees_all) rule.cover_of = &cover_of;
     if constexpr (!plain || !sees_all) rule.finish_lanes = &finish_lanes, rule.finish_keys = &finish_keys;
     return rule;
   }
 
  private:
-  static const M& mask_of(const Rule& rule) { return *static_cast<const M*>(rule.mask); }
-  static const F& score_of(const Rule& rule) { return *static_cast<const F*>(rule.score); }
+  static const M& mask_of(const Rule& rule) { return kernel::object_at<M>(rule.mask); }
+  static const F& score_of(const Rule& rule) { return kernel::object_at<F>(rule.score); }
 
   /// Queries [query, query + n) of one head × the tile's keys.
   static Block block(const Tile& tile, Index head, Index query, Index n) {

@@ -60,15 +60,15 @@ Rule<T, S> rule_of(const M& mask, const F& score) {
   using Pairs = kernel::PairRule<T>;
   return {pair_rule<T>(mask, score),
           [](const Pairs& p, const CallShape& call) {
-            check_operand(*static_cast<const M*>(p.mask), call);
-            check_operand(*static_cast<const F*>(p.score), call);
+            check_operand(kernel::object_at<M>(p.mask), call);
+            check_operand(kernel::object_at<F>(p.score), call);
           },
           [](const Pairs& p, Index sequence, Index n_keys) {
-            return valid_keys(*static_cast<const M*>(p.mask), sequence, n_keys);
+            return valid_keys(kernel::object_at<M>(p.mask), sequence, n_keys);
           },
           [](const Pairs& p, const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
              const AnyExecutor& executor, Done done, Start start) {
-            launch_reference(task, *static_cast<const M*>(p.mask), *static_cast<const F*>(p.score), state, workspace,
+            launch_reference(task, kernel::object_at<M>(p.mask), kernel::object_at<F>(p.score), state, workspace,
                              executor, done, start);
           }};
 }

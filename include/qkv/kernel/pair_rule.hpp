@@ -13,6 +13,9 @@
 // Before: compress/key_directions.hpp   Next: kernel/position_grid.hpp
 #pragma once
 
+#include <memory>
+#include <type_traits>
+
 #include "../mask.hpp"
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
@@ -43,6 +46,22 @@ enum class Inner {
   lanes,  // s[key · stride + lane]; rows are readable and writable up to whole registers of lanes
   keys,   // s[lane · stride + key]
 };
+
+/// An object, or a function, as a pointer to nothing in particular, and back.
+template <class X>
+const void* address_of(const X& x) {
+  if constexpr (std::is_function_v<X>)
+    return reinterpret_cast<const void*>(&x);
+  else
+    return std::addressof(x);
+}
+template <class X>
+const X& object_at(const void* address) {
+  if constexpr (std::is_function_v<X>)
+    return *reinterpret_cast<X*>(const_cast<void*>(address));
+  else
+    return *static_cast<const X*>(address);
+}
 
 /// The mask and the score of a call. Both outlive it.
 template <class T>
