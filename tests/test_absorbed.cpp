@@ -242,7 +242,7 @@ TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, piece
 TEMPLATE_TEST_CASE("pieces of any length, on rows that come one after another, give the bits of the whole",
                    "[absorbed]", float, qkv::half, qkv::bfloat16, std::int8_t) {
   Draw draw(18);
-  for (int round = 0; round < 12; ++round) {
+  for (int round = 0; round < rounds(12); ++round) {
     const Index n_new = draw.whole(2, 25), n = n_new + (round % 3 == 0 ? 0 : draw.whole(0, 400));
     const Sizes s{some_heads(draw), n_new, draw.whole(1, 70), draw.whole(1, 20)};
     const Index width = s.heads * (s.latent_dim + s.rope_dim), first = n - n_new;
@@ -267,7 +267,7 @@ TEMPLATE_TEST_CASE("pieces of any length, on rows that come one after another, g
 TEMPLATE_TEST_CASE("the row that has all the weight of the absorbed kernel keeps it, however large the scores",
                    "[absorbed]", float, qkv::bfloat16, std::int8_t) {
   Draw draw(20);
-  for (int round = 0; round < 150; ++round) {
+  for (int round = 0; round < rounds(150); ++round) {
     const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40), best = draw.whole(0, n - 1);
     const Sizes s{some_heads(draw), 1, draw.whole(1, 40), draw.whole(1, 9)};
     const float size = draw.power(0, 10), side = draw.sign(), sign = draw.sign();
@@ -298,7 +298,7 @@ TEMPLATE_TEST_CASE("errors of the absorbed kernel in narrow numbers are what its
                    qkv::half, qkv::bfloat16, std::int8_t) {
   Draw draw(21);
   double mean = 0;
-  for (int round = 0; round < 32; ++round) {
+  for (int round = 0; round < rounds(32); ++round) {
     const Index n = draw.whole(1, round % 4 == 0 ? 600 : 70);
     const Sizes s{some_heads(draw), draw.whole(1, std::min<Index>(n, 3)), draw.whole(1, 100), draw.whole(1, 20)};
     const Index width = s.latent_dim + s.rope_dim, first = n - s.n_new;
@@ -341,7 +341,7 @@ TEMPLATE_TEST_CASE("errors of the absorbed kernel in narrow numbers are what its
         }
       CAPTURE(round, s.heads, s.latent_dim, int(in), scale);
       CHECK(squares <= 9 * typical);  // of few outputs, whose errors are related
-      mean += squares / typical / 32;
+      mean += squares / typical / rounds(32);
     }
   }
   CHECK(mean <= 3 * 0.5);  // arithmetics
@@ -350,7 +350,7 @@ TEMPLATE_TEST_CASE("errors of the absorbed kernel in narrow numbers are what its
 TEST_CASE("int8 latents and rope keys near the end of float reach who sees them, in their size, and nobody else",
           "[absorbed]") {
   Draw draw(22);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < rounds(40); ++round) {
     const Index n = draw.whole(4, round % 5 == 0 ? 420 : 40), bad = draw.whole(0, n - 1);
     const Sizes s{some_heads(draw), draw.whole(1, 4), draw.whole(1, 40), draw.whole(1, 9)};
     const Index width = s.latent_dim + s.rope_dim, first = n - s.n_new;

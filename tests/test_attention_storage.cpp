@@ -367,7 +367,7 @@ TEST_CASE("tiny, infinite and NaN queries of an int8 cache spoil nobody, and who
 TEMPLATE_TEST_CASE("the key that has all the weight keeps it, however large the scores", "[attention][storage]", float,
                    half, bfloat16, std::int8_t) {
   Draw draw(14);
-  for (int round = 0; round < 250; ++round) {
+  for (int round = 0; round < rounds(250); ++round) {
     const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40);
     const Case c{.n_queries = draw.whole(1, std::min<Index>(n, 35)),
                  .n_keys = n,
@@ -402,7 +402,7 @@ TEMPLATE_TEST_CASE("errors of narrow arithmetic are what its roundings allow, wh
                    "[attention][storage]", half, bfloat16, std::int8_t) {
   Draw draw(15);
   double mean = 0;
-  for (int round = 0; round < 48; ++round) {
+  for (int round = 0; round < rounds(48); ++round) {
     const Index n = draw.whole(1, round % 4 == 0 ? 600 : 70);
     const Index group = draw.whole(1, 3), kv_heads = draw.whole(1, 2);
     const Case c{.n_queries = draw.whole(1, std::min<Index>(n, 21)),
@@ -459,7 +459,7 @@ TEMPLATE_TEST_CASE("errors of narrow arithmetic are what its roundings allow, wh
         INFO("round " << round << ", kernel " << name(kernel) << ", arithmetic " << int(arithmetic) << ", deviation "
                       << scale * std::sqrt(static_cast<float>(d)));
         CHECK(squares <= 9 * typical);  // of few outputs, whose errors are related
-        mean += squares / typical / 48;
+        mean += squares / typical / rounds(48);
       }
   }
   CHECK(mean <= 9 * 0.5);  // kernels and arithmetics
@@ -469,7 +469,7 @@ TEMPLATE_TEST_CASE("stored numbers near the end of float reach who sees them, in
                    "[attention][storage]", float, bfloat16, std::int8_t) {
   Draw draw(16);
   const auto far_out = [&] { return draw.sign() * draw.one_of({3.4e38F, 3.402e38F, 3.39e38F, 3.3895e38F, 3e38F}); };
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < rounds(60); ++round) {
     const Index n = draw.whole(1, round % 10 == 0 ? 420 : 40);
     const Case c{
         .n_queries = draw.whole(1, n), .n_keys = n, .heads = {2, 1}, .head_dim = 9, .v_head_dim = draw.whole(1, 20)};

@@ -130,7 +130,7 @@ TEMPLATE_TEST_CASE("pieces of any length give the bits of the whole prompt, in e
                    float, half, bfloat16, std::int8_t) {
   Draw random(8);
   const auto draw = [&](Index low, Index high) { return random.whole(low, high); };
-  for (int round = 0; round < 30; ++round) {
+  for (int round = 0; round < rounds(30); ++round) {
     const Case c{.n_queries = draw(2, round % 6 == 0 ? 300 : 60),
                  .n_keys = 0,
                  .heads = {2, 1},
