@@ -41,6 +41,14 @@ inline constexpr bool is_then = false;
 template <class A, class B>
 inline constexpr bool is_then<Then<A, B>> = true;
 
+/// first - lane, each rounded to T for itself. Out of the way: distances so long are rare.
+template <class T>
+EIGEN_DONT_INLINE typename Simd<T>::Vec long_distances(Index first) {
+  T lanes[Simd<T>::lanes];
+  for (Index i = 0; i < Simd<T>::width; ++i) lanes[i] = static_cast<T>(first - i);
+  return Simd<T>::load(lanes);
+}
+
 /// key_position - query_position of every lane: each the number rounded to T, as where it is asked for alone. Past 2²⁴
 /// (double: 2⁵³) a lane less is not one less.
 template <class T>
@@ -48,10 +56,8 @@ EIGEN_ALWAYS_INLINE typename Simd<T>::Vec distances(const LaneAt& at) {
   using V = Simd<T>;
   constexpr Index exact = Index{1} << std::min(std::numeric_limits<T>::digits, 62);
   const Index first = at.first.key_position - at.first.query_position;
-  if (first > -exact + V::width && first <= exact) return V::sub(V::broadcast(static_cast<T>(first)), V::iota());
-  T lanes[V::lanes];
-  for (Index i = 0; i < V::width; ++i) lanes[i] = static_cast<T>(first - i);
-  return V::load(lanes);
+  if (first <= -exact + V::width || first > exact) return long_distances<T>(first);
+  return V::sub(V::broadcast(static_cast<T>(first)), V::iota());
 }
 
 /// f of a register of scores.
