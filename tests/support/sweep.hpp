@@ -158,8 +158,8 @@ struct Magnitudes {
   /// Latent rows are keys and values at once.
   static Magnitudes drawn(Draw& draw, bool half, bool latent) {
     if (!draw.one_in(3)) return {};
-    const Index q = draw.from(-90, 118), most = std::min<Index>(115, 118 - q), least = std::max<Index>(-80, -90 - q);
-    const Index k = half ? draw.from(-8, 8) : draw.from(least, std::min<Index>(most, 110));
+    const Index q = draw.from(-90, 118), far = half ? 8 : 110;
+    const Index k = draw.from(std::max({-far, Index(-80), -90 - q}), std::min(far, 118 - q));
     const Index v = latent ? k : half ? draw.from(-8, 8) : draw.from(-80, 115);
     return {std::ldexp(1, static_cast<int>(q)), std::ldexp(1, static_cast<int>(k)), std::ldexp(1, static_cast<int>(v))};
   }

@@ -29,6 +29,14 @@ inline constexpr bool is_then = false;
 template <class A, class B>
 inline constexpr bool is_then<Then<A, B>> = true;
 
+/// first, first + step, …, each rounded to T for itself. Out of line: distances so long are rare.
+template <class T>
+EIGEN_DONT_INLINE typename kernel::Simd<T>::Vec long_distances(Index first, Index step) {
+  T one[kernel::Simd<T>::lanes];
+  for (Index n = 0; n < kernel::Simd<T>::width; ++n) one[n] = static_cast<T>(first + step * n);
+  return kernel::Simd<T>::load(one);
+}
+
 /// One register of a tile: pairs (i, j), (i + 1, j) … where lanes follow one another, (i, j), (i, j + 1) … where keys do.
 template <class T, kernel::Inner inner>
 class PairRegister {
@@ -47,13 +55,10 @@ class PairRegister {
   typename V::Vec distances() const {
     constexpr Index exact = Index{1} << std::min(std::numeric_limits<T>::digits, 62);
     const Index first = first_.key_position - first_.query_position, step = keys ? 1 : -1;
-    if (std::min(first, first + step * V::width) > -exact && std::max(first, first + step * V::width) <= exact) {
-      const auto from = V::broadcast(static_cast<T>(first));
-      return keys ? V::add(from, V::iota()) : V::sub(from, V::iota());
-    }
-    T one[V::lanes];
-    for (Index n = 0; n < V::width; ++n) one[n] = static_cast<T>(first + step * n);
-    return V::load(one);
+    if (std::min(first, first + step * V::width) <= -exact || std::max(first, first + step * V::width) > exact)
+      return long_distances<T>(first, step);
+    const auto from = V::broadcast(static_cast<T>(first));
+    return keys ? V::add(from, V::iota()) : V::sub(from, V::iota());
   }
   /// f(n, at) for all that are there.
   template <class F>
