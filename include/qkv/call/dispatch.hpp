@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <span>
 
@@ -58,12 +59,16 @@ void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kerne
 template <class A, class T, StorageType S>
 void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
                   const AnyExecutor& executor, Done done, Start start) {
+  const auto run_on = [&](kernel::RunShape* runs) {
+    std::size_t n = 0;
+    for (const auto& run : task.keys.runs) std::construct_at(runs + n++, kernel::RunShape{run.rows, run.position});
+    launch_tiled(task, kernel::block_source<A>(task.keys, std::span<const kernel::RunShape>(runs, n)),
+                 task.keys.first_row, state, workspace, executor, done, start);
+  };
+  kernel::RunShape few[8];  // contiguous caches and rings have no more
+  if (task.keys.runs.size() <= std::size(few)) return run_on(few);
   const auto memory = workspace.lease(task.keys.runs.size() * sizeof(kernel::RunShape));
-  auto* const runs = reinterpret_cast<kernel::RunShape*>(memory.data());
-  std::size_t n = 0;
-  for (const auto& run : task.keys.runs) std::construct_at(runs + n++, kernel::RunShape{run.rows, run.position});
-  launch_tiled(task, kernel::block_source<A>(task.keys, std::span<const kernel::RunShape>(runs, n)),
-               task.keys.first_row, state, workspace, executor, done, start);
+  run_on(reinterpret_cast<kernel::RunShape*>(memory.data()));
 }
 
 /// The decode kernel: an item is some kv heads, or one split of their keys where several threads may share them.
