@@ -230,3 +230,28 @@ TEMPLATE_TEST_CASE("a ring's bytes are what the allocator sees and the figure of
   });
   REQUIRE(used.count == 0);
 }
+
+TEMPLATE_TEST_CASE("what a ring keeps for the way back takes as much memory while it fills as when it is full", "",
+                   float, bfloat16, std::int8_t) {
+  RingCache<TestType> cache(sizes);
+  const auto k = support::cache_rows<float>(ids(0, 1), 3, 5, false),
+             v = support::cache_rows<float>(ids(0, 1), 3, 7, true);
+  std::vector<std::size_t> empty;
+  for (Index n = 0; n <= 9; ++n) empty.push_back(cache.undo_bytes(n));
+  CHECK(empty[1] > empty[0]);
+  for (int i = 0; i < 30; ++i) {
+    cache.append(k, v);
+    for (Index n = 0; n <= 9; ++n) REQUIRE(cache.undo_bytes(n) == empty[static_cast<std::size_t>(n)]);
+    // Within it, and back: the rows held are as they were.
+    const Index more = std::min<Index>(2, cache.max_append());
+    std::vector<std::byte> memory(cache.undo_bytes(more) + 64, std::byte{0x5A});
+    auto* const aligned = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
+    const Matrix<float> keys = cache.template keys<float>(), values = cache.template values<float>();
+    const Index position = cache.position();
+    cache.prepare_undo(more, aligned);
+    for (Index j = 0; j < more; ++j) cache.append(k * 2, v * 2);
+    cache.undo(aligned);
+    REQUIRE(cache.position() == position);
+    REQUIRE((cache.template keys<float>() == keys && cache.template values<float>() == values));
+  }
+}

@@ -127,8 +127,15 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   Index overhead_bytes() const { return this->workspace_.bytes(); }
 
   /// For layers, whose calls may fail (layer/appended.hpp): n more rows overwrite old ones, which are kept until then.
+  /// The memory is that of the most rows that n can overwrite: a ring that fills up needs no more than it did from the start.
   std::size_t undo_bytes(Index n) const {
-    return for_each_undone(n, nullptr, [](auto*, auto*, Index) {});
+    detail::Carver carver(nullptr);
+    carver.take<Undo>(1);
+    const auto count = [&]<class N>(N*, Index numbers) { carver.take<N>(numbers); };
+    const Index most = std::min(n, ring_);
+    block_.for_each_array(0, pinned_, most, count);
+    block_.for_each_array(0, pinned_, std::min<Index>(most, 1), count);  // they may lie in two pieces
+    return carver.used();
   }
   void prepare_undo(Index n, std::byte* memory) const {
     *reinterpret_cast<Undo*>(memory) = {n, position_, oldest_};
@@ -178,21 +185,16 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   struct Undo {
     Index n, position, oldest;
   };
-  /// f(held, kept, count) for the arrays of the rows that n more rows will overwrite, and their places in `memory`. Returns
-  /// the bytes used; without memory that is all, and nothing is called.
+  /// f(held, kept, count) for the arrays of the rows that n more rows will overwrite, and their places in `memory`.
   template <class F>
-  std::size_t for_each_undone(Index n, std::byte* memory, F&& f) const {
+  void for_each_undone(Index n, std::byte* memory, F&& f) const {
     detail::Carver carver(memory);
     carver.take<Undo>(1);
     const Index held = std::max<Index>(position_ - oldest_, 0), rows = std::clamp<Index>(held + n - ring_, 0, held),
                 before_end = std::min(rows, capacity() - slot(oldest_));
-    const auto arrays = [&]<class N>(N* held_numbers, Index count) {
-      N* const kept = carver.take<N>(count);
-      if (memory) f(held_numbers, kept, count);
-    };
+    const auto arrays = [&]<class N>(N* held_numbers, Index count) { f(held_numbers, carver.take<N>(count), count); };
     if (rows > 0) block_.for_each_array(0, slot(oldest_), before_end, arrays);
     if (rows > before_end) block_.for_each_array(0, pinned_, rows - before_end, arrays);
-    return carver.used();
   }
   void add_run(Index position, Index rows) {
     if (rows > 0) runs_[n_runs_++] = block_.run(0, slot(position), rows, position);
