@@ -1,9 +1,9 @@
 // call/pair_rule_of.hpp — any mask and any score as the plain value that kernels ask: kernel/pair_rule.hpp.
 //
-// The one place that knows the protocol of masks (mask.hpp). What a mask allows is often one interval of lanes or keys
+// The one place that knows the protocol of masks (mask_protocol.hpp). What a mask allows is often one interval of lanes or keys
 // (causal, windows, prefixes, lengths, and what & and | make of them): `seen_by` and `keys_seen` say so, and one comparison
-// per register does the rest. Other masks are asked pair by pair. The library's own scores work on registers; a user's is
-// called for every pair, inlined in the loop over the tile.
+// per register hides the rest. For other masks sees(at) is called for every pair. The library's own scores work on whole
+// registers; a user's score is called for every pair, inlined in the loop over the tile.
 //
 // Before: call/rule.hpp   Next: call/checks.hpp
 #pragma once
@@ -50,8 +50,8 @@ class PairRegister {
   /// All pairs are of one head, at consecutive positions of keys or queries.
   bool in_line() const { return keys || tile_.heads == 1; }
   const At& first() const { return first_; }
-  /// key_position - query_position of each, where they are in line: the number rounded to T, as where it is asked for alone.
-  /// Past 2²⁴ (double: 2⁵³) one further is not one more.
+  /// key_position - query_position of every pair, where they are in line. Each is rounded to T by itself, as the scalar
+  /// score rounds it: past 2²⁴ (double: 2⁵³) neighbours are not 1 apart.
   typename V::Vec distances() const {
     constexpr Index exact = Index{1} << std::min(std::numeric_limits<T>::digits, 62);
     const Index first = first_.key_position - first_.query_position, step = keys ? 1 : -1;

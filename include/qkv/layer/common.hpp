@@ -166,7 +166,7 @@ void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches,
   }
 }
 
-/// Sequences that are busy as long as this lives: whoever is asked for pages for them may not change them.
+/// Marks the caches of a call as busy while it lives: the pool's eviction callback may not change them.
 template <class C>
 class Busy {
  public:
@@ -188,7 +188,7 @@ class Busy {
 };
 
 /// Raises unless a checked batch fits. Caches that share a pool must find room in it together: counts pages as appending in
-/// order will take them. Nobody is asked for what the whole pool could not hold.
+/// order will take them. More pages than the whole pool has are refused without calling the eviction callback.
 template <class C>
 void find_room(std::span<const Index> row_offsets, std::span<C* const> caches) {
   if constexpr (PooledCache<C>) {

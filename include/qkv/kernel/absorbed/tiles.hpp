@@ -104,7 +104,7 @@ struct Stream {
 };
 
 /// sum(r, v) += Σ_k rows(r, k)·lanes(k, v), k ascending in steps of Parts numbers. By constant indices only, as in
-/// product/register_tile.hpp. Ahead: with every step some memory from `ahead` on is asked for.
+/// product/register_tile.hpp. Ahead: every step prefetches some memory from `ahead` on.
 template <class D, Index Vectors, Index Parts, bool Ahead = false, std::size_t... Sum, std::size_t... Vector>
 EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], Index steps, RowAddress rows,
                                        const typename D::Number* lanes, std::index_sequence<Sum...>,
