@@ -198,7 +198,9 @@ class PanelSoftmax {
     return {step, sum};
   }
 #endif
-  static Steps weigh_steps(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+  static Steps weigh_steps([[maybe_unused]] T* s, [[maybe_unused]] Index begin, [[maybe_unused]] Index end,
+                           [[maybe_unused]] Vec base, [[maybe_unused]] Vec to_log2,
+                           [[maybe_unused]] const float* scales) {
 #ifdef QKV_DETAIL_WORDS
     if constexpr (A::bytes) return weigh_bytes(s, begin, end, base, to_log2, scales);
 #endif
