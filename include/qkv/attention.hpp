@@ -51,12 +51,11 @@ Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, 
       return static_cast<Index>(state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim));
     }
     case Kernel::decode: {
-      using Dot = kernel::WidenedDot<T, T>;
-      const Index n = n_queries * heads.group_size();
-      const Index at_once = kernel::decode_heads_at_once(
-          head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
-          kernel::decode_scratch_bytes<Dot>(n, head_dim, v_head_dim));  // of plain matrices: the most
-      return static_cast<Index>(state + kernel::Decode<Dot, T, T>::bytes(at_once, n, head_dim, v_head_dim));
+      const std::size_t head =
+          kernel::DecodeHeadOf<kernel::WidenedDot<T, T>>::bytes(n_queries * heads.group_size(), head_dim, v_head_dim);
+      const Index at_once = kernel::decode_heads_at_once(head_dim * static_cast<Index>(sizeof(T)), heads.kv_heads,
+                                                         head);  // of plain matrices: the most
+      return static_cast<Index>(state + kernel::Decode<T>::bytes(at_once, head));
     }
     default:
       return static_cast<Index>(state + kernel::ReferenceScratch<T>::bytes(n_keys, v_head_dim));

@@ -57,6 +57,7 @@
 #include "key_rows.hpp"                       // what a kernel knows of a cache
 #include "kernel/pair_rule.hpp"               // all that a kernel knows of masks and scores
 #include "kernel/position_grid.hpp"           // keys in cells of absolute positions
+#include "kernel/byte_rows.hpp"               // rows of a sequence without their storage type
 #include "kernel/task.hpp"                    // what every kernel gets and gives
 #include "kernel/reference.hpp"               // loops straight from the formula: the oracle
 

@@ -19,12 +19,12 @@ namespace qkv { inline namespace QKV_ABI { namespace detail {
 /// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
 template <class A>
 void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kernel::BlockSource<A>& source,
-                  Index first_row, const kernel::StateView<typename A::Scalar>& state, Workspace& workspace,
-                  const AnyExecutor& executor, Done done, Start start) {
+                  const kernel::StateView<typename A::Scalar>& state, Workspace& workspace, const AnyExecutor& executor,
+                  Done done, Start start) {
   using T = typename A::Scalar;
   using Panels = kernel::Panels<A>;
   const Index n = task.n_queries(), d = task.head_dim, dv = task.v_head_dim, group = task.heads.group_size();
-  const Index n_blocks = kernel::count_cells(source.runs, kernel::tile_keys),
+  const Index n_blocks = kernel::count_cells(source.rows.runs, kernel::tile_keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
   const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
   // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
@@ -40,7 +40,7 @@ void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kerne
       return Panels::carve(carver, n_blocks, d, dv);
     };
     for (Index kv_head = first; kv_head < first + count; ++kv_head)
-      kernel::describe_blocks(panels_of(kv_head), source.runs, first_row);
+      kernel::describe_blocks(panels_of(kv_head), source.rows.runs, source.rows.first_row);
     if (!executor.serial())
       executor(count * n_blocks, [&](Index item) {
         source.pack(panels_of(first + item / n_blocks), first + item / n_blocks, item % n_blocks);
@@ -55,36 +55,23 @@ void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kerne
     });
   }
 }
-/// The same for keys of storage S.
-template <class A, class T, StorageType S>
-void launch_tiled(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
-                  const AnyExecutor& executor, Done done, Start start) {
-  const auto run_on = [&](kernel::RunShape* runs) {
-    std::size_t n = 0;
-    for (const auto& run : task.keys.runs) std::construct_at(runs + n++, kernel::RunShape{run.rows, run.position});
-    launch_tiled(task, kernel::block_source<A>(task.keys, std::span<const kernel::RunShape>(runs, n)),
-                 task.keys.first_row, state, workspace, executor, done, start);
-  };
-  kernel::RunShape few[8];  // contiguous caches and rings have no more
-  if (task.keys.runs.size() <= std::size(few)) return run_on(few);
-  const auto memory = workspace.lease(task.keys.runs.size() * sizeof(kernel::RunShape));
-  run_on(reinterpret_cast<kernel::RunShape*>(memory.data()));
-}
-
 /// The decode kernel: an item is some kv heads, or one split of their keys where several threads may share them.
-template <class D, class T, StorageType S>
-void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
-                   const AnyExecutor& executor, Done done, Start start) {
-  using Decode = kernel::Decode<D, T, S>;
+template <class T>
+void launch_decode(const kernel::QueryTask<T>& task, const kernel::DecodeSource<T>& source,
+                   const kernel::StateView<T>& state, Workspace& workspace, const AnyExecutor& executor, Done done,
+                   Start start) {
+  using Decode = kernel::Decode<T>;
   using State = kernel::DecodeState<T>;
+  const kernel::ByteRows& rows = source.rows;
   const Index n = task.n_queries(), kv_heads = task.heads.kv_heads, group = task.heads.group_size(),
               dv = task.v_head_dim;
-  Index splits = 0, at_once = kernel::decode_heads_at_once<D>(task);
-  if (!executor.serial()) splits = kernel::count_cells(task.keys.runs, kernel::decode_split);
-  const bool parallel = splits > 1 || (splits == 1 && kernel::decode_in_parallel(task));
+  const bool large = kernel::decode_in_parallel(task, rows.rows);
+  Index splits = 0, at_once = kernel::decode_heads_at_once(rows.key.head_stride, kv_heads, source.head_bytes);
+  if (!executor.serial()) splits = kernel::count_cells(rows.runs, kernel::decode_split);
+  const bool parallel = splits > 1 || (splits == 1 && large);
   if (parallel) at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);  // heads share an item past sixteen
   const auto heads_of = [&](Index item) { return std::min(at_once, kv_heads - item * at_once); };
-  const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, n * group, task.head_dim, dv); };
+  const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, source.head_bytes); };
   const Index items = (kv_heads + at_once - 1) / at_once;
   const auto begin = [&](Index kv_head, Index count) {
     if (start == Start::empty) state.clear(0, n, kv_head * group, count * group, dv);
@@ -93,10 +80,10 @@ void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& s
     const Index first = item * at_once, count = heads_of(item);
     const auto scratch = workspace.lease(scratch_bytes(count));
     begin(first, count);
-    Decode(task, first, count, scratch.data()).run(state);
+    Decode(task, source, first, count, scratch.data()).run(state);
     done(0, n, first * group, count * group);
   };
-  if (splits <= 1) return kernel::decode_in_parallel(task) ? executor(items, all_keys) : serial(items, all_keys);
+  if (splits <= 1) return large ? executor(items, all_keys) : serial(items, all_keys);
 
   const std::size_t state_bytes = State::bytes(n * group, dv);
   const auto states = static_cast<std::size_t>(splits * kv_heads);
@@ -104,7 +91,7 @@ void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& s
       workspace.lease(states * state_bytes + static_cast<std::size_t>(splits) * sizeof(kernel::GridCell));
   auto* const split = reinterpret_cast<kernel::GridCell*>(memory.data() + states * state_bytes);
   Index count = 0;
-  for (const kernel::GridCell& cell : kernel::GridCells(task.keys.runs, kernel::decode_split, task.keys.first_row))
+  for (const kernel::GridCell& cell : kernel::GridCells(rows.runs, kernel::decode_split, rows.first_row))
     split[count++] = cell;
   const auto state_of = [&](Index kv_head, Index s) {
     Carver carver(memory.data() + static_cast<std::size_t>(kv_head * splits + s) * state_bytes);
@@ -113,7 +100,7 @@ void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& s
   executor(splits * items, [&](Index i) {
     const Index item = i / splits, s = i % splits, heads = heads_of(item);
     const auto scratch = workspace.lease(scratch_bytes(heads));
-    Decode(task, item * at_once, heads, scratch.data()).run_split(split[s], [&](Index kv_head) {
+    Decode(task, source, item * at_once, heads, scratch.data()).run_split(split[s], [&](Index kv_head) {
       return state_of(kv_head, s);
     });
   });
@@ -128,22 +115,28 @@ void launch_decode(const kernel::Task<T, S>& task, const kernel::StateView<T>& s
 template <class T, StorageType S>
 void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
                  const AnyExecutor& executor, Done done, Start start) {
-  if (kernel == Kernel::tiled) {
-    using Narrow = kernel::NarrowArithmetic<T, S>;
-    if constexpr (std::is_same_v<Narrow, kernel::Quads>)
-      if (task.arithmetic == Arithmetic::int8)
-        return launch_tiled<kernel::Bytes>(task, state, workspace, executor, done, start);
-    if constexpr (!std::is_same_v<Narrow, kernel::Exact<T>>)
-      if (task.arithmetic != Arithmetic::exact)
-        return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
-    launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
-  } else {
-    using Narrow = kernel::NarrowDot<T, S>;
-    if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
-      if (kernel::decode_is_narrow<T, S>(task.arithmetic, task.heads.group_size()))
-        return launch_decode<Narrow>(task, state, workspace, executor, done, start);
-    launch_decode<kernel::WidenedDot<T, S>>(task, state, workspace, executor, done, start);
-  }
+  kernel::with_byte_rows(task.keys, workspace, [&](const kernel::ByteRows& rows) {
+    const auto tiled = [&]<class A>(A) {
+      launch_tiled(task, kernel::block_source<A>(task.keys, rows), state, workspace, executor, done, start);
+    };
+    const auto decode = [&](const kernel::DecodeSource<T>& source) {
+      launch_decode(task, source, state, workspace, executor, done, start);
+    };
+    if (kernel == Kernel::tiled) {
+      using Narrow = kernel::NarrowArithmetic<T, S>;
+      if constexpr (std::is_same_v<Narrow, kernel::Quads>)
+        if (task.arithmetic == Arithmetic::int8) return tiled(kernel::Bytes{});
+      if constexpr (!std::is_same_v<Narrow, kernel::Exact<T>>)
+        if (task.arithmetic != Arithmetic::exact) return tiled(Narrow{});
+      tiled(kernel::Exact<T>{});
+    } else {
+      using Narrow = kernel::NarrowDot<T, S>;
+      if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
+        if (kernel::decode_is_narrow<T, S>(task.arithmetic, task.heads.group_size()))
+          return decode(kernel::decode_source<Narrow>(task, rows));
+      decode(kernel::decode_source<kernel::WidenedDot<T, S>>(task, rows));
+    }
+  });
 }
 
 /// Leaves the softmax state of a task, whose rule is set here.

@@ -11,7 +11,7 @@
 // Whatever runs hold the rows, and however the queries arrive, a cell holds the same keys: so paged, ring and contiguous
 // caches, and a prompt in pieces, give the same bits. A Run has `rows` and `position` (of its first row).
 //
-// Before: kernel/pair_rule.hpp   Next: kernel/task.hpp
+// Before: kernel/pair_rule.hpp   Next: kernel/byte_rows.hpp
 #pragma once
 
 #include <algorithm>
@@ -39,11 +39,6 @@ struct GridPiece {
 
   /// Rows i … i + n - 1 of it.
   GridPiece part(Index i, Index n) const { return {run, row + i, n, column + i, key + i, position + i}; }
-};
-
-/// A run without its memory.
-struct RunShape {
-  Index rows = 0, position = 0;
 };
 
 template <class Run>

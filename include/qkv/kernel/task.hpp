@@ -1,6 +1,6 @@
 // kernel/task.hpp — the attention of one sequence as every kernel sees it, and what every kernel must produce.
 //
-// Before: kernel/position_grid.hpp   Next: kernel/reference.hpp
+// Before: kernel/byte_rows.hpp   Next: kernel/reference.hpp
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include "../key_rows.hpp"
 #include "../options.hpp"
 #include "../softmax.hpp"
+#include "byte_rows.hpp"
 #include "pair_rule.hpp"
 #include "position_grid.hpp"
 

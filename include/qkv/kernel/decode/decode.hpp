@@ -41,9 +41,9 @@ inline constexpr Index decode_split = 8 * decode_chunk;
 
 /// Whether rows of one split are worth waking other threads for: more than 1024 rows of 8 kv heads of 128. Measured on two
 /// cores: 1024 such rows in float take as long on two threads as on one, in int8 0.9 to 1.3 of the time; 2048 0.9 and 0.8.
-template <class T, StorageType S>
-bool decode_in_parallel(const Task<T, S>& task) {
-  return task.keys.rows * task.heads.kv_heads * (task.head_dim + task.v_head_dim) >= Index{3} << 20;
+template <class T>
+bool decode_in_parallel(const QueryTask<T>& task, Index rows) {
+  return rows * task.heads.kv_heads * (task.head_dim + task.v_head_dim) >= Index{3} << 20;
 }
 
 /// How many kv heads take turns: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the
@@ -53,16 +53,10 @@ constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t sc
   constexpr std::size_t all_scratch = std::size_t{512} << 10;  // half of a second-level cache
   return apart >= long_stretch ? 1 : std::clamp<Index>(static_cast<Index>(all_scratch / scratch), 1, kv_heads);
 }
-template <class D, class T, StorageType S>
-Index decode_heads_at_once(const Task<T, S>& task) {
-  return decode_heads_at_once(
-      task.keys.key_head_stride * static_cast<Index>(sizeof(S)), task.heads.kv_heads,
-      decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim));
-}
 
 /// Adds the keys of one split, whose state is `state`, to what is in `into`. Splits are merged in ascending order.
-template <class T, StorageType S>
-void merge_split(const Task<T, S>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
+template <class T>
+void merge_split(const QueryTask<T>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
   using V = Simd<T>;
   const Index dv = task.v_head_dim, width = whole_registers<T>(dv), group = task.heads.group_size();
   for (Index i = 0; i < task.n_queries() * group; ++i) {
@@ -84,62 +78,65 @@ void merge_split(const Task<T, S>& task, Index kv_head, const DecodeState<T>& st
 }
 
 /// kv heads [first, first + count) of a task.
-template <class D, class T, StorageType S>
+template <class T>
 class Decode {
-  using Head = DecodeHead<D, T, S>;
-  static_assert(std::is_trivially_destructible_v<Head>);  // heads live in scratch memory
+  using Head = DecodeHead<T>;
 
  public:
-  Decode(const Task<T, S>& task, Index first, Index count, std::byte* scratch) : task_(task) {
+  Decode(const QueryTask<T>& task, const DecodeSource<T>& source, Index first, Index count, std::byte* scratch)
+      : task_(task), rows_(source.rows) {
     detail::Carver carver(scratch);
-    Head* const heads = carver.take<Head>(count);
-    const auto of_one = static_cast<Index>(
-        decode_scratch_bytes<D>(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim));
-    for (Index h = 0; h < count; ++h) std::construct_at(heads + h, task, first + h, carver.take<std::byte>(of_one));
+    Head** const heads = carver.take<Head*>(count);
+    for (Index h = 0; h < count; ++h)
+      heads[h] = source.make(source.task, first + h, carver.take<std::byte>(static_cast<Index>(source.head_bytes)));
     heads_ = {heads, static_cast<std::size_t>(count)};
   }
-  /// Of scratch: n = n_queries · group_size.
-  static std::size_t bytes(Index count, Index n, Index head_dim, Index v_head_dim) {
+  /// Of scratch.
+  static std::size_t bytes(Index count, std::size_t head_bytes) {
     detail::Carver carver(nullptr);
-    carver.take<Head>(count);
-    return carver.used() + static_cast<std::size_t>(count) * decode_scratch_bytes<D>(n, head_dim, v_head_dim);
+    carver.take<Head*>(count);
+    return carver.used() + static_cast<std::size_t>(count) * head_bytes;
   }
 
   /// All keys, split by split, merged into `into`.
   void run(const StateView<T>& into) {
-    for (const GridCell& split : GridCells(task_.keys.runs, decode_split, task_.keys.first_row)) {
-      for (Head& head : heads_) head.begin(head.own_state());
+    for (const GridCell& split : GridCells(rows_.runs, decode_split, rows_.first_row)) {
+      for (Head* head : heads_) head->begin(head->own_state());
       add_split(split);
-      for (const Head& head : heads_) merge_split(task_, head.kv_head(), head.own_state(), into);
+      for (const Head* head : heads_) merge_split(task_, head->kv_head(), head->own_state(), into);
     }
   }
 
   /// The keys of one split; leaves their states in state_of(kv_head).
   template <class StateOf>
   void run_split(const GridCell& split, const StateOf& state_of) {
-    for (Head& head : heads_) head.begin(state_of(head.kv_head()));
+    for (Head* head : heads_) head->begin(state_of(head->kv_head()));
     add_split(split);
   }
 
  private:
   void add_split(const GridCell& split) {
-    for (const GridCell& chunk : GridCells(task_.keys.runs, decode_chunk, split, split.first + decode_split)) {
-      for (Head& head : heads_) head.begin_chunk();
-      for (const GridPiece& piece : GridPieces(task_.keys.runs, decode_chunk, chunk))
-        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].score(piece, next_rows<false>(chunk, piece, h));
-      for (Head& head : heads_) head.weigh();
-      for (const GridPiece& piece : GridPieces(task_.keys.runs, decode_chunk, chunk))
-        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].add_values(piece, next_rows<true>(chunk, piece, h));
-      for (Head& head : heads_) head.end_chunk();
+    for (const GridCell& chunk : GridCells(rows_.runs, decode_chunk, split, split.first + decode_split)) {
+      for (Head* head : heads_) head->begin_chunk();
+      for (const GridPiece& piece : GridPieces(rows_.runs, decode_chunk, chunk))
+        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h]->score(piece, next_rows<false>(chunk, piece, h));
+      for (Head* head : heads_) head->weigh();
+      for (const GridPiece& piece : GridPieces(rows_.runs, decode_chunk, chunk))
+        for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h]->add_values(piece, next_rows<true>(chunk, piece, h));
+      for (Head* head : heads_) head->end_chunk();
     }
   }
 
   /// The rows that are read after a piece of head h: the next head's; after the last head the first one's of the next piece;
   /// where the chunk ends, its values or the keys of the next chunk.
   template <bool Values>
-  Rows<S> next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
-    if (h + 1 < heads_.size()) return heads_[h + 1].template rows<Values>(piece.run, piece.row, piece.count);
-    const auto runs = task_.keys.runs;
+  RowBytes next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
+    const auto rows_of = [&](bool values, std::size_t of, std::size_t r, Index row, Index count) {
+      const Index kv_head = heads_[of]->kv_head();
+      return values ? rows_.values(r, kv_head, row, count) : rows_.keys(r, kv_head, row, count);
+    };
+    if (h + 1 < heads_.size()) return rows_of(Values, h + 1, piece.run, piece.row, piece.count);
+    const auto runs = rows_.runs;
     std::size_t r = piece.run;
     Index row = piece.row + piece.count;
     while (r < runs.size() && row == runs[r].rows) row = 0, ++r;
@@ -147,13 +144,12 @@ class Decode {
     const bool values = ends != Values;
     if (ends && values) r = chunk.run, row = chunk.row;
     if (r == runs.size()) return {};
-    const Head& head = heads_.front();
-    return values ? head.template rows<true>(r, row, runs[r].rows - row)
-                  : head.template rows<false>(r, row, runs[r].rows - row);
+    return rows_of(values, 0, r, row, runs[r].rows - row);
   }
 
-  const Task<T, S>& task_;
-  std::span<Head> heads_;
+  const QueryTask<T>& task_;
+  const ByteRows& rows_;
+  std::span<Head*> heads_;
 };
 
 }}}  // namespace qkv::QKV_ABI::kernel

@@ -23,123 +23,158 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-/// Scratch of one kv head; D says how q·k is multiplied.
-template <class D>
-struct DecodeScratch {
-  using T = typename D::Scalar;
-  PackedQueries<D> q;
-  ChunkWeights<D> chunk;
-  std::int32_t*
-      sums;  // [n, row(v_head_dim)] of the chunk, where values are multiplied in integers (kernel/decode/int8_values.hpp)
-  DecodeState<T> state;
-
-  DecodeScratch(detail::Carver& carver, Index n, Index head_dim, Index v_head_dim)
-      : q(carver, n, head_dim),
-        chunk(carver, n),
-        sums(carver.take<std::int32_t>(n * ValueSums<D>::row(v_head_dim))),
-        state(carver, n, v_head_dim) {}
-};
-
-template <class D>
-std::size_t decode_scratch_bytes(Index n, Index head_dim, Index v_head_dim) {
-  detail::Carver carver(nullptr);
-  DecodeScratch<D>(carver, n, head_dim, v_head_dim);
-  return carver.used();
-}
-
-/// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q.
-template <class D, class T, StorageType S>
+/// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q. What goes
+/// through the keys calls it, chunk by chunk: begin_chunk, score for each piece, weigh, add_values for each piece, end_chunk.
+template <class T>
 class DecodeHead {
-  using V = Simd<T>;
-  using Vec = typename V::Vec;
-  static constexpr Index W = V::width;
-  using Sums = ValueSums<D>;
-
  public:
-  DecodeHead(const Task<T, S>& task, Index kv_head, std::byte* scratch)
-      : task_(task),
-        kv_head_(kv_head),
-        n_(task.n_queries() * task.heads.group_size()),
-        carver_(scratch),
-        s_(carver_, n_, task.head_dim, task.v_head_dim),
-        state_(s_.state) {
-    for (Index i = 0; i < n_; ++i) s_.q.pack(i, task_.query(query(i), head(i)), task_.head_dim, task_.scale);
-  }
-
   Index kv_head() const { return kv_head_; }
-  const DecodeState<T>& own_state() const { return s_.state; }
+  /// A place for the state of a split.
+  const DecodeState<T>& own_state() const { return own_state_; }
 
   /// What follows is added to the state of no keys, in `state`.
   void begin(const DecodeState<T>& state) {
     state_ = state;
     std::fill_n(state.m, n_, detail::minus_infinity<T>);
     std::fill_n(state.l, n_, T(0));
-    std::fill_n(state.o, n_ * whole_registers<T>(task_.v_head_dim), T(0));
+    std::fill_n(state.o, n_ * whole_registers<T>(v_head_dim_), T(0));
+  }
+  virtual void begin_chunk() = 0;
+  /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
+  virtual void score(const GridPiece& piece, const RowBytes& then) = 0;
+  /// From the scores of a chunk to weights.
+  virtual void weigh() = 0;
+  /// The values of a piece. Rows `then` will be read next.
+  virtual void add_values(const GridPiece& piece, const RowBytes& then) = 0;
+  virtual void end_chunk() = 0;
+
+ protected:
+  DecodeHead(const QueryTask<T>& task, Index kv_head, detail::Carver& carver)
+      : kv_head_(kv_head),
+        n_(task.n_queries() * task.heads.group_size()),
+        v_head_dim_(task.v_head_dim),
+        own_state_(carver, n_, task.v_head_dim),
+        state_(own_state_) {}
+  DecodeHead(const DecodeHead&) = default;
+  DecodeHead& operator=(const DecodeHead&) = default;
+  ~DecodeHead() = default;  // heads lie in scratch memory
+
+  Index kv_head_, n_, v_head_dim_;
+  DecodeState<T> own_state_, state_;
+};
+
+/// The heads of a task, whatever storage its keys have.
+template <class T>
+struct DecodeSource {
+  ByteRows rows;
+  const void* task = nullptr;  // Task<T, S>
+  std::size_t head_bytes = 0;  // of one head and its scratch
+  DecodeHead<T>* (*make)(const void* task, Index kv_head, std::byte* memory) = nullptr;
+};
+
+/// What is read after the first `done` of these rows: the next block of them, or of `then`. Lines are prefetched while other
+/// rows are worked on; rows with gaps between them, as in plain matrices, here and now. `further`: see `Further`.
+inline NextLines next_lines(const RowBytes& all, Index done, const RowBytes& then, Index block_rows,
+                            std::uintptr_t further) {
+  RowBytes rows = done < all.count ? all.from(done, all.count - done) : then;
+  rows.count = std::min(rows.count, block_rows);
+  const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
+  NextLines next = NextLines::none(all.first);
+  if (rows.first == nullptr) return next;
+  if (rows.stride == rows.width) {
+    next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width);
+    next.reach(further);
+    if (done < all.count && then.first != nullptr)
+      next.goes_on(reinterpret_cast<std::uintptr_t>(all.end()), reinterpret_cast<std::uintptr_t>(then.first));
+    return next;
+  }
+  for (Index r = 0; r < rows.count; ++r)
+    for (Index x = 0; x < rows.width; x += 64) prefetch_near(rows.first + r * rows.stride + x);
+  return next;
+}
+
+/// A head whose keys are multiplied as D says (kernel/decode/dots.hpp).
+template <class D>
+class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
+  using T = typename D::Scalar;
+  using S = typename D::Key;
+  using V = Simd<T>;
+  using Vec = typename V::Vec;
+  static constexpr Index W = V::width;
+  using Sums = ValueSums<D>;
+  using Base = DecodeHead<T>;
+  using Base::kv_head_, Base::n_, Base::state_;
+
+ public:
+  DecodeHeadOf(const Task<T, S>& task, Index kv_head, detail::Carver& carver)
+      : Base(task, kv_head, carver),
+        task_(task),
+        q_(carver, n_, task.head_dim),
+        chunk_(carver, n_),
+        sums_(carver.take<std::int32_t>(n_ * Sums::row(task.v_head_dim))) {
+    for (Index i = 0; i < n_; ++i) q_.pack(i, task_.query(query(i), head(i)), task_.head_dim, task_.scale);
+  }
+  /// Bytes of a head of n rows of q and of its scratch.
+  static std::size_t bytes(Index n, Index head_dim, Index v_head_dim) {
+    detail::Carver carver(nullptr);
+    carver.take<DecodeHeadOf>(1);
+    DecodeState<T>(carver, n, v_head_dim);
+    PackedQueries<D>(carver, n, head_dim);
+    ChunkWeights<D>(carver, n);
+    carver.take<std::int32_t>(n * Sums::row(v_head_dim));
+    return carver.used();
   }
 
-  /// A chunk begins: its pieces are scored, then it is weighed, then the values of its pieces are added.
-  void begin_chunk() { s_.chunk.begin(); }
+  void begin_chunk() override { chunk_.begin(); }
 
-  /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
-  void score(const GridPiece& piece, const Rows<S>& then) {
+  void score(const GridPiece& piece, const RowBytes& then) override {
     const PairTile pairs = task_.tile(head(0), task_.heads.group_size(), 0, n_, piece, 0, piece.count);
     const Cover cover = task_.rule.cover(pairs);
     if (cover == Cover::none) return;
-    s_.chunk.begin_scores(piece.column, piece.count);
+    chunk_.begin_scores(piece.column, piece.count);
     if constexpr (has_row_scale<S>) fetch_scales(piece);
-    const Rows<S> keys = rows<false>(piece.run, piece.row, piece.count);
+    const Rows<S> keys{task_.keys.key(task_.keys.runs[piece.run], kv_head_, piece.row), task_.keys.key_row_stride,
+                       piece.count, task_.head_dim};
     for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
-      dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), s_.q, fetch(keys, k + block, then),
-                  s_.chunk.scores(0, piece.column + k), decode_chunk);
+      dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), q_,
+                  next_lines(bytes_of(keys), k + block, then, block, further()), chunk_.scores(0, piece.column + k),
+                  decode_chunk);
     if (has_row_scale<S> || !task_.rule.plain || cover != Cover::all) finish_scores(piece, pairs, cover);
   }
 
-  /// From the scores of a chunk to weights.
-  void weigh() {
-    if (s_.chunk.empty()) return;
-    s_.chunk.weigh(state_, task_.v_head_dim);
-    if constexpr (Sums::integers) std::fill_n(s_.sums, n_ * Sums::row(task_.v_head_dim), 0);
+  void weigh() override {
+    if (chunk_.empty()) return;
+    chunk_.weigh(state_, task_.v_head_dim);
+    if constexpr (Sums::integers) std::fill_n(sums_, n_ * Sums::row(task_.v_head_dim), 0);
   }
 
-  /// The values of a piece. Rows `then` will be read next.
-  void add_values(const GridPiece& piece, const Rows<S>& then) {
-    if (s_.chunk.empty()) return;
-    const Rows<S> values = rows<true>(piece.run, piece.row, piece.count);
+  void add_values(const GridPiece& piece, const RowBytes& then) override {
+    if (chunk_.empty()) return;
+    const Rows<S> values{task_.keys.value(task_.keys.runs[piece.run], kv_head_, piece.row), task_.keys.value_row_stride,
+                         piece.count, task_.v_head_dim};
     const Index block = block_rows(values.width);
+    const auto next = [&](Index done) { return next_lines(bytes_of(values), done, then, block, further()); };
     for (Index k = 0, some = 0; k < piece.count; k += std::max<Index>(some, 1)) {
       const Index most = std::min(block, piece.count - k), column = piece.column + k;
-      some = s_.chunk.all_seen() ? most : 0;
-      while (some < most && s_.chunk.seen(column + some)) ++some;
+      some = chunk_.all_seen() ? most : 0;
+      while (some < most && chunk_.seen(column + some)) ++some;
       if constexpr (Sums::integers) {
-        if (some > 0)
-          Sums::add(values.from(k, some), s_.chunk.steps(column), decode_chunk, n_, fetch(values, k + some, then),
-                    s_.sums);
+        if (some > 0) Sums::add(values.from(k, some), chunk_.steps(column), decode_chunk, n_, next(k + some), sums_);
       } else if (some > 0)
-        add_rows(values.from(k, some), s_.chunk.scores(0, column), decode_chunk, n_, fetch(values, k + some, then),
-                 state_.o);
+        add_rows(values.from(k, some), chunk_.scores(0, column), decode_chunk, n_, next(k + some), state_.o);
       else
         add_seen(values.from(k, 1), column);
     }
   }
 
-  /// A chunk ends: all its values have been added.
-  void end_chunk() {
+  void end_chunk() override {
     if constexpr (Sums::integers) {
-      if (s_.chunk.empty()) return;
+      if (chunk_.empty()) return;
       const Index dv = task_.v_head_dim;
       for (Index i = 0; i < n_; ++i)
-        if (const T largest = s_.chunk.largest(i); largest != T(0))
-          Sums::finish(s_.sums + i * Sums::row(dv), largest, dv, state_.o + i * whole_registers<T>(dv));
+        if (const T largest = chunk_.largest(i); largest != T(0))
+          Sums::finish(sums_ + i * Sums::row(dv), largest, dv, state_.o + i * whole_registers<T>(dv));
     }
-  }
-
-  /// Keys or values of this head.
-  template <bool Values>
-  Rows<S> rows(std::size_t r, Index row, Index count) const {
-    const auto& keys = task_.keys;
-    const KeyRun<S>& run = keys.runs[r];
-    if constexpr (Values) return {keys.value(run, kv_head_, row), keys.value_row_stride, count, task_.v_head_dim};
-    return {keys.key(run, kv_head_, row), keys.key_row_stride, count, task_.head_dim};
   }
 
  private:
@@ -151,8 +186,8 @@ class DecodeHead {
   void finish_scores(const GridPiece& piece, const PairTile& pairs, Cover cover) {
     const bool all = cover != Cover::all || !task_.rule.plain;
     if constexpr (has_row_scale<S>) {
-      T* const scale_k = s_.chunk.key_scales(piece.column);
-      T* const scale_v = s_.chunk.value_scales(piece.column);
+      T* const scale_k = chunk_.key_scales(piece.column);
+      T* const scale_v = chunk_.value_scales(piece.column);
       const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
       const KeyRun<S>& run = task_.keys.runs[piece.run];
       const float *const k = run.key_scales + at, *const v = run.value_scales + at;
@@ -167,13 +202,13 @@ class DecodeHead {
         scale_k[j] = static_cast<T>(k[j * stride]) * room, scale_v[j] = static_cast<T>(v[j * stride]);
       if (all) {
         for (Index i = 0; i < n_; ++i) {
-          T* const s = s_.chunk.scores(i, piece.column);
+          T* const s = chunk_.scores(i, piece.column);
           for (j = 0; j < piece.count; ++j) s[j] *= scale_k[j];
         }
         std::fill_n(scale_k, piece.count, T(1));
       }
     }
-    task_.rule.template finish<Inner::keys>(pairs, cover, s_.chunk.scores(0, piece.column), decode_chunk);
+    task_.rule.template finish<Inner::keys>(pairs, cover, chunk_.scores(0, piece.column), decode_chunk);
   }
   /// Asked for before the rows are multiplied: in pages scales are too short for the processor to foresee them.
   void fetch_scales(const GridPiece& piece) const {
@@ -199,43 +234,40 @@ class DecodeHead {
     const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim + task_.v_head_dim);
     return wide<S> && numbers >= from_memory / static_cast<Index>(sizeof(S)) ? 12288 : 0;
   }
-  /// What is read after the first `done` rows: the next block of them, or of `then`. Lines are asked for while other rows
-  /// are worked on; rows with gaps between them, as in plain matrices, here and now.
-  NextLines fetch(Rows<S> rows, Index done, const Rows<S>& then) const {
-    const Rows<S> all = rows;
-    rows = done < rows.count ? rows.from(done, rows.count - done) : then;
-    rows.count = std::min(rows.count, block_rows(rows.width));
-    const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
-    NextLines next = NextLines::none(all.first);
-    if (rows.first == nullptr) return next;
-    if (rows.stride == rows.width) {
-      next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width) * sizeof(S);
-      if constexpr (few_registers) next.further = further();
-      if (few_registers && done < all.count && then.first != nullptr)
-        next.goes_on(reinterpret_cast<std::uintptr_t>(all.first + all.count * all.width),
-                     reinterpret_cast<std::uintptr_t>(then.first));
-      return next;
-    }
-    for (Index r = 0; r < rows.count; ++r)
-      for (Index x = 0; x < rows.width; x += 64 / static_cast<Index>(sizeof(S))) prefetch_near(rows.row(r) + x);
-    return next;
+  static RowBytes bytes_of(const Rows<S>& rows) {
+    constexpr auto size = static_cast<Index>(sizeof(S));
+    return {reinterpret_cast<const std::byte*>(rows.first), rows.stride * size, rows.count, rows.width * size};
   }
 
   /// One row that some of the queries see; nobody, and it is not read.
   void add_seen(const Rows<S>& value, Index column) {
     const Index width = whole_registers<T>(value.width);
     for (Index i = 0; i < n_; ++i) {
-      const T* const p = s_.chunk.scores(i, column);
+      const T* const p = chunk_.scores(i, column);
       if (*p != detail::minus_infinity<T>)
         add_rows(value, p, decode_chunk, 1, NextLines::none(value.first), state_.o + i * width);
     }
   }
   const Task<T, S>& task_;
-  Index kv_head_, n_;
-  detail::Carver carver_;
-  DecodeScratch<D> s_;
-  DecodeState<T> state_;
+  PackedQueries<D> q_;
+  ChunkWeights<D> chunk_;
+  std::int32_t* sums_;  // [n, row(v_head_dim)] of the chunk, where values are multiplied in integers (int8_values.hpp)
 };
+
+/// The heads of a task whose keys are multiplied as D says; task and rows outlive it.
+template <class D>
+DecodeSource<typename D::Scalar> decode_source(const Task<typename D::Scalar, typename D::Key>& task,
+                                               const ByteRows& rows) {
+  using T = typename D::Scalar;
+  using Head = DecodeHeadOf<D>;
+  static_assert(std::is_trivially_destructible_v<Head>);  // heads lie in scratch memory
+  return {rows, &task, Head::bytes(task.n_queries() * task.heads.group_size(), task.head_dim, task.v_head_dim),
+          [](const void* of, Index kv_head, std::byte* memory) -> DecodeHead<T>* {
+            detail::Carver carver(memory);
+            Head* const head = carver.take<Head>(1);
+            return std::construct_at(head, *static_cast<const Task<T, typename D::Key>*>(of), kv_head, carver);
+          }};
+}
 
 }}}  // namespace qkv::QKV_ABI::kernel
 

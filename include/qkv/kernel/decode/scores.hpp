@@ -36,12 +36,14 @@ struct Further {
   EIGEN_ALWAYS_INLINE std::uintptr_t from(std::uintptr_t at) const {
     return at + further + (at + further < stretch ? 0 : jump);
   }
+  void reach(std::uintptr_t bytes) { further = bytes; }
   /// After `end` the rows at `then` are read.
   void goes_on(std::uintptr_t end, std::uintptr_t then) { stretch = end, jump = then - end; }
 };
 struct NoFurther {
   static constexpr std::uintptr_t further = 0;
   static std::uintptr_t from(std::uintptr_t at) { return at; }
+  static void reach(std::uintptr_t) {}
   static void goes_on(std::uintptr_t, std::uintptr_t) {}
 };
 

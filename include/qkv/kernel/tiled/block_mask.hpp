@@ -42,7 +42,7 @@ class PanelMask {
   static_assert(step % TileShape<T>::rows == 0 && tile_keys % step == 0);
 
   /// `n_queries` <= lanes queries from row `query` on, of one head, and a block of keys.
-  PanelMask(const QueryTask<T>& task, std::span<const RunShape> runs, const KeyBlock& block, Index head, Index query,
+  PanelMask(const QueryTask<T>& task, std::span<const ByteRun> runs, const KeyBlock& block, Index head, Index query,
             Index n_queries)
       : task_(task), runs_(runs), block_(block), head_(head), query_(query), n_queries_(n_queries) {
     look();
@@ -85,7 +85,7 @@ class PanelMask {
   }
 
  private:
-  GridPieces<RunShape> pieces() const { return {runs_, tile_keys, block_.cell}; }
+  GridPieces<ByteRun> pieces() const { return {runs_, tile_keys, block_.cell}; }
   Index queries(Index v) const { return std::clamp<Index>(n_queries_ - v * V::width, 0, V::width); }
   /// Register v × some keys of a piece.
   PairTile tile(Index v, const GridPiece& piece, Index i, Index count) const {
@@ -141,7 +141,7 @@ class PanelMask {
   }
 
   const QueryTask<T>& task_;
-  std::span<const RunShape> runs_;
+  std::span<const ByteRun> runs_;
   const KeyBlock& block_;
   Index head_, query_, n_queries_;
   Columns columns_[std::size_t(vectors)];

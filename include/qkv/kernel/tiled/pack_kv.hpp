@@ -203,21 +203,16 @@ class BlockPacker {
 
 /// Blocks packed from rows of storage S; keys and runs outlive it.
 template <class A, StorageType S>
-BlockSource<A> block_source(const KeyRows<S>& keys, std::span<const RunShape> runs) {
+BlockSource<A> block_source(const KeyRows<S>& keys, const ByteRows& rows) {
   using T = typename A::Scalar;
-  BlockSource<A> source{&keys, runs};
-  source.pack_block = [](const void* rows, const Panels<A>& panels, Index kv_head, Index b) {
-    BlockPacker<A, S>(panels, *static_cast<const KeyRows<S>*>(rows), kv_head, b).run();
+  BlockSource<A> source{rows, &keys};
+  source.pack_block = [](const void* of, const Panels<A>& panels, Index kv_head, Index b) {
+    BlockPacker<A, S>(panels, *static_cast<const KeyRows<S>*>(of), kv_head, b).run();
   };
-  source.value = [](const void* rows, Index kv_head, std::size_t run, Index row, Index x) {
-    const auto& all = *static_cast<const KeyRows<S>*>(rows);
+  source.value = [](const void* of, Index kv_head, std::size_t run, Index row, Index x) {
+    const auto& all = *static_cast<const KeyRows<S>*>(of);
     return static_cast<T>(all.value(all.runs[run], kv_head, row)[x]) *
            static_cast<T>(all.value_scale(all.runs[run], kv_head, row));
-  };
-  source.prefetch_rows = [](const void* rows, Index kv_head, std::size_t run, Index row, Index n, FetchList& list) {
-    const auto& all = *static_cast<const KeyRows<S>*>(rows);
-    list.add(FetchRows::of(all.key(all.runs[run], kv_head, row), all.key_row_stride, all.head_dim, n));
-    list.add(FetchRows::of(all.value(all.runs[run], kv_head, row), all.value_row_stride, all.v_head_dim, n));
   };
   return source;
 }

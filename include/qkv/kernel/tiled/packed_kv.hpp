@@ -100,7 +100,7 @@ std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
 
 /// Fills the blocks' descriptions, in order; `first_row`: logical row of the first.
 template <class A>
-void describe_blocks(const Panels<A>& panels, std::span<const RunShape> runs, Index first_row) {
+void describe_blocks(const Panels<A>& panels, std::span<const ByteRun> runs, Index first_row) {
   KeyBlock* block = panels.blocks;
   for (const GridCell& cell : GridCells(runs, tile_keys, first_row)) {
     *block = {.cell = cell, .begin = tile_keys};
@@ -120,13 +120,11 @@ template <class A>
 struct BlockSource {
   using T = typename A::Scalar;
 
+  ByteRows rows;
   const void* keys = nullptr;  // KeyRows<S>
-  std::span<const RunShape> runs;
   void (*pack_block)(const void* keys, const Panels<A>&, Index kv_head, Index b) = nullptr;
   /// Feature x of a value row.
   T (*value)(const void* keys, Index kv_head, std::size_t run, Index row, Index x) = nullptr;
-  /// Adds keys and values of n rows to what is prefetched.
-  void (*prefetch_rows)(const void* keys, Index kv_head, std::size_t run, Index row, Index n, FetchList&) = nullptr;
 
   void pack(const Panels<A>& panels, Index kv_head, Index b) const { pack_block(keys, panels, kv_head, b); }
 };

@@ -57,7 +57,7 @@ class PanelStep {
   /// Merges block b into the state of the panel. `fetch` is asked for meanwhile.
   void run(Index b, const Panel& p, FetchList& fetch) {
     const KeyBlock& block = panels_.blocks[b];
-    const Mask mask(task_, source_.runs, block, head_, p.query, p.n);
+    const Mask mask(task_, source_.rows.runs, block, head_, p.query, p.n);
     if (mask.all_empty()) return;
     static_assert(vectors == 2);
     const Columns &left = mask.columns(0), &right = mask.columns(1);
@@ -162,7 +162,7 @@ class PanelStep {
     const Index kv_head = task_.heads.kv_head(head_);
     for (Index i = 0; i < block.not_finite; ++i) {
       const Index c = panels_.not_finite[b * tile_keys + i];
-      for (const GridPiece& piece : GridPieces(source_.runs, tile_keys, block.cell)) {
+      for (const GridPiece& piece : GridPieces(source_.rows.runs, tile_keys, block.cell)) {
         if (c < piece.column || c >= piece.column + piece.count) continue;
         for (Index x = 0; x < task_.v_head_dim; ++x) {
           const T value = source_.value(source_.keys, kv_head, piece.run, piece.row + c - piece.column, x);

@@ -152,7 +152,7 @@ class Tiled {
   }
   /// Whether a query of this item may see a key of block b.
   bool seen(Index b) const {
-    for (const GridPiece& piece : GridPieces(source_.runs, tile_keys, panels_.blocks[b].cell))
+    for (const GridPiece& piece : GridPieces(source_.rows.runs, tile_keys, panels_.blocks[b].cell))
       if (task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, piece, 0, piece.count)) != Cover::none) return true;
     return false;
   }
@@ -164,11 +164,13 @@ class Tiled {
   void fetch_block(Index b, Index p, Index n_panels) {
     if (b >= n_blocks_ || panels_.blocks[b].packed) return;
     const KeyBlock& block = panels_.blocks[b];
-    const Index held = std::min(source_.runs[block.cell.run].rows - block.cell.row, block.count);
+    const Index held = std::min(source_.rows.runs[block.cell.run].rows - block.cell.row, block.count);
     const Index begin = held * p / n_panels, n = held * (p + 1) / n_panels - begin;
-    if (n > 0)
-      source_.prefetch_rows(source_.keys, task_.heads.kv_head(head_), block.cell.run, block.cell.row + begin, n,
-                            fetch_);
+    if (n <= 0) return;
+    const Index kv_head = task_.heads.kv_head(head_), row = block.cell.row + begin;
+    for (const RowBytes& next :
+         {source_.rows.keys(block.cell.run, kv_head, row, n), source_.rows.values(block.cell.run, kv_head, row, n)})
+      fetch_.add(FetchRows::of(next.first, next.stride, next.width, next.count));
   }
 
   const QueryTask<T>& task_;

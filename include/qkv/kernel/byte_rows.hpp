@@ -1,0 +1,75 @@
+// kernel/byte_rows.hpp — the rows of one sequence without their storage type.
+//
+// What goes through the keys (the grid, splits, prefetches) needs addresses and distances, not the type of a number; so it
+// is compiled once for all storages. Only what multiplies rows knows their type.
+//
+// Before: kernel/position_grid.hpp   Next: kernel/task.hpp
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+
+#include "../key_rows.hpp"
+#include "../workspace.hpp"
+
+namespace qkv { inline namespace QKV_ABI { namespace kernel {
+
+/// Rows of one kv head at equal distances; all in bytes.
+struct RowBytes {
+  const std::byte* first = nullptr;
+  Index stride = 0, count = 0, width = 0;
+
+  RowBytes from(Index row, Index some) const { return {first + row * stride, stride, some, width}; }
+  const std::byte* end() const { return first + count * stride; }
+};
+
+/// A KeyRun; keys and values of kv head 0.
+struct ByteRun {
+  Index rows = 0, position = 0;
+  const std::byte *keys = nullptr, *values = nullptr;
+};
+
+/// A KeyRows; strides and widths in bytes.
+struct ByteRows {
+  struct Layout {
+    Index row_stride = 0, head_stride = 0, width = 0;
+  };
+  std::span<const ByteRun> runs;
+  Index rows = 0, first_row = 0;
+  Layout key, value;
+
+  RowBytes keys(std::size_t run, Index kv_head, Index row, Index count) const {
+    return {runs[run].keys + kv_head * key.head_stride + row * key.row_stride, key.row_stride, count, key.width};
+  }
+  RowBytes values(std::size_t run, Index kv_head, Index row, Index count) const {
+    return {runs[run].values + kv_head * value.head_stride + row * value.row_stride, value.row_stride, count,
+            value.width};
+  }
+};
+
+/// use(ByteRows) of these rows, whose runs are listed meanwhile: on the stack where they are few.
+template <StorageType S, class Use>
+void with_byte_rows(const KeyRows<S>& keys, Workspace& workspace, const Use& use) {
+  const auto list = [&](ByteRun* runs) {
+    constexpr auto size = static_cast<Index>(sizeof(S));
+    const auto address = [&](const S* first, Index head_stride) {
+      return reinterpret_cast<const std::byte*>(first == nullptr ? first : first + keys.first_kv_head * head_stride);
+    };
+    std::size_t n = 0;
+    for (const KeyRun<S>& run : keys.runs)
+      std::construct_at(runs + n++, ByteRun{run.rows, run.position, address(run.keys, keys.key_head_stride),
+                                            address(run.values, keys.value_head_stride)});
+    use(ByteRows{std::span<const ByteRun>(runs, n),
+                 keys.rows,
+                 keys.first_row,
+                 {keys.key_row_stride * size, keys.key_head_stride * size, keys.head_dim * size},
+                 {keys.value_row_stride * size, keys.value_head_stride * size, keys.v_head_dim * size}});
+  };
+  ByteRun few[8];  // contiguous caches and rings have no more
+  if (keys.runs.size() <= std::size(few)) return list(few);
+  const auto memory = workspace.lease(keys.runs.size() * sizeof(ByteRun));
+  list(reinterpret_cast<ByteRun*>(memory.data()));
+}
+
+}}}  // namespace qkv::QKV_ABI::kernel
