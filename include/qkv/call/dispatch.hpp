@@ -17,16 +17,14 @@
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
 /// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
-template <class A>
-void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kernel::BlockSource<A>& source,
-                  const kernel::StateView<typename A::Scalar>& state, Workspace& workspace, const AnyExecutor& executor,
-                  Done done, Start start) {
-  using T = typename A::Scalar;
-  using Panels = kernel::Panels<A>;
+template <class T>
+void launch_tiled(const kernel::QueryTask<T>& task, const kernel::PackedKeys<T>& keys,
+                  const kernel::StateView<T>& state, Workspace& workspace, const AnyExecutor& executor, Done done,
+                  Start start) {
   const Index n = task.n_queries(), d = task.head_dim, dv = task.v_head_dim, group = task.heads.group_size();
-  const Index n_blocks = kernel::count_cells(source.rows.runs, kernel::tile_keys),
+  const Index n_blocks = kernel::count_cells(keys.rows.runs, kernel::tile_keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
-  const std::size_t per_head = kernel::panel_bytes<A>(n_blocks, d, dv);
+  const std::size_t per_head = keys.bytes(n_blocks);
   // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
   const Index at_once =
       executor.serial()
@@ -35,26 +33,32 @@ void launch_tiled(const kernel::QueryTask<typename A::Scalar>& task, const kerne
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
   for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
     const Index count = std::min(at_once, task.heads.kv_heads - first);
-    const auto panels_of = [&](Index kv_head) {
-      Carver carver(memory.data() + per_head * static_cast<std::size_t>(kv_head - first));
-      return Panels::carve(carver, n_blocks, d, dv);
+    const auto packed = [&](Index kv_head) {
+      return memory.data() + per_head * static_cast<std::size_t>(kv_head - first);
     };
+    const auto blocks = [&](Index kv_head) { return Carver(packed(kv_head)).take<kernel::KeyBlock>(n_blocks); };
     for (Index kv_head = first; kv_head < first + count; ++kv_head)
-      kernel::describe_blocks(panels_of(kv_head), source.rows.runs, source.rows.first_row);
+      kernel::describe_blocks(blocks(kv_head), keys.rows.runs, keys.rows.first_row);
     if (!executor.serial())
       executor(count * n_blocks, [&](Index item) {
-        source.pack(panels_of(first + item / n_blocks), first + item / n_blocks, item % n_blocks);
+        const Index kv_head = first + item / n_blocks;
+        keys.pack(packed(kv_head), n_blocks, kv_head, item % n_blocks);
       });
     executor(count * group * query_blocks, [&](Index item) {
       const Index head = first * group + item / query_blocks, query = item % query_blocks * kernel::tile_queries;
-      const Index rows = std::min(kernel::tile_queries, n - query);
-      const auto scratch = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
+      const Index rows = std::min(kernel::tile_queries, n - query), kv_head = task.heads.kv_head(head);
+      const auto lease = workspace.lease(kernel::TiledScratch<T>::bytes(d, dv));
+      Carver carver(lease.data());
+      const kernel::TiledScratch<T> scratch(carver, d, dv);
       if (start == Start::empty) state.clear_sums(query, rows, head);  // then the kernel writes every row of weighted
-      const Panels panels = panels_of(task.heads.kv_head(head));
-      kernel::Tiled<A>(task, source, state, panels, n_blocks, head, query, scratch.data()).run(done);
+      keys.with_step(packed(kv_head), n_blocks, head, scratch.s, scratch.hidden, [&](kernel::BlockStep<T>& step) {
+        const std::span<const kernel::KeyBlock> of_head(blocks(kv_head), static_cast<std::size_t>(n_blocks));
+        kernel::Tiled<T>(task, keys.rows, of_head, state, head, query, scratch, step).run(done);
+      });
     });
   }
 }
+
 /// The decode kernel: an item is some kv heads, or one split of their keys where several threads may share them.
 template <class T>
 void launch_decode(const kernel::QueryTask<T>& task, const kernel::DecodeSource<T>& source,
@@ -117,7 +121,8 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
                  const AnyExecutor& executor, Done done, Start start) {
   kernel::with_byte_rows(task.keys, workspace, [&](const kernel::ByteRows& rows) {
     const auto tiled = [&]<class A>(A) {
-      launch_tiled(task, kernel::block_source<A>(task.keys, rows), state, workspace, executor, done, start);
+      const kernel::PackedKeysOf<A> keys(task, kernel::block_source<A>(task.keys, rows));
+      launch_tiled(task, keys, state, workspace, executor, done, start);
     };
     const auto decode = [&](const kernel::DecodeSource<T>& source) {
       launch_decode(task, source, state, workspace, executor, done, start);

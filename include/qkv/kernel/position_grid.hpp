@@ -66,7 +66,7 @@ class GridPieces {
 
  private:
   /// The piece after next_.
-  bool find() {
+  EIGEN_DONT_INLINE bool find() {
     Index row = next_.row + next_.count;
     for (; next_.run < runs_.size(); base_ += runs_[next_.run++].rows, row = 0) {
       const Run& run = runs_[next_.run];
@@ -114,14 +114,14 @@ class GridCells {
 
  private:
   /// On to a row that is there; the cell is the one it lies in.
-  bool find() {
+  EIGEN_DONT_INLINE bool find() {
     while (at_.run < runs_.size() && at_.row == runs_[at_.run].rows) next_run();
     if (at_.run == runs_.size()) return false;
     at_.first = (runs_[at_.run].position + at_.row) / step_ * step_;
     return at_.first < end_;
   }
   /// To the first row past the cell.
-  void leave() {
+  EIGEN_DONT_INLINE void leave() {
     for (; at_.run < runs_.size(); next_run()) {
       const Run& run = runs_[at_.run];
       if (run.position >= at_.first + step_) return;

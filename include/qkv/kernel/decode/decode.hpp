@@ -130,7 +130,7 @@ class Decode {
   /// The rows that are read after a piece of head h: the next head's; after the last head the first one's of the next piece;
   /// where the chunk ends, its values or the keys of the next chunk.
   template <bool Values>
-  RowBytes next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
+  EIGEN_DONT_INLINE RowBytes next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
     const auto rows_of = [&](bool values, std::size_t of, std::size_t r, Index row, Index count) {
       const Index kv_head = heads_[of]->kv_head();
       return values ? rows_.values(r, kv_head, row, count) : rows_.keys(r, kv_head, row, count);

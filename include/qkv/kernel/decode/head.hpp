@@ -74,8 +74,8 @@ struct DecodeSource {
 
 /// What is read after the first `done` of these rows: the next block of them, or of `then`. Lines are prefetched while other
 /// rows are worked on; rows with gaps between them, as in plain matrices, here and now. `further`: see `Further`.
-inline NextLines next_lines(const RowBytes& all, Index done, const RowBytes& then, Index block_rows,
-                            std::uintptr_t further) {
+EIGEN_DONT_INLINE inline NextLines next_lines(const RowBytes& all, Index done, const RowBytes& then, Index block_rows,
+                                              std::uintptr_t further) {
   RowBytes rows = done < all.count ? all.from(done, all.count - done) : then;
   rows.count = std::min(rows.count, block_rows);
   const auto at = reinterpret_cast<std::uintptr_t>(rows.first);

@@ -183,16 +183,6 @@ EIGEN_ALWAYS_INLINE void dot_some(const Rows<typename D::Key>& keys, const typen
   ((to[Index(Sum) / At * Step + Index(Sum) % At] = sum[Sum]), ...);
 }
 
-// All of a tile's rows, At at a time: many rows side by side are many streams, which memory serves badly.
-template <class D, Index Queries, Index At, std::size_t... Group>
-EIGEN_ALWAYS_INLINE void dot_groups(const Rows<typename D::Key>& keys, const typename D::Query* q, NextLines& next,
-                                    typename D::Vec (&sum)[std::size_t(D::lanes)], std::index_sequence<Group...>) {
-  (dot_some<D, Queries, At, D::lanes / Queries>(
-       keys.from(Index(Group) * At, At), q, Queries, next, sum + Index(Group) * At,
-       std::make_index_sequence<std::size_t(Queries * At)>{}, std::make_index_sequence<std::size_t(At)>{}),
-   ...);
-}
-
 /// The last rows of a tile, query by query and row by row: the same sums in the first slot of every query.
 template <class D>
 EIGEN_DONT_INLINE void dot_last_rows(const Rows<typename D::Key>& keys, const PackedQueries<D>& queries, Index first,
@@ -224,7 +214,10 @@ EIGEN_DONT_INLINE void dot_tile(const Rows<typename D::Key>& keys, const PackedQ
   T scores[std::size_t(D::lanes)];
   Index r = 0;
   for (; r + step <= keys.count; r += step) {
-    dot_groups<D, Queries, at>(keys.from(r, step), q, next, sum, std::make_index_sequence<std::size_t(step / at)>{});
+    for (Index some = 0; some < step; some += at)  // many rows side by side are many streams: memory serves them badly
+      dot_some<D, Queries, at, step>(keys.from(r + some, at), q, Queries, next, sum + some,
+                                     std::make_index_sequence<std::size_t(Queries * at)>{},
+                                     std::make_index_sequence<std::size_t(at)>{});
     D::finish(sum, factor, shift, scores);
     for (Index i = 0; i < Queries; ++i)
       std::memcpy(to + i * to_row + r, scores + i * step, std::size_t(step) * sizeof(T));

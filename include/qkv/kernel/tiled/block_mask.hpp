@@ -56,7 +56,7 @@ class PanelMask {
   }
 
   /// Scores [column][lanes] of register v become what the rule makes of them, in place. `unit` [width]: of each lane.
-  void finish(Index v, T* scores, const T* unit) const {
+  EIGEN_DONT_INLINE void finish(Index v, T* scores, const T* unit) const {
     const Index begin = columns_[v].begin, end = columns_[v].end;
     if (!columns_[v].mixed && task_.rule.plain) return;
     T* const at = scores + v * V::width;

@@ -63,7 +63,7 @@ struct Panels {
   static Panels carve(detail::Carver& carver, Index n_blocks, Index head_dim, Index v_head_dim) {
     Panels p;
     p.head_dim = head_dim, p.v_head_dim = v_head_dim;
-    p.blocks = carver.take<KeyBlock>(n_blocks);
+    p.blocks = carver.take<KeyBlock>(n_blocks);  // first: where the blocks are does not depend on A
     p.keys = carver.take<Number>(n_blocks * p.key_stride());
     p.values = carver.take<Number>(n_blocks * p.value_stride());
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
@@ -99,9 +99,7 @@ std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
 }
 
 /// Fills the blocks' descriptions, in order; `first_row`: logical row of the first.
-template <class A>
-void describe_blocks(const Panels<A>& panels, std::span<const ByteRun> runs, Index first_row) {
-  KeyBlock* block = panels.blocks;
+inline void describe_blocks(KeyBlock* block, std::span<const ByteRun> runs, Index first_row) {
   for (const GridCell& cell : GridCells(runs, tile_keys, first_row)) {
     *block = {.cell = cell, .begin = tile_keys};
     Index held = 0;
@@ -115,7 +113,7 @@ void describe_blocks(const Panels<A>& panels, std::span<const ByteRun> runs, Ind
   }
 }
 
-/// Where packed blocks come from: rows of whatever storage. The tiled kernel knows nothing else of them.
+/// Where packed blocks come from: rows of whatever storage.
 template <class A>
 struct BlockSource {
   using T = typename A::Scalar;

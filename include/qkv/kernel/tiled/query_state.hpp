@@ -24,7 +24,7 @@ struct PanelSums {
   T *m, *l, *unit, *o;
 
   /// The state of no keys.
-  void clear(Index v_head_dim) const {
+  EIGEN_DONT_INLINE void clear(Index v_head_dim) const {
     std::fill_n(m, lanes, detail::minus_infinity<T>);
     std::fill_n(l, lanes, T(0));
     std::fill_n(o, TileShape<T>::tail_height(v_head_dim) * lanes, T(0));

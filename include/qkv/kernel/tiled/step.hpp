@@ -20,6 +20,7 @@
 #include "../task.hpp"
 #include "../value_tile.hpp"
 #include "block_mask.hpp"
+#include "pack_queries.hpp"
 #include "packed_kv.hpp"
 #include "query_state.hpp"
 
@@ -28,23 +29,40 @@
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// n <= lanes queries of one head from row `query` on, packed, and their state so far.
-template <class A>
+template <class T>
 struct QueryPanel {
   Index query, n;
-  const typename A::Number* q;  // [key_depth][lanes]
-  PanelSums<typename A::Scalar> sums;
+  T* q;  // [key_depth][lanes] numbers of the arithmetic, which are as large as T
+  PanelSums<T> sums;
+};
+
+/// What goes through the blocks of one head calls, whatever the arithmetic: once for a block, for a panel, for both.
+template <class T>
+class BlockStep {
+ public:
+  virtual void pack(Index b) const = 0;
+  /// `from` of a panel's queries, from its `lane`-th on.
+  virtual void load(const QueryRows<T>& from, const QueryPanel<T>& panel, Index lane) const = 0;
+  /// Merges block b into the state of the panel; `fetch` is prefetched meanwhile.
+  virtual void run(Index b, const QueryPanel<T>& panel, FetchList& fetch) = 0;
+
+ protected:
+  BlockStep() = default;
+  BlockStep(const BlockStep&) = default;
+  BlockStep& operator=(const BlockStep&) = default;
+  ~BlockStep() = default;
 };
 
 /// What panels of one head do with one block after another.
 template <class A>
-class PanelStep {
+class PanelStep final : public BlockStep<typename A::Scalar> {
   using T = typename A::Scalar;
   using Number = typename A::Number;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Softmax = PanelSoftmax<A>;
   using Mask = PanelMask<T>;
-  using Panel = QueryPanel<A>;
+  using Panel = QueryPanel<T>;
   using Shape = TileShape<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors, rows = TileShape<T>::rows;
 
@@ -54,8 +72,12 @@ class PanelStep {
             bool* hidden)
       : task_(task), source_(source), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
 
-  /// Merges block b into the state of the panel. `fetch` is asked for meanwhile.
-  void run(Index b, const Panel& p, FetchList& fetch) {
+  void pack(Index b) const override { source_.pack(panels_, task_.heads.kv_head(head_), b); }
+  void load(const QueryRows<T>& from, const Panel& p, Index lane) const override {
+    static_assert(sizeof(Number) == sizeof(T));
+    pack_queries(A{}, from, reinterpret_cast<Number*>(p.q) + lane, lanes, p.sums.unit + lane);
+  }
+  void run(Index b, const Panel& p, FetchList& fetch) override {
     const KeyBlock& block = panels_.blocks[b];
     const Mask mask(task_, source_.rows.runs, block, head_, p.query, p.n);
     if (mask.all_empty()) return;
@@ -94,7 +116,8 @@ class PanelStep {
     if constexpr (A::words) {
       using Dot = ScoreDot<A>;
       const auto at = [&](Index column, Index vector) {
-        WordOperands op{.depth = depth, .a = a + column * depth, .b = p.q + vector * V::width, .b_step = lanes};
+        const auto* const q = reinterpret_cast<const Number*>(p.q);
+        WordOperands op{.depth = depth, .a = a + column * depth, .b = q + vector * V::width, .b_step = lanes};
         op.row = b * tile_keys + column, op.offset = panels_.key_offsets, op.scale = panels_.key_scales;
         op.c = s_ + column * lanes + vector * V::width, op.c_row = lanes;
         return op;
@@ -150,7 +173,7 @@ class PanelStep {
   }
 
   /// Which lanes do not see the value rows that are not finite: before scores become weights.
-  void mark_hidden(const KeyBlock& block, Index b, const Mask& mask) const {
+  EIGEN_DONT_INLINE void mark_hidden(const KeyBlock& block, Index b, const Mask& mask) const {
     for (Index i = 0; i < block.not_finite; ++i) {
       const Index c = panels_.not_finite[b * tile_keys + i];
       for (Index lane = 0; lane < lanes; ++lane)
@@ -158,7 +181,7 @@ class PanelStep {
             !mask.columns(lane / V::width).holds(c) || s_[c * lanes + lane] == detail::minus_infinity<T>;
     }
   }
-  void add_not_finite(const KeyBlock& block, Index b, const Panel& p) const {
+  EIGEN_DONT_INLINE void add_not_finite(const KeyBlock& block, Index b, const Panel& p) const {
     const Index kv_head = task_.heads.kv_head(head_);
     for (Index i = 0; i < block.not_finite; ++i) {
       const Index c = panels_.not_finite[b * tile_keys + i];
@@ -180,6 +203,55 @@ class PanelStep {
   T* s_;          // [tile_keys, lanes]: scores, then weights
   bool* hidden_;  // [tile_keys, lanes]: pairs of the rows that are not finite
   alignas(detail::cache_line) T take_[std::size_t(A::steps ? lanes : 1)];  // in steps: what one is worth
+};
+
+/// Keys and values of a task in one arithmetic; those of a kv head are packed into `packed`, `bytes` large.
+template <class T>
+class PackedKeys {
+ public:
+  ByteRows rows;
+
+  virtual std::size_t bytes(Index n_blocks) const = 0;
+  virtual void pack(std::byte* packed, Index n_blocks, Index kv_head, Index b) const = 0;
+  /// Calls use(step) with the steps of one query head. Scratch: scores and hidden as of PanelStep.
+  virtual void with_step(std::byte* packed, Index n_blocks, Index head, T* scores, bool* hidden,
+                         detail::FunctionRef<void(BlockStep<T>&)> use) const = 0;
+
+ protected:
+  explicit PackedKeys(const ByteRows& of) : rows(of) {}
+  PackedKeys(const PackedKeys&) = default;
+  PackedKeys& operator=(const PackedKeys&) = default;
+  ~PackedKeys() = default;
+};
+
+template <class A>
+class PackedKeysOf final : public PackedKeys<typename A::Scalar> {
+  using T = typename A::Scalar;
+
+ public:
+  PackedKeysOf(const QueryTask<T>& task, const BlockSource<A>& source)
+      : PackedKeys<T>(source.rows), task_(task), source_(source) {}
+
+  std::size_t bytes(Index n_blocks) const override {
+    return panel_bytes<A>(n_blocks, task_.head_dim, task_.v_head_dim);
+  }
+  void pack(std::byte* packed, Index n_blocks, Index kv_head, Index b) const override {
+    source_.pack(panels(packed, n_blocks), kv_head, b);
+  }
+  void with_step(std::byte* packed, Index n_blocks, Index head, T* scores, bool* hidden,
+                 detail::FunctionRef<void(BlockStep<T>&)> use) const override {
+    const Panels<A> all = panels(packed, n_blocks);
+    PanelStep<A> step(task_, source_, all, head, scores, hidden);
+    use(step);
+  }
+
+ private:
+  Panels<A> panels(std::byte* packed, Index n_blocks) const {
+    detail::Carver carver(packed);
+    return Panels<A>::carve(carver, n_blocks, task_.head_dim, task_.v_head_dim);
+  }
+  const QueryTask<T>& task_;
+  BlockSource<A> source_;
 };
 
 }}}  // namespace qkv::QKV_ABI::kernel

@@ -67,27 +67,24 @@ struct TiledScratch {
 };
 
 /// One head and one block of queries against all packed keys of its kv head.
-template <class A>
+template <class T>
 class Tiled {
-  using T = typename A::Scalar;
-  using Number = typename A::Number;
   using V = Simd<T>;
   static constexpr Index lanes = TileShape<T>::columns, vectors = TileShape<T>::vectors;
 
  public:
-  Tiled(const QueryTask<T>& task, const BlockSource<A>& source, const StateView<T>& state, const Panels<A>& panels,
-        Index n_blocks, Index head, Index query, std::byte* scratch)
+  Tiled(const QueryTask<T>& task, const ByteRows& rows, std::span<const KeyBlock> blocks, const StateView<T>& state,
+        Index head, Index query, const TiledScratch<T>& scratch, BlockStep<T>& step)
       : task_(task),
-        source_(source),
+        rows_(rows),
+        blocks_(blocks.data()),
+        n_blocks_(static_cast<Index>(blocks.size())),
         state_(state),
-        panels_(panels),
-        n_blocks_(n_blocks),
         head_(head),
         query_(query),
         n_queries_(std::min(tile_queries, task.n_queries() - query)),
-        carver_(scratch),
-        scratch_(carver_, task.head_dim, task.v_head_dim),
-        step_(task, source, panels, head, scratch_.s, scratch_.hidden) {}
+        scratch_(scratch),
+        step_(step) {}
 
   /// Merges all keys of the task into the state of these queries; done(query, n_queries, head, 1) for some at a time.
   void run(detail::FunctionRef<void(Index, Index, Index, Index)> done) {
@@ -103,7 +100,7 @@ class Tiled {
       if (b != first && b != last && !seen(b)) continue;
       const bool next_section = section_of(b) != section;
       section = section_of(b);
-      if (!panels_.blocks[b].packed) source_.pack(panels_, task_.heads.kv_head(head_), b);
+      if (!blocks_[b].packed) step_.pack(b);
       for (Index p = 0; p < n_panels; ++p) {
         if (b == first) load_panel(p);
         if (next_section) merge(p), sums(p).clear(task_.v_head_dim);
@@ -115,7 +112,7 @@ class Tiled {
           fetch_queries(query_ + n_queries_);
         fetch_block(b + 1, p, n_panels);
         if (b == first && p + 1 < n_panels) fetch_queries(query_ + (p + 1) * lanes);
-        step_.run(b, {query_ + p * lanes, panel_queries(p), q(p), sums(p)}, fetch_);
+        step_.run(b, panel(p), fetch_);
       }
     }
     for (Index p = 0; p < n_panels; ++p) {
@@ -126,19 +123,21 @@ class Tiled {
 
  private:
   Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
-  Number* q(Index p) const { return reinterpret_cast<Number*>(scratch_.q) + p * panels_.key_depth() * lanes; }
-  T* o(Index p) const { return scratch_.o + p * panels_.value_rows() * lanes; }
   PanelSums<T> sums(Index p) const {
-    return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes, o(p)};
+    return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes,
+            scratch_.o + p * TileShape<T>::tail_height(task_.v_head_dim) * lanes};
+  }
+  QueryPanel<T> panel(Index p) const {
+    return {query_ + p * lanes, panel_queries(p), scratch_.q + p * task_.head_dim * lanes, sums(p)};
   }
 
-  Index section_of(Index b) const { return panels_.blocks[b].cell.first / section_keys; }
-  void merge(Index p) const {
+  Index section_of(Index b) const { return blocks_[b].cell.first / section_keys; }
+  EIGEN_DONT_INLINE void merge(Index p) const {
     merge_panel(sums(p), task_.rule.plain, state_, query_ + p * lanes, panel_queries(p), head_, task_.v_head_dim);
   }
 
   /// ±Qᵀ [head_dim, lanes], with the sign of the scale; the state of no keys. Lanes without a query are zeros.
-  void load_panel(Index p) {
+  EIGEN_DONT_INLINE void load_panel(Index p) {
     const Index n = panel_queries(p);
     const T scale = std::max(task_.scale < 0 ? -task_.scale : task_.scale, std::numeric_limits<T>::min());
     std::fill_n(scratch_.unit + p * lanes, lanes, scale);
@@ -146,13 +145,13 @@ class Tiled {
       const Index first = p * lanes + v * V::width, some = std::clamp<Index>(n - v * V::width, 0, V::width);
       const QueryRows<T> from{task_.query(query_ + first, head_), task_.q.outerStride(), some, task_.head_dim,
                               task_.scale < 0 ? T(-1) : T(1)};
-      pack_queries(A{}, from, q(p) + v * V::width, lanes, scratch_.unit + first);
+      step_.load(from, panel(p), v * V::width);
     }
     sums(p).clear(task_.v_head_dim);
   }
   /// Whether a query of this item may see a key of block b.
-  bool seen(Index b) const {
-    for (const GridPiece& piece : GridPieces(source_.rows.runs, tile_keys, panels_.blocks[b].cell))
+  EIGEN_DONT_INLINE bool seen(Index b) const {
+    for (const GridPiece& piece : GridPieces(rows_.runs, tile_keys, blocks_[b].cell))
       if (task_.rule.cover(task_.tile(head_, 1, query_, n_queries_, piece, 0, piece.count)) != Cover::none) return true;
     return false;
   }
@@ -161,27 +160,27 @@ class Tiled {
     if (n > 0) fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim, n));
   }
   /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
-  void fetch_block(Index b, Index p, Index n_panels) {
-    if (b >= n_blocks_ || panels_.blocks[b].packed) return;
-    const KeyBlock& block = panels_.blocks[b];
-    const Index held = std::min(source_.rows.runs[block.cell.run].rows - block.cell.row, block.count);
+  EIGEN_DONT_INLINE void fetch_block(Index b, Index p, Index n_panels) {
+    if (b >= n_blocks_ || blocks_[b].packed) return;
+    const KeyBlock& block = blocks_[b];
+    const Index held = std::min(rows_.runs[block.cell.run].rows - block.cell.row, block.count);
     const Index begin = held * p / n_panels, n = held * (p + 1) / n_panels - begin;
     if (n <= 0) return;
     const Index kv_head = task_.heads.kv_head(head_), row = block.cell.row + begin;
     for (const RowBytes& next :
-         {source_.rows.keys(block.cell.run, kv_head, row, n), source_.rows.values(block.cell.run, kv_head, row, n)})
+         {rows_.keys(block.cell.run, kv_head, row, n), rows_.values(block.cell.run, kv_head, row, n)})
       fetch_.add(FetchRows::of(next.first, next.stride, next.width, next.count));
   }
 
   const QueryTask<T>& task_;
-  const BlockSource<A>& source_;
+  const ByteRows& rows_;
+  const KeyBlock* blocks_;
+  Index n_blocks_;
   const StateView<T>& state_;
-  const Panels<A>& panels_;
-  Index n_blocks_, head_, query_, n_queries_;
-  detail::Carver carver_;
+  Index head_, query_, n_queries_;
   TiledScratch<T> scratch_;
   FetchList fetch_;
-  PanelStep<A> step_;
+  BlockStep<T>& step_;
 };
 
 }}}  // namespace qkv::QKV_ABI::kernel
