@@ -130,9 +130,9 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
                  const AnyExecutor& executor, Done done, Start start) {
   if (kernel == Kernel::tiled) {
     using Narrow = kernel::NarrowArithmetic<T, S>;
-    if constexpr (std::is_same_v<Narrow, kernel::Quads>)
+    if constexpr (Narrow::int8_keys)
       if (task.arithmetic == Arithmetic::int8)
-        return launch_tiled<kernel::Bytes>(task, state, workspace, executor, done, start);
+        return launch_tiled<kernel::Int8>(task, state, workspace, executor, done, start);
     if constexpr (!std::is_same_v<Narrow, kernel::Exact<T>>)
       if (task.arithmetic != Arithmetic::exact)
         return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
