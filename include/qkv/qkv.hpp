@@ -22,6 +22,7 @@
 #include "simd/isa/general.hpp"               // what is asked of an instruction set, and its general forms
 #include "simd/isa/sse2.hpp"                  // … of SSE2
 #include "simd/isa/avx2.hpp"                  // … of AVX2
+#include "simd/isa/avx_vnni.hpp"              // … with products of int8
 #include "simd/isa/avx512.hpp"                // … of AVX-512
 #include "simd/isa/avx512_narrow.hpp"         // … with products of bfloat16 and int8
 #include "simd/isa/neon.hpp"                  // … of 64-bit Arm

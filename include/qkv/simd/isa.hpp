@@ -10,6 +10,7 @@
 #include "isa/avx2.hpp"
 #include "isa/avx512.hpp"
 #include "isa/avx512_narrow.hpp"
+#include "isa/avx_vnni.hpp"
 #include "isa/general.hpp"
 #include "isa/neon.hpp"
 #include "isa/sse2.hpp"
@@ -18,6 +19,8 @@
 #define QKV_DETAIL_CHOSEN_ISA isa::Avx512Narrow
 #elif defined(EIGEN_VECTORIZE_AVX512)
 #define QKV_DETAIL_CHOSEN_ISA isa::Avx512
+#elif defined(EIGEN_VECTORIZE_AVX2) && (defined(__AVXVNNI__) || defined(QKV_TEST_EMULATED_VNNI))
+#define QKV_DETAIL_CHOSEN_ISA isa::AvxVnni
 #elif defined(EIGEN_VECTORIZE_AVX2)
 #define QKV_DETAIL_CHOSEN_ISA isa::Avx2
 #elif defined(EIGEN_VECTORIZE_SSE2) && !defined(EIGEN_VECTORIZE_AVX)

@@ -1,6 +1,6 @@
 // simd/isa/avx2.hpp — AVX2: storage types to float in the register, sums of many rows at once, and products of int16.
 //
-// Before: simd/isa/sse2.hpp   Next: simd/isa/avx512.hpp
+// Before: simd/isa/sse2.hpp   Next: simd/isa/avx_vnni.hpp
 #pragma once
 
 #include <cstring>

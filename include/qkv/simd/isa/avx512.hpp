@@ -1,7 +1,7 @@
 // simd/isa/avx512.hpp — AVX-512: mask registers, storage types to float in the register, sums of many rows at once, and
 // softmax weights by a table.
 //
-// Before: simd/isa/avx2.hpp   Next: simd/isa/avx512_narrow.hpp
+// Before: simd/isa/avx_vnni.hpp   Next: simd/isa/avx512_narrow.hpp
 #pragma once
 
 #include <cstring>
