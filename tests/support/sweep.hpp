@@ -177,8 +177,7 @@ template <class T, class S>
 Rounding tiled_rounding(qkv::Arithmetic arithmetic, Index n) {
   using qkv::kernel::Isa;
   if (sizeof(T) > 4 || arithmetic == qkv::Arithmetic::exact) return {};
-  if (std::is_same_v<S, qkv::bfloat16> && Isa::bf16_products)
-    return {.product = bf16_ulp, .weight = bf16_ulp};
+  if (std::is_same_v<S, qkv::bfloat16> && Isa::bf16_products) return {.product = bf16_ulp, .weight = bf16_ulp};
   if (!qkv::has_row_scale<S>) return {};
   if (Isa::int8_products) {
     if (arithmetic == qkv::Arithmetic::int8) return {.query_step = 0.5 / 127, .weight = 1e-4, .weight_step = 0.5 / 255};
