@@ -148,7 +148,7 @@ const Sizes sizes[] = {{16, 1, 64, 32},  {33, 1, 32, 6}, {1, 1, 67, 5},  {8, 3, 
                        {16, 2, 512, 64}, {2, 9, 64, 10}, {11, 3, 40, 6}, {4, 1, 36, 12}};
 
 /// Of int8 latents: in int16 (AVX2, SSE2), or in int8 and bfloat16.
-constexpr double int8_error = qkv::kernel::shorts_available ? 3e-4 : 0.03;
+constexpr double int8_error = qkv::kernel::OfInt8::int16_keys ? 3e-4 : 0.03;
 
 constexpr Arithmetic arithmetics[] = {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8};
 
@@ -320,7 +320,7 @@ TEMPLATE_TEST_CASE("errors of the absorbed kernel in narrow numbers are what its
       NarrowErrors errors = narrow_errors<TestType>(in, s.latent_dim, qkv::kernel::absorbed::block_rows<true>);
       errors.rope_dim = s.rope_dim;
       errors.rope_relative =
-          errors.query_step > 0 && qkv::kernel::words_available ? 2.02 * of_bfloat16 : errors.query_relative;
+          errors.query_step > 0 && qkv::kernel::Isa::bf16_products ? 2.02 * of_bfloat16 : errors.query_relative;
       double squares = 0, typical = 0;
       for (Index h = 0; h < s.heads; ++h)
         for (Index i = 0; i < s.n_new; ++i) {

@@ -52,7 +52,7 @@ const std::vector<Case>& some_shapes() {
 
 /// Of the tiled kernel unless exact is asked for, relative to the output: int8 in int16 (AVX2, SSE2), or bfloat16 and int8.
 template <class S>
-constexpr double narrow_error = std::is_same_v<S, std::int8_t>&& kernel::shorts_available ? 3e-4 : 1e-2;
+constexpr double narrow_error = std::is_same_v<kernel::NarrowArithmetic<float, S>, kernel::Int16> ? 3e-4 : 1e-2;
 
 /// Not written out where it is used: g++ 12 at -O3 gives up on that with an internal error.
 template <class Q, class K>
@@ -171,13 +171,13 @@ TEST_CASE("prefill of int8 keeps the error of its integers at every width, and n
       const auto error = [&](Arithmetic arithmetic) { return rows.error(Kernel::tiled, arithmetic); };
       INFO("head_dim " << d << ", largest " << largest << ": " << error(Arithmetic::automatic));
       CHECK(error(Arithmetic::exact) <= 2e-6);
-      CHECK(error(Arithmetic::automatic) <= (kernel::shorts_available ? 1.5e-4 : 1e-2));
+      CHECK(error(Arithmetic::automatic) <= (kernel::OfInt8::int16_keys ? 1.5e-4 : 1e-2));
     }
 }
 
 TEST_CASE("decode of int8 keys keeps the error of its integers at every width, and none overflows",
           "[attention][storage]") {
-  // int16 queries (PairsDot) are rounded to 2^-16 of their largest number up to width 512; int8 queries to 2^-8.
+  // int16 queries (Int16RowDot) are rounded to 2^-16 of their largest number up to width 512; int8 queries to 2^-8.
   constexpr bool in_int16 = std::is_same_v<kernel::NarrowDot<float, std::int8_t>::Query, std::int16_t>;
   // Without vectors a sum is one chain of all features, and not one in each lane.
   constexpr double exact = kernel::Simd<float>::width > 1 ? 1e-6 : 3e-6;
@@ -221,7 +221,7 @@ TEST_CASE("the largest weights times the largest int8 values do not overflow, no
   constexpr bool in_integers = kernel::ValueSums<kernel::NarrowDot<float, std::int8_t>>::integers;
   const double widened = double(c.n_keys) * std::numeric_limits<float>::epsilon() / 2;
   const auto bound = [&](Kernel kernel) {
-    if (kernel == Kernel::tiled) return kernel::shorts_available ? 2e-6 : kernel::words_available ? 4e-3 : widened;
+    if (kernel == Kernel::tiled) return kernel::OfInt8::steps ? 2e-6 : kernel::OfInt8::narrow ? 4e-3 : widened;
     return in_integers ? 2e-6 : widened;
   };
   for (const float value : {1.0F, -1.0F, 1e30F, 1e-30F, -1e-36F}) {
@@ -229,7 +229,7 @@ TEST_CASE("the largest weights times the largest int8 values do not overflow, no
     const PagedKeys<std::int8_t> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
     for (const Kernel kernel : fast_kernels) {
       // Weights times scales are counted in steps of 2^-126 and more there.
-      if (kernel == Kernel::tiled && kernel::shorts_available && std::abs(value) < 1e-31F) continue;
+      if (kernel == Kernel::tiled && kernel::OfInt8::steps && std::abs(value) < 1e-31F) continue;
       const Matrix<float> out = attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel});
       INFO("kernel " << name(kernel) << ": " << value << " became " << out(0, 0));
       CHECK(max_error(out / value, Matrix<float>::Ones(1, out.cols())) <= bound(kernel));

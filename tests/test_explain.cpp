@@ -34,13 +34,18 @@ TEST_CASE("explain names the kernel that the rule picks, and why", "[explain]") 
 TEST_CASE("explain says in which numbers a narrow cache is multiplied", "[explain]") {
   const PagedKeys<std::int8_t> int8(k, v, 2, consecutive_pages(1300, {100}));
   const PagedKeys<bfloat16> bf16(k, v, 2, consecutive_pages(1300, {100}));
-  const bool narrow = kernel::words_available;
-  CHECK(contains(explain(q, int8, heads).text(), "int8 keys multiplied in int8, values in bf16;") == narrow);
-  CHECK(contains(explain(q, int8, heads).text(), "int8 keys multiplied in int16;") == kernel::shorts_available);
-  CHECK(contains(explain(q, int8, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(), "int8 keys;"));
-  CHECK(contains(explain(q, int8, heads, causal, plain, {.arithmetic = Arithmetic::int8}).text(),
-                 "int8 keys multiplied in int16;") == kernel::shorts_available);
-  CHECK(contains(explain(q, bf16, heads).text(), "bf16 keys multiplied in bf16;") == narrow);
+  const bool in_bf16 = kernel::Isa::bf16_products, in_int8 = kernel::Isa::int8_products;
+  const bool in_int16 = kernel::Isa::int16_products && !in_int8;
+  const auto multiplied = [&](const char* how, Arithmetic arithmetic) {
+    return contains(explain(q, int8, heads, causal, plain, {.arithmetic = arithmetic}).text(), how);
+  };
+  CHECK(multiplied("int8 keys multiplied in int8, values in bf16;", Arithmetic::automatic) == (in_int8 && in_bf16));
+  CHECK(multiplied("int8 keys multiplied in int8, values in int16;", Arithmetic::automatic) == (in_int8 && !in_bf16));
+  CHECK(multiplied("int8 keys multiplied in int16;", Arithmetic::automatic) == in_int16);
+  CHECK(multiplied("int8 keys;", Arithmetic::exact));
+  CHECK(multiplied("int8 keys multiplied in int8;", Arithmetic::int8) == in_int8);
+  CHECK(multiplied("int8 keys multiplied in int16;", Arithmetic::int8) == in_int16);
+  CHECK(contains(explain(q, bf16, heads).text(), "bf16 keys multiplied in bf16;") == in_bf16);
   CHECK(contains(explain(q, bf16, heads, causal, plain, {.arithmetic = Arithmetic::exact}).text(), "bf16 keys;"));
   CHECK(contains(explain(q.topRows(1), bf16, heads).text(), "bf16 keys;"));
   const std::string decoded = kernel::NarrowDot<float, std::int8_t>::name;

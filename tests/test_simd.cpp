@@ -1,9 +1,10 @@
-#include "qkv/simd/simd.hpp"
+#include "qkv/simd/narrow.hpp"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -62,6 +63,34 @@ double worst_ulp(double from, double to, int steps) {
   }
   return worst;
 }
+
+// ---- what simd/isa/general.hpp says of words, one number after another ----
+using qkv::kernel::Isa;
+constexpr auto words = static_cast<std::size_t>(Isa::lanes);
+
+/// n numbers, the extremes among them.
+template <class T>
+std::vector<T> drawn(std::size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<T> x(n);
+  for (T& e : x) {
+    const unsigned long bits = random();
+    e = bits % 4 == 0 ? std::numeric_limits<T>::min() : bits % 4 == 1 ? std::numeric_limits<T>::max() : T(bits >> 2);
+  }
+  return x;
+}
+template <class T>
+std::vector<T> stored(Isa::Words v) {
+  std::vector<T> x(4 * words / sizeof(T));
+  Isa::store_words(x.data(), v);
+  return x;
+}
+std::vector<std::int32_t> sums(Isa::Sums v) {
+  std::vector<std::int32_t> x(words);
+  Isa::store_sums(x.data(), v);
+  return x;
+}
+using Bits16 = std::vector<std::uint16_t>;
 
 }  // namespace
 
@@ -257,4 +286,158 @@ TEMPLATE_TEST_CASE("a softmax weight is 2^(d c), to 1.5 ulp where the product is
   CHECK(weight(std::numeric_limits<TestType>::lowest(), 1) == TestType(0));
   CHECK(weight(-8, TestType(0.5)) == TestType(0.0625));
   CHECK(std::isnan(weight(not_a_number<TestType>, 1)));
+}
+
+TEST_CASE("products of int8 and of int16 are exact in 32 bits", "[simd][isa]") {
+  for (unsigned seed = 0; seed < 200; ++seed) {
+    std::vector<std::int32_t> start = drawn<std::int32_t>(words, seed), want = start;
+    for (std::size_t i = 0; i < words; ++i) want[i] = start[i] /= 2;
+    const auto a = drawn<std::int8_t>(4 * words, seed + 1);
+    if constexpr (Isa::int8_products) {
+      const auto b = drawn<std::uint8_t>(4 * words, seed + 2);
+      for (std::size_t i = 0; i < 4 * words; ++i) want[i / 4] += a[i] * b[i];
+      CHECK(sums(Isa::add_int8_products(Isa::load_sums(start.data()), Isa::load_words(a.data()),
+                                        Isa::load_words(b.data()))) == want);
+    }
+    if constexpr (Isa::int16_products) {
+      const auto b = drawn<std::int16_t>(2 * words, seed + 3);
+      const std::vector<std::int16_t> wide(a.begin(), a.begin() + 2 * Isa::lanes);
+      want = start;
+      for (std::size_t i = 0; i < 2 * words; ++i) want[i / 2] += wide[i] * b[i];
+      CHECK(sums(Isa::add_int16_products(Isa::load_sums(start.data()), Isa::load_words(wide.data()),
+                                         Isa::load_words(b.data()))) == want);
+    }
+  }
+}
+
+TEST_CASE("words of integers are read and joined as the interface says", "[simd][isa]") {
+  if constexpr (Isa::int16_products) {
+    const auto bytes = drawn<std::int8_t>(16 * words, 1), more = drawn<std::int8_t>(16 * words, 2);
+    for (Index n = -1; n <= 4 * Isa::lanes; ++n) {  // the sanitizers watch the end of it
+      const std::vector<std::int8_t> some(bytes.begin(), bytes.begin() + std::max<Index>(n, 0));
+      std::vector<std::int8_t> want = some;
+      want.resize(4 * words);
+      CHECK(stored<std::int8_t>(Isa::load_words_n(some.data(), n)) == want);
+    }
+    std::vector<std::int32_t> rows[words], want(words);
+    Isa::Sums registers[words];
+    for (std::size_t r = 0; r < words; ++r) {
+      rows[r] = drawn<std::int32_t>(words, static_cast<unsigned>(r));
+      for (std::int32_t& x : rows[r]) want[r] += x >>= 8;
+      registers[r] = Isa::load_sums(rows[r].data());
+    }
+    CHECK(sums(Isa::sum_each(registers)) == want);
+    CHECK(sums(Isa::subtract(Isa::broadcast_sum(-7), Isa::broadcast_sum(5))) == std::vector<std::int32_t>(words, -12));
+
+    // Two rows of 4·lanes bytes in decode's order, and back: weights of one and none pick either.
+    for (const bool second : {false, true}) {
+      const Isa::Words a = Isa::load_words(bytes.data()), b = Isa::load_words(more.data());
+      const Isa::Words low = Isa::unpack_low_int16(a, b), high = Isa::unpack_high_int16(a, b);
+      const Isa::Words pick = Isa::broadcast_word(second ? 0x10000 : 1);
+      Isa::Words part[] = {Isa::low_int8(low), Isa::high_int8(low), Isa::low_int8(high), Isa::high_int8(high)};
+      for (Isa::Words& v : part) v = Isa::words_of(Isa::add_int16_products(Isa::broadcast_sum(0), pick, v));
+      Isa::order_unpacked(part);
+      std::vector<std::int32_t> got;
+      for (const Isa::Words& v : part)
+        for (const std::int32_t x : stored<std::int32_t>(v)) got.push_back(x);
+      const auto& row = second ? more : bytes;
+      CHECK(got == std::vector<std::int32_t>(row.begin(), row.begin() + 4 * Isa::lanes));
+    }
+
+    std::vector<float> x = numbers<float>(2 * words, 3);
+    for (float& e : x) e *= 30000;
+    x[0] = 1e6F, x[1] = -1e6F, x[2] = 2.5F;
+    std::vector<std::int16_t> rounded(2 * words);
+    Isa::store_int16(rounded.data(), Simd<float>::load(x.data()), Simd<float>::load(x.data() + words));
+    for (std::size_t i = 0; i < 2 * words; ++i)
+      CHECK(rounded[i] == std::clamp(std::nearbyint(x[i]), -32768.0F, 32767.0F));
+    CHECK(std::isnan(lanes_of<float>(Isa::positive(Simd<float>::broadcast(not_a_number<float>))).back()));
+    CHECK(lanes_of<float>(Isa::positive(Simd<float>::broadcast(-1))).back() == 0);
+  }
+  // What panels of int16 ask for: AVX-512 has products of int8 instead.
+  if constexpr (Isa::int16_products && !Isa::bf16_products) {
+    const auto bytes = drawn<std::int8_t>(64, 1), more = drawn<std::int8_t>(64, 2);
+    for (Index n = -1; n <= 2 * Isa::lanes; ++n) {
+      const std::vector<std::int8_t> some(bytes.begin(), bytes.begin() + std::max<Index>(n, 0));
+      std::vector<std::int16_t> want(some.begin(), some.end()), pairs(2 * words);
+      want.resize(2 * words);
+      CHECK(stored<std::int16_t>(Isa::widen_int8_n(some.data(), n)) == want);
+      for (std::size_t i = 0; i < words; ++i) pairs[2 * i] = want[i], pairs[2 * i + 1] = more[i];
+      CHECK(stored<std::int16_t>(Isa::pair_int8(Isa::load_int8_n(some.data(), n), Isa::load_int8(more.data()))) ==
+            pairs);
+    }
+    CHECK(stored<std::int16_t>(Isa::widen_int8(more.data())) ==
+          std::vector<std::int16_t>(more.begin(), more.begin() + 2 * Isa::lanes));
+    Bits16 side_by_side(48);
+    Isa::interleave_rows(bytes.data(), more.data(), 48, side_by_side.data());
+    for (std::size_t i = 0; i < 48; ++i)
+      CHECK(side_by_side[i] == (std::uint8_t(bytes[i]) | std::uint8_t(more[i]) << 8));
+    const auto a = drawn<std::int32_t>(words, 4), b = drawn<std::int32_t>(words, 5);
+    std::vector<std::int16_t> saturated;
+    for (const auto* from : {&a, &b})
+      for (const std::int32_t e : *from) saturated.push_back(static_cast<std::int16_t>(std::clamp(e, -32768, 32767)));
+    CHECK(stored<std::int16_t>(Isa::pack_int16(Isa::load_words(a.data()), Isa::load_words(b.data()))) == saturated);
+    CHECK(stored<qkv::kernel::Word>(Isa::pair_int16(Isa::broadcast_word(32767), Isa::broadcast_word(12))).back() ==
+          (12U << 16 | 32767));
+    CHECK(stored<std::int32_t>(Isa::truncate_to_int32(Simd<float>::broadcast(2.75F))).back() == 2);
+  }
+}
+
+TEST_CASE("words of int8 are rounded and joined as the interface says", "[simd][isa]") {
+  if constexpr (Isa::int8_products) {
+    const auto lanes_of_first = [](Index parts, std::int32_t x) {
+      std::vector<std::int32_t> want(words);
+      for (std::size_t i = 0; i < words; i += static_cast<std::size_t>(parts)) want[i] = x;
+      return want;
+    };
+    CHECK(sums(Isa::broadcast_first<1>(-9)) == lanes_of_first(1, -9));
+    CHECK(sums(Isa::broadcast_first<2>(-9)) == lanes_of_first(2, -9));
+    CHECK(sums(Isa::broadcast_first<4>(-9)) == lanes_of_first(4, -9));
+
+    std::vector<float> x(4 * words);
+    std::vector<std::uint8_t> want(4 * words);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      x[i] = static_cast<float>(i * 37 % 255) - 127 + (i % 3 == 0 ? 0.49F : i % 3 == 1 ? -0.5F : 0);
+      want[i] = static_cast<std::uint8_t>(std::nearbyint(x[i]) + 128);
+    }
+    const auto quarter = [&](std::size_t i) { return Simd<float>::load(x.data() + i * words); };
+    CHECK(stored<std::uint8_t>(Isa::round_plus_128(quarter(0), quarter(1), quarter(2), quarter(3))) == want);
+
+    std::vector<std::int32_t> steps[4];
+    std::vector<std::int8_t> bytes[4];
+    std::vector<std::int8_t> four(4 * words);
+    for (std::size_t j = 0; j < 4; ++j) {
+      bytes[j] = drawn<std::int8_t>(words, static_cast<unsigned>(j));
+      for (std::size_t i = 0; i < words; ++i) {
+        steps[j].push_back(static_cast<std::int32_t>((i * 4 + j) * 57 % 300));
+        want[4 * i + j] = static_cast<std::uint8_t>(std::min(steps[j][i], 255));
+        four[4 * i + j] = bytes[j][i];
+      }
+    }
+    const auto load = [&](std::size_t j) { return Isa::load_words(steps[j].data()); };
+    CHECK(stored<std::uint8_t>(Isa::to_uint8(load(0), load(1), load(2), load(3))) == want);
+    const auto row = [&](std::size_t j) { return Isa::load_int8(bytes[j].data()); };
+    CHECK(stored<std::int8_t>(Isa::quad_int8(row(0), row(1), row(2), row(3))) == four);
+    for (std::int8_t& e : four) e = static_cast<std::int8_t>(e ^ -128);
+    CHECK(stored<std::int8_t>(Isa::plus_128(Isa::quad_int8(row(0), row(1), row(2), row(3)))) == four);
+  }
+}
+
+TEST_CASE("numbers are repeated in a register, and neighbours are added up", "[simd][isa]") {
+  const auto check = [&]<Index Parts>(std::integral_constant<Index, Parts>) {
+    if constexpr (Isa::repeats) {
+      const auto x = numbers<float>(words, 8);
+      const auto got = lanes_of<float>(Isa::repeat<Parts>(x.data()));
+      for (std::size_t i = 0; i < words; ++i) CHECK(got[i] == x[i % Parts]);
+      Lanes<float> added(words / Parts);
+      Isa::store_part_sums<Parts>(added.data(), Simd<float>::load(x.data()));
+      for (std::size_t i = 0; i < added.size(); ++i) {
+        double want = 0;
+        for (std::size_t j = 0; j < Parts; ++j) want += static_cast<double>(x[i * Parts + j]);
+        CHECK(std::abs(added[i] - want) < 1e-6);
+      }
+    }
+  };
+  check(std::integral_constant<Index, 2>{});
+  check(std::integral_constant<Index, 4>{});
 }

@@ -46,13 +46,7 @@ struct Explanation {
   }
 
   /// Why this build is slower than the machine, or "".
-  static const char* warning() {
-#if defined(__SSE2__) && !defined(__AVX__)
-    return "; WARNING: built for plain SSE2, compile with -march=native (or -march=x86-64-v3)";
-#else
-    return "";
-#endif
-  }
+  static const char* warning() { return kernel::Isa::warning; }
 };
 
 namespace detail {
@@ -80,8 +74,7 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
   if (e.kernel == Kernel::decode && kernel::decode_is_narrow<T, S>(options.arithmetic, heads.group_size()))
     e.arithmetic = kernel::NarrowDot<T, S>::name;
   if (e.kernel == Kernel::tiled && options.arithmetic != Arithmetic::exact)
-    e.arithmetic = std::is_same_v<Narrow, kernel::Quads> && options.arithmetic == Arithmetic::int8 ? kernel::Bytes::name
-                                                                                                   : Narrow::name;
+    e.arithmetic = Narrow::int8_keys && options.arithmetic == Arithmetic::int8 ? kernel::Int8::name : Narrow::name;
 
   kernel::Task<T, S> task(ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)), keys, heads, T(1));
   task.first_position = first;

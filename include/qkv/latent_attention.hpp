@@ -243,7 +243,7 @@ class LatentAttention {
     const LatentRows<S> rows = cache.latent_rows();
     detail::check_runs(rows.runs, rows.rows);
     using Narrow = kernel::NarrowArithmetic<T, S>;
-    constexpr double cost = Narrow::shorts ? short_absorbed_cost : Narrow::words ? narrow_absorbed_cost : 1.0;
+    constexpr double cost = Narrow::int16_keys ? int16_absorbed_cost : Narrow::narrow ? narrow_absorbed_cost : 1.0;
     const LatentForm form =
         choose_latent_form(options.form, c, q.rows(), rows.rows, options.arithmetic != Arithmetic::exact ? cost : 1.0);
     const Index n = q.rows();

@@ -20,7 +20,7 @@ namespace qkv { inline namespace QKV_ABI {
 /// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
 /// sizes, never at run time: benchmarks/results/latent.md, `break_even`. In int16 (AVX2): 0.87 over 1.24 of the peak.
 inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, narrow_absorbed_cost = 0.5,
-                        short_absorbed_cost = 0.7;
+                        int16_absorbed_cost = 0.7;
 
 /// The form that takes less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
 /// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head, in multiply-adds

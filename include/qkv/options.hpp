@@ -56,13 +56,13 @@ constexpr Kernel choose_kernel(Kernel asked, Index n_queries, Index decode_most 
 /// In which numbers the tiled kernel and absorbed latent attention multiply, and the decode kernel an int8 cache. Sums are
 /// always of the scalar of q, or wider.
 enum class Arithmetic {
-  automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values), where the CPU
-              // has the instructions and q is float; otherwise exact. Decode: int8 alone; for groups of heads
-              // q·k in int8 and values in int16 where the CPU can. With AVX2 and SSE2 all three kernels multiply
-              // an int8 cache in int16. Errors grow with the scores: docs/numerics.md
-  exact,      // everything widened to the scalar of q
-  int8,       // as automatic, but where the CPU has int8 products an int8 cache in int8 throughout: weights in 8 bits,
-              // faster and coarser
+  automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values; int16 with
+              // AVX-VNNI), where the CPU has the instructions and q is float; otherwise exact. Decode: int8 alone; for
+  // groups of heads q·k in int8 and values in int16 where the CPU can. With AVX2 and SSE2 all three kernels
+  // multiply an int8 cache in int16. Errors grow with the scores: docs/numerics.md
+  exact,  // everything widened to the scalar of q
+  int8,   // as automatic, but where the CPU has int8 products an int8 cache in int8 throughout: weights in 8 bits,
+          // faster and coarser
 };
 
 /// The two ways of latent attention; see call/latent_forms.hpp.

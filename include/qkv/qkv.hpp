@@ -19,12 +19,17 @@
 #include "workspace.hpp"                      // scratch memory that belongs to the caller
 
 // Registers
-#include "simd/intrinsics.hpp"                // prefetches, and conversions of narrow storage
-#include "simd/eigen_packets.hpp"             // Eigen's registers of numbers, and what they lack
+#include "simd/isa/general.hpp"               // what is asked of an instruction set, and its general forms
+#include "simd/isa/sse2.hpp"                  // … of SSE2
+#include "simd/isa/avx2.hpp"                  // … of AVX2
+#include "simd/isa/avx_vnni.hpp"              // … with products of int8
+#include "simd/isa/avx512.hpp"                // … of AVX-512
+#include "simd/isa/avx512_narrow.hpp"         // … with products of bfloat16 and int8
+#include "simd/isa/neon.hpp"                  // … of 64-bit Arm
+#include "simd/isa.hpp"                       // that of this build; prefetches
 #include "simd/exp2.hpp"                      // 2ˣ of them
 #include "simd/simd.hpp"                      // a register of numbers on every instruction set
-#include "simd/words.hpp"                     // products of bfloat16 and int8, 32 bits at a time
-#include "simd/shorts.hpp"                    // products of int16, two at a time
+#include "simd/narrow.hpp"                    // products of bfloat16, int8 and int16, 32 bits at a time
 
 // Products
 #include "product/register_tile.hpp"          // the one inner loop of every product

@@ -100,6 +100,10 @@ static_assert(std::is_same_v<Eigen::Index, std::ptrdiff_t> && sizeof(Eigen::Inde
 #define QKV_DETAIL_DOT _bf16
 #elif defined(__AVX512VNNI__)
 #define QKV_DETAIL_DOT _vnni
+#elif !defined(__AVX512F__) && defined(__AVX2__) && defined(QKV_TEST_EMULATED_VNNI)
+#define QKV_DETAIL_DOT _emulated_vnni
+#elif !defined(__AVX512F__) && defined(__AVXVNNI__)
+#define QKV_DETAIL_DOT _vnni
 #else
 #define QKV_DETAIL_DOT
 #endif
@@ -166,8 +170,8 @@ struct Version {
 
 inline constexpr Version version{QKV_VERSION_MAJOR, QKV_VERSION_MINOR, QKV_VERSION_PATCH};
 
-/// The build this translation unit belongs to: "abi_<isa>[_fma][_f16c][_bf16][_vnni]", and what is unusual about it, such
-/// as "_novector", "_align_16_16_32" or "_noexcept".
+/// The build this translation unit belongs to: "abi_<isa>[_fma][_f16c][_bf16][_vnni]" (beside AVX2, AVX-VNNI), and what is
+/// unusual about it, such as "_novector", "_align_16_16_32" or "_noexcept".
 inline constexpr const char* build_name = QKV_DETAIL_TEXT(QKV_ABI);
 
 /// The instruction set the compiler was told to use: "avx512" (with BW, DQ and VL), "avx512f" (not all of these), "avx2",

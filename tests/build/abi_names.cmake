@@ -9,7 +9,8 @@ set(avx512 "-mavx512f -mfma -mf16c")
 set(flags
     # instruction sets
     "-mno-sse3" "-msse3 -mno-ssse3" "-mssse3 -mno-sse4.1" "-msse4.1 -mno-sse4.2" "-msse4.2 -mno-avx" "-mavx -mno-avx2"
-    "-mavx2" "-mavx2 -mfma" "-mavx2 -mfma -mf16c" "${avx512}" "${avx512} -mavx512bw" "${avx512} -mavx512dq"
+    "-mavx2" "-mavx2 -mfma" "-mavx2 -mfma -mf16c" "-mavx2 -mfma -mf16c -mavxvnni"
+    "-mavx2 -mfma -mf16c -DQKV_TEST_EMULATED_VNNI" "${avx512}" "${avx512} -mavx512bw" "${avx512} -mavx512dq"
     "${avx512} -mavx512vl" "${avx512} -mavx512bw -mavx512dq" "${avx512} -mavx512bw -mavx512vl"
     "${avx512} -mavx512dq -mavx512vl" "${avx512} -mavx512bw -mavx512dq -mavx512vl"
     "${avx512} -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
@@ -27,7 +28,8 @@ set(flags
     "-mavx2 -fno-exceptions" "-mavx2 -D_GLIBCXX_DEBUG" "-mavx2 -D_GLIBCXX_USE_CXX11_ABI=0")
 set(same "-mavx2 -DEIGEN_DONT_ALIGN=-mavx2 -DEIGEN_MAX_ALIGN_BYTES=0" "-mavx2 -DEIGEN_MAX_ALIGN_BYTES=32=-mavx2"
          "-mavx2 -DEIGEN_MAX_STATIC_ALIGN_BYTES=0=-mavx2 -DEIGEN_DONT_ALIGN_STATICALLY")
-set(known "-mno-sse3=abi_sse2" "-mavx2 -mfma -mf16c=abi_avx2_fma_f16c" "-mavx2 -fno-exceptions=abi_avx2_noexcept"
+set(known "-mno-sse3=abi_sse2" "-mavx2 -mfma -mf16c=abi_avx2_fma_f16c"
+          "-mavx2 -mfma -mf16c -mavxvnni=abi_avx2_fma_f16c_vnni" "-mavx2 -fno-exceptions=abi_avx2_noexcept"
           "-mavx2 -DEIGEN_DONT_VECTORIZE=abi_avx2_novector" "-mavx2 -DEIGEN_MAX_ALIGN_BYTES=16=abi_avx2_align_16_16_32"
           "-mavx2 -DEIGEN_MAX_ALIGN_BYTES=0=abi_avx2_novector_align_0_0_32"
           "${avx512} -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16=abi_avx512_fma_f16c_bf16_vnni")

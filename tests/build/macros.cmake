@@ -9,9 +9,7 @@ set(kept # what users may ask for
          # the name of the inline namespace, which is put together wherever it is written
          QKV_ABI QKV_DETAIL_JOIN QKV_DETAIL_JOIN2 QKV_DETAIL_ISA QKV_DETAIL_STEP QKV_DETAIL_FMA QKV_DETAIL_HALF
          QKV_DETAIL_DOT QKV_DETAIL_LANES QKV_DETAIL_ALIGN QKV_DETAIL_ALIGN1 QKV_DETAIL_ALIGN2 QKV_DETAIL_HEAP
-         QKV_DETAIL_LIBRARY QKV_DETAIL_EXCEPTIONS
-         # what simd/words.hpp and simd/shorts.hpp found, for the kernels that include them
-         QKV_DETAIL_WORDS QKV_DETAIL_SHORTS)
+         QKV_DETAIL_LIBRARY QKV_DETAIL_EXCEPTIONS)
 
 file(GLOB_RECURSE headers ${INCLUDE_DIR}/*.hpp)
 set(found "")

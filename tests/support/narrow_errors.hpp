@@ -30,21 +30,23 @@ inline constexpr double of_bfloat16 = 0x1p-8, of_short_power = 6.2e-5;
 /// Of the tiled kernel and of the absorbed one, and of the decode kernel, for rows stored as S and queries of float.
 template <class S>
 NarrowErrors narrow_errors(qkv::Arithmetic arithmetic, qkv::Index head_dim, qkv::Index block) {
-  const double query_short = 0.5 / static_cast<double>(qkv::kernel::largest_short(head_dim));
+  using qkv::kernel::Isa;
+  const double query_int16 = 0.5 / static_cast<double>(qkv::kernel::largest_int16(head_dim));
   if (arithmetic == qkv::Arithmetic::exact) return {};
-  if (qkv::kernel::words_available && std::is_same_v<S, qkv::bfloat16>)
+  if (Isa::bf16_products && std::is_same_v<S, qkv::bfloat16>)
     return {.query_relative = of_bfloat16, .weight_relative = of_bfloat16 + of_short_power};
   if (!qkv::has_row_scale<S>) return {};
-  if (qkv::kernel::shorts_available) return {.query_step = query_short, .steps = 32767, .block = block};
-  if (!qkv::kernel::words_available) return {};
+  if (!Isa::int16_products) return {};
+  if (!Isa::int8_products) return {.query_step = query_int16, .steps = 32767, .block = block};
   if (arithmetic == qkv::Arithmetic::int8)
     return {.query_step = 0.5 / 127, .weight_relative = of_short_power, .steps = 255, .block = block};
+  if (!Isa::bf16_products) return {.query_step = 0.5 / 127, .steps = 32767, .block = block};
   return {.query_step = 0.5 / 127, .weight_relative = of_bfloat16 + of_short_power, .value_relative = of_bfloat16};
 }
 template <class S>
 NarrowErrors decode_errors(qkv::Arithmetic arithmetic, qkv::Index head_dim, qkv::Index group) {
   if (!qkv::kernel::decode_is_narrow<float, S>(arithmetic, group)) return {};
-  if (qkv::kernel::shorts_available) return narrow_errors<S>(arithmetic, head_dim, 256);
+  if (!qkv::kernel::Isa::int8_products) return narrow_errors<S>(arithmetic, head_dim, 256);
   return {.query_step = 0.5 / 127, .steps = 32767, .block = 256};
 }
 

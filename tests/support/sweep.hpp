@@ -175,22 +175,23 @@ inline constexpr double bf16_ulp = 1.0 / 256;  // half of one, at the most, rela
 /// Of the tiled and the absorbed kernel: sums of n products.
 template <class T, class S>
 Rounding tiled_rounding(qkv::Arithmetic arithmetic, Index n) {
+  using qkv::kernel::Isa;
   if (sizeof(T) > 4 || arithmetic == qkv::Arithmetic::exact) return {};
-  if (std::is_same_v<S, qkv::bfloat16> && qkv::kernel::words_available)
-    return {.product = bf16_ulp, .weight = bf16_ulp};
+  if (std::is_same_v<S, qkv::bfloat16> && Isa::bf16_products) return {.product = bf16_ulp, .weight = bf16_ulp};
   if (!qkv::has_row_scale<S>) return {};
-  if (qkv::kernel::words_available) {
+  if (Isa::int8_products) {
     if (arithmetic == qkv::Arithmetic::int8) return {.query_step = 0.5 / 127, .weight = 1e-4, .weight_step = 0.5 / 255};
+    if (!Isa::bf16_products) return {.query_step = 0.5 / 127, .weight_step = 0.5 / 32767};
     return {.query_step = 0.5 / 127, .weight = bf16_ulp, .value = bf16_ulp};
   }
-  if (qkv::kernel::shorts_available)
-    return {.query_step = 0.5 / static_cast<double>(qkv::kernel::largest_short(n)), .weight_step = 0.5 / 32767};
+  if (Isa::int16_products)
+    return {.query_step = 0.5 / static_cast<double>(qkv::kernel::largest_int16(n)), .weight_step = 0.5 / 32767};
   return {};
 }
 template <class T, class S>
 Rounding decode_rounding(qkv::Arithmetic arithmetic, Index group, Index n) {
   if (!qkv::kernel::decode_is_narrow<T, S>(arithmetic, group)) return {};
-  const double steps = qkv::kernel::words_available ? 127 : static_cast<double>(qkv::kernel::largest_short(n));
+  const double steps = qkv::kernel::Isa::int8_products ? 127 : static_cast<double>(qkv::kernel::largest_int16(n));
   return {.query_step = 0.5 / steps, .weight_step = 0.5 / 32767};
 }
 

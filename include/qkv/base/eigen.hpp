@@ -3,7 +3,7 @@
 // Before: base/huge_pages.hpp   Next: base/warnings_off.hpp
 #pragma once
 
-// g++ 12 with AVX-512 reports -Wmaybe-uninitialized from its own intrinsics (_mm512_undefined_*) inlined through Eigen.
+// g++ 12 reports -Wmaybe-uninitialized from its own intrinsics of 512 bits, inlined through Eigen.
 #include "./warnings_off.hpp"
 
 #include <Eigen/Core>

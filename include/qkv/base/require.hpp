@@ -1,6 +1,6 @@
 // base/require.hpp — errors state the rule and the numbers, and come before the first write.
 //
-// Before: simd/intrinsics.hpp   Next: base/overlap.hpp
+// Before: simd/isa/neon.hpp   Next: base/overlap.hpp
 #pragma once
 
 #include <atomic>

@@ -129,8 +129,8 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
     };
     if (kernel == Kernel::tiled) {
       using Narrow = kernel::NarrowArithmetic<T, S>;
-      if constexpr (std::is_same_v<Narrow, kernel::Quads>)
-        if (task.arithmetic == Arithmetic::int8) return tiled(kernel::Bytes{});
+      if constexpr (Narrow::int8_keys)
+        if (task.arithmetic == Arithmetic::int8) return tiled(kernel::Int8{});
       if constexpr (!std::is_same_v<Narrow, kernel::Exact<T>>)
         if (task.arithmetic != Arithmetic::exact) return tiled(Narrow{});
       tiled(kernel::Exact<T>{});

@@ -2,13 +2,14 @@
 //
 //                 queries · keys              weights · values                sums
 //     Exact<T>    T                           T                               T
-//     Pairs       bfloat16                    bfloat16                        float
-//     Quads       int8 · int8                 bfloat16 · int8 as bfloat16     int32; float
-//     Bytes       int8 · int8                 8 bits · int8                   int32, per block
-//     Shorts      int16 · int8                15 bits · int8                  int32, per block
+//     Bf16        bfloat16                    bfloat16                        float
+//     Int8Bf16    int8 · int8                 bfloat16 · int8 as bfloat16     int32; float
+//     Int8Int16   int8 · int8                 15 bits · int8                  int32; int32, per block
+//     Int8        int8 · int8                 8 bits · int8                   int32; int32, per block
+//     Int16       int16 · int8                15 bits · int8                  int32; int32, per block
 //
 // `Number` is what is broadcast and what a lane holds: a T, or a word of `features` features of a key, of `keys` keys of a
-// value (simd/words.hpp, simd/shorts.hpp). Both the tiled and the absorbed kernel are written once for all of them.
+// value (simd/narrow.hpp). Both the tiled and the absorbed kernel are written once for all of them.
 //
 // Before: kernel/reference.hpp   Next: kernel/decode/decode.hpp
 #pragma once
@@ -17,8 +18,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../simd/shorts.hpp"
-#include "../simd/words.hpp"
+#include "../simd/narrow.hpp"
 #include "../storage.hpp"
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
@@ -29,15 +29,15 @@ struct Numbers {
   using Scalar = T;
   using Number = N;
   static constexpr Index features = sizeof(N) / sizeof(Key), keys = sizeof(N) / sizeof(Value);  // in one number
-  static constexpr bool words = std::same_as<N, Word>;
-  static constexpr bool quads = std::same_as<Key, std::int8_t>;    // of fours, the other side unsigned
-  static constexpr bool bytes = std::same_as<Value, std::int8_t>;  // likewise
-  static constexpr bool shorts = std::same_as<Key, std::int16_t>;
+  static constexpr bool narrow = std::same_as<N, Word>;
+  static constexpr bool int8_keys = std::same_as<Key, std::int8_t>;      // the other side unsigned
+  static constexpr bool int8_values = std::same_as<Value, std::int8_t>;  // likewise
+  static constexpr bool int16_keys = std::same_as<Key, std::int16_t>, int16_values = std::same_as<Value, std::int16_t>;
   // Keys are whole numbers: scales, and a rope part, are joined afterwards. Weights are whole numbers of steps.
-  static constexpr bool scaled = quads || shorts, steps = bytes || shorts;
+  static constexpr bool scaled = int8_keys || int16_keys, steps = int8_values || int16_values;
   // What the largest whole number of a query is taken to be worth: left off the scale of a key, so that scores overflow
   // only where q·k / max|q| does, and given to the unit of the query.
-  static constexpr float headroom = quads ? 128 : shorts ? 32768 : 1;
+  static constexpr float headroom = int8_keys ? 128 : int16_keys ? 32768 : 1;
   // Values of int8 that are not whole numbers are multiplied by their scale first. So many of it are infinite where the
   // row has a number that is, or would be in bfloat16.
   static constexpr int restored = steps ? 1 : 129;
@@ -47,34 +47,55 @@ template <class T>
 struct Exact : Numbers<T, T, T, T> {  // everything widened to T
   static constexpr const char* name = "";
 };
-struct Pairs : Numbers<float, Word, bfloat16, bfloat16> {  // sums in float
+struct Bf16 : Numbers<float, Word, bfloat16, bfloat16> {  // sums in float
   static constexpr const char* name = " multiplied in bf16";
 };
-struct Quads : Numbers<float, Word, std::int8_t, bfloat16> {
+struct Int8Bf16 : Numbers<float, Word, std::int8_t, bfloat16> {
   static constexpr const char* name = " multiplied in int8, values in bf16";
 };
-struct Bytes : Numbers<float, Word, std::int8_t, std::int8_t> {  // weights in 8 bits: kernel/register_softmax.hpp
+struct Int8Int16 : Numbers<float, Word, std::int8_t, std::int16_t> {  // weights in 15 bits: kernel/register_softmax.hpp
+  static constexpr const char* name = " multiplied in int8, values in int16";
+};
+struct Int8 : Numbers<float, Word, std::int8_t, std::int8_t> {  // weights in 8 bits: kernel/register_softmax.hpp
   static constexpr const char* name = " multiplied in int8";
 };
-struct Shorts : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in 15 bits: kernel/register_softmax.hpp
+struct Int16 : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in 15 bits: kernel/register_softmax.hpp
   static constexpr const char* name = " multiplied in int16";
 };
 
+/// The arithmetic in which rows of int8 are multiplied: the narrowest products of keys, and of values what loses least.
+using OfInt8 = std::conditional_t<Isa::int8_products, std::conditional_t<Isa::bf16_products, Int8Bf16, Int8Int16>,
+                                  std::conditional_t<Isa::int16_products, Int16, Exact<float>>>;
+
 /// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
 template <class T, StorageType S>
-using NarrowArithmetic = std::conditional_t<
-    !std::is_same_v<T, float>, Exact<T>,
-    std::conditional_t<words_available && std::is_same_v<S, bfloat16>, Pairs,
-                       std::conditional_t<words_available && has_row_scale<S>, Quads,
-                                          std::conditional_t<shorts_available && has_row_scale<S>, Shorts, Exact<T>>>>>;
+using NarrowArithmetic = std::conditional_t<!std::is_same_v<T, float>, Exact<T>,
+                                            std::conditional_t<Isa::bf16_products && std::is_same_v<S, bfloat16>, Bf16,
+                                                               std::conditional_t<has_row_scale<S>, OfInt8, Exact<T>>>>;
 
-/// How words of keys are multiplied.
-#if defined(QKV_DETAIL_WORDS)
+/// How numbers are multiplied: T by T, as the words of simd/narrow.hpp.
+template <class T>
+struct NumberDot {
+  using Number = T;
+  using Row = T;
+  using V = Simd<T>;
+  using Sum = typename V::Vec;
+  static constexpr Index width = V::width;
+  static EIGEN_ALWAYS_INLINE auto load(const T* p) { return V::load(p); }
+  static EIGEN_ALWAYS_INLINE auto broadcast(T x) { return V::broadcast(x); }
+  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Sum a, Sum b) { return V::fma(a, b, c); }
+  static EIGEN_ALWAYS_INLINE Sum start(const T* o) { return V::load(o); }
+  static EIGEN_ALWAYS_INLINE void finish(T* o, Sum s, const float*) { V::store(o, s); }
+};
+
 template <class A>
-using ScoreDot = std::conditional_t<A::quads, QuadDot, PairDot>;
-#elif defined(QKV_DETAIL_SHORTS)
+using KeyDot = std::conditional_t<
+    A::int8_keys, Int8Dot,
+    std::conditional_t<A::int16_keys, Int16Dot, std::conditional_t<A::narrow, Bf16Dot, NumberDot<typename A::Scalar>>>>;
 template <class A>
-using ScoreDot = ShortDot;
-#endif
+using ValueDot =
+    std::conditional_t<A::int8_values, Int8Dot,
+                       std::conditional_t<A::int16_values, Int16Dot,
+                                          std::conditional_t<A::narrow, Bf16Dot, NumberDot<typename A::Scalar>>>>;
 
 }}}  // namespace qkv::QKV_ABI::kernel

@@ -5,10 +5,10 @@
 // Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
 // In bfloat16 the rounded weights are summed. NaN: a maximum may pass it over, the sum never does.
 //
-// In 8 bits (Bytes) and 15 bits (Shorts) what is rounded is the weight times the scale of the value row, in steps of 1/255
-// or 1/32767 of the largest such product of the block and lane: a sink with a small value costs no precision. Products are
-// of weights, powers of distances from the maximum: they keep their precision however large the scores are. Shorts: two
-// partial sums, by column modulo 2.
+// In 8 bits (int8 values) and 15 bits (int16 values) what is rounded is the weight times the scale of the value row, in
+// steps of 1/255 or 1/32767 of the largest such product of the block and lane: a sink with a small value costs no precision.
+// Products are of weights, powers of distances from the maximum: they keep their precision however large the scores are. In
+// 15 bits: two partial sums, by column modulo 2.
 //
 // Before: kernel/tiled/query_state.hpp   Next: kernel/value_tile.hpp
 #pragma once
@@ -80,21 +80,19 @@ class PanelSoftmax {
   /// Weights in place of the scores, and their sum. In pairs, columns c and c + 1 go to row c / 2.
   static Vec weigh(T* s, Index begin, Index end, Vec base, Vec to_log2) {
     Index c = begin;
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) {
-      const __m512i ones = _mm512_set1_epi32(0x3F803F80);
+    if constexpr (A::narrow) {
+      const Isa::Words ones = Isa::broadcast_word(0x3F803F80);
       Vec w = V::zero(), x = w;
       for (; c + 4 <= end; c += 4) {
-        w = PairDot::dot(w, put_pair(s, c, true, base, to_log2), ones);
-        x = PairDot::dot(x, put_pair(s, c + 2, true, base, to_log2), ones);
+        w = Bf16Dot::dot(w, put_pair(s, c, true, base, to_log2), ones);
+        x = Bf16Dot::dot(x, put_pair(s, c + 2, true, base, to_log2), ones);
       }
-      if (c < end) w = PairDot::dot(w, put_pair(s, c, c + 1 < end, base, to_log2), ones);
-      if (c + 2 < end) x = PairDot::dot(x, put_pair(s, c + 2, false, base, to_log2), ones);
+      if (c < end) w = Bf16Dot::dot(w, put_pair(s, c, c + 1 < end, base, to_log2), ones);
+      if (c + 2 < end) x = Bf16Dot::dot(x, put_pair(s, c + 2, false, base, to_log2), ones);
       return V::add(w, x);
     }
-#endif
     Vec w = V::zero(), x = w, y = w, z = w;
-    if constexpr (!A::words) {
+    if constexpr (!A::narrow) {
       for (; c + 4 <= end; c += 4) {
         w = V::add(w, put(s, c, base, to_log2));
         x = V::add(x, put(s, c + 1, base, to_log2));
@@ -115,7 +113,7 @@ class PanelSoftmax {
       Word several;
       std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
       return static_cast<T>(several >> (bits * (c % A::keys)) & ((Word{1} << bits) - 1));
-    } else if constexpr (A::words) {
+    } else if constexpr (A::narrow) {
       const Word pair = reinterpret_cast<const Word*>(s)[c / 2 * lanes + lane];
       const Word bits = c % 2 == 0 ? pair << 16 : pair & 0xFFFF0000U;
       T value;
@@ -131,10 +129,9 @@ class PanelSoftmax {
   struct Steps {
     Vec step, sum;
   };
-#ifdef QKV_DETAIL_SHORTS
-  /// Shorts: columns c and c + 1 go to row c / 2. Scales are finite. First the products with them take the place of the
+  /// In 15 bits: columns c and c + 1 go to row c / 2. Scales are finite. First the products with them take the place of the
   /// scores, then whole steps that of the products.
-  static Steps weigh_shorts(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+  static Steps weigh_int16(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
     const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
       const Vec weight = V::weight_short(V::sub(V::load(at), base), to_log2);
@@ -156,19 +153,17 @@ class PanelSoftmax {
     step = V::fma(V::zero(), sum, step);
     // Cut off after adding a half: no rounding mode makes 32768 of the largest.
     const auto rounded = [&](const T* product) {
-      return cut_to_words(V::fma(V::load(product), inverse, V::broadcast(0.5F)));
+      return Isa::truncate_to_int32(V::fma(V::load(product), inverse, V::broadcast(0.5F)));
     };
     at = s + begin * lanes;
     T* to = s + begin / 2 * lanes;
     for (Index i = pairs; i > 0; --i, at += 2 * lanes, to += lanes)
-      store_words(to, to_pairs(rounded(at), rounded(at + lanes)));
-    if (rest) store_words(to, to_pairs(rounded(at), broadcast_word(0)));
+      Isa::store_words(to, Isa::pair_int16(rounded(at), rounded(at + lanes)));
+    if (rest) Isa::store_words(to, Isa::pair_int16(rounded(at), Isa::broadcast_word(0)));
     return {step, sum};
   }
-#endif
-#ifdef QKV_DETAIL_WORDS
-  /// Bytes: the same, columns c … c + 3 to row c / 4.
-  static Steps weigh_bytes(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+  /// In 8 bits: the same, columns c … c + 3 to row c / 4.
+  static Steps weigh_int8(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     Vec w = V::zero(), x = w, y = w, z = w, w_top = w, x_top = w, y_top = w, z_top = w;
     const auto put = [&](Index c, Vec& total, Vec& top) {
       const Vec weight = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
@@ -187,26 +182,19 @@ class PanelSoftmax {
     Vec step = V::max(V::mul(top, V::broadcast(1.0F / 255)), V::broadcast(0x1p-126F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
-    const auto rounded = [&](Index c) { return _mm512_cvtps_epi32(V::mul(V::load(s + c * lanes), inverse)); };
-    const auto rounded_if = [&](Index c) { return c < end ? rounded(c) : _mm512_setzero_si512(); };
+    const auto rounded = [&](Index c) { return Isa::round_to_int32(V::mul(V::load(s + c * lanes), inverse)); };
+    const auto rounded_if = [&](Index c) { return c < end ? rounded(c) : Isa::broadcast_word(0); };
     Word* const to = reinterpret_cast<Word*>(s);
     for (Index c = begin; c < whole; c += 4)
-      store_words(to + c / 4 * lanes, to_bytes(rounded(c), rounded(c + 1), rounded(c + 2), rounded(c + 3)));
+      Isa::store_words(to + c / 4 * lanes, Isa::to_uint8(rounded(c), rounded(c + 1), rounded(c + 2), rounded(c + 3)));
     if (whole < end)
-      store_words(to + whole / 4 * lanes,
-                  to_bytes(rounded(whole), rounded_if(whole + 1), rounded_if(whole + 2), rounded_if(whole + 3)));
+      Isa::store_words(to + whole / 4 * lanes, Isa::to_uint8(rounded(whole), rounded_if(whole + 1),
+                                                             rounded_if(whole + 2), rounded_if(whole + 3)));
     return {step, sum};
   }
-#endif
-  static Steps weigh_steps([[maybe_unused]] T* s, [[maybe_unused]] Index begin, [[maybe_unused]] Index end,
-                           [[maybe_unused]] Vec base, [[maybe_unused]] Vec to_log2,
-                           [[maybe_unused]] const float* scales) {
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::bytes) return weigh_bytes(s, begin, end, base, to_log2, scales);
-#endif
-#ifdef QKV_DETAIL_SHORTS
-    if constexpr (A::shorts) return weigh_shorts(s, begin, end, base, to_log2, scales);
-#endif
+  static Steps weigh_steps(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
+    if constexpr (A::int8_values) return weigh_int8(s, begin, end, base, to_log2, scales);
+    if constexpr (A::int16_values) return weigh_int16(s, begin, end, base, to_log2, scales);
   }
 
   static EIGEN_ALWAYS_INLINE Vec put(T* s, Index c, Vec base, Vec to_log2) {
@@ -214,15 +202,13 @@ class PanelSoftmax {
     V::store(s + c * lanes, weight);
     return weight;
   }
-#ifdef QKV_DETAIL_WORDS
-  static EIGEN_ALWAYS_INLINE __m512i put_pair(float* s, Index c, bool second, Vec base, Vec to_log2) {
+  static EIGEN_ALWAYS_INLINE Isa::Words put_pair(float* s, Index c, bool second, Vec base, Vec to_log2) {
     const Vec low = V::weight_short(V::sub(V::load(s + c * lanes), base), to_log2);
     const Vec high = second ? V::weight_short(V::sub(V::load(s + (c + 1) * lanes), base), to_log2) : V::zero();
-    const __m512i pair = to_pairs(low, high);
-    store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
+    const Isa::Words pair = Isa::pair_bf16(low, high);
+    Isa::store_words(reinterpret_cast<Word*>(s) + c / 2 * lanes, pair);
     return pair;
   }
-#endif
 };
 
 }}}  // namespace qkv::QKV_ABI::kernel

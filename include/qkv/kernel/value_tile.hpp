@@ -17,9 +17,7 @@
 #include <utility>
 
 #include "../product/register_tile.hpp"
-#include "../simd/shorts.hpp"
 #include "../simd/simd.hpp"
-#include "../simd/words.hpp"
 #include "arithmetic.hpp"
 
 #include "../base/warnings_off.hpp"
@@ -42,52 +40,6 @@ struct ValueOperands {
   const float* take = nullptr;  // weights in whole steps: what one is worth, [lanes]
 };
 
-/// How numbers are multiplied: T by T.
-template <class T>
-struct NumberDot {
-  using Number = T;
-  using Row = T;  // what a row of values is made of
-  using V = Simd<T>;
-  using Sum = typename V::Vec;
-  static constexpr Index width = V::width;
-  static EIGEN_ALWAYS_INLINE auto load(const T* p) { return V::load(p); }
-  static EIGEN_ALWAYS_INLINE auto broadcast(T x) { return V::broadcast(x); }
-  static EIGEN_ALWAYS_INLINE Sum dot(Sum c, Sum a, Sum b) { return V::fma(a, b, c); }
-  static EIGEN_ALWAYS_INLINE Sum start(const T* o) { return V::load(o); }
-  static EIGEN_ALWAYS_INLINE void finish(T* o, Sum s, const float*) { V::store(o, s); }
-};
-#ifdef QKV_DETAIL_WORDS
-struct WordDot {
-  using Number = Word;
-  using Row = Word;
-  static constexpr Index width = word_lanes;
-  static EIGEN_ALWAYS_INLINE __m512i load(const Word* p) { return load_words(p); }
-  static EIGEN_ALWAYS_INLINE __m512i broadcast(Word x) { return broadcast_word(x); }
-};
-/// Pairs of bfloat16.
-struct PairValueDot : WordDot, PairDot {
-  static EIGEN_ALWAYS_INLINE Sum start(const float* o) { return _mm512_loadu_ps(o); }
-  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float*) { _mm512_storeu_ps(o, s); }
-};
-/// Fours of int8, weights unsigned: whole steps, summed exactly.
-struct QuadValueDot : WordDot, QuadDot {
-  static EIGEN_ALWAYS_INLINE Sum start(const float*) { return Sum{}; }
-  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
-    _mm512_storeu_ps(o, _mm512_fmadd_ps(to_float(s), _mm512_loadu_ps(take), _mm512_loadu_ps(o)));
-  }
-};
-#endif
-
-template <class A>
-using ValueDot =
-#ifdef QKV_DETAIL_WORDS
-    std::conditional_t<A::bytes, QuadValueDot,
-                       std::conditional_t<A::words, PairValueDot, NumberDot<typename A::Scalar>>>;
-#elif defined(QKV_DETAIL_SHORTS)
-    std::conditional_t<A::shorts, ShortDot, NumberDot<typename A::Scalar>>;
-#else
-    NumberDot<typename A::Scalar>;
-#endif
 // Constant indices and folds, as in product/register_tile.hpp: the sums stay in registers.
 template <class Dot, std::size_t... R>
 EIGEN_ALWAYS_INLINE void value_tile(const ValueOperands<typename Dot::Number>& op, std::index_sequence<R...>) {

@@ -1,9 +1,9 @@
 // product/narrow_tile.hpp — the tile of product/register_tile.hpp with words in place of numbers: scores of keys in panels.
 //
-//     c(r, j) = scale(r) · (offset(r) + Σ_k a(k, r)·b(k, j))        r < Rows,  j < Vectors·word_lanes
+//     c(r, j) = scale(r) · (offset(r) + Σ_k a(k, r)·b(k, j))        r < Rows,  j < Vectors·width
 //
 // A word of `a`, a row of keys, is broadcast; words of `b` are a vector, one per query. How words are multiplied, where a
-// sum begins and what becomes of it, a Dot says: PairDot, QuadDot (simd/words.hpp) or ShortDot (simd/shorts.hpp).
+// sum begins and what becomes of it, a Dot says: Bf16Dot, Int8Dot or Int16Dot (simd/narrow.hpp).
 //
 // Before: product/tied_product.hpp   Next: product/register_tile.hpp
 #pragma once
@@ -13,11 +13,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "../simd/shorts.hpp"
-#include "../simd/words.hpp"
+#include "../simd/narrow.hpp"
 #include "register_tile.hpp"
-
-#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
 
 #include "../base/warnings_off.hpp"
 
@@ -29,7 +26,7 @@ struct WordOperands {
   const Word* b = nullptr;  // [depth][b_step]
   Index b_step = 0;
   Index row = 0;                         // of offset and scale, where r = 0
-  const std::int32_t* offset = nullptr;  // [rows]: QuadDot
+  const std::int32_t* offset = nullptr;  // [rows]: Int8Dot
   const float* scale = nullptr;          // [rows]: sums of whole numbers
   float* c = nullptr;
   Index c_row = 0;
@@ -39,13 +36,13 @@ struct WordOperands {
 template <class Dot, Index Rows, Index Vectors, std::size_t... I, std::size_t... Vector>
 EIGEN_ALWAYS_INLINE void word_tile(const WordOperands& op, std::index_sequence<I...>, std::index_sequence<Vector...>) {
   constexpr auto row_of = [](std::size_t i) { return static_cast<Index>(i) / Vectors; };
-  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % Vectors * word_lanes; };
+  constexpr auto lane_of = [](std::size_t i) { return static_cast<Index>(i) % Vectors * Dot::width; };
   typename Dot::Sum sum[] = {Dot::begin(op.offset, op.row + row_of(I))...};
   const Word* a = op.a;
   const Word* b = op.b;
   for (Index k = op.depth; k > 0; --k, a += Rows, b += op.b_step) {
-    const decltype(load_words(b)) row[] = {load_words(b + Index(Vector) * word_lanes)...};
-    ((sum[I] = Dot::dot(sum[I], broadcast_word(a[row_of(I)]), row[I % sizeof...(Vector)])), ...);
+    const Isa::Words row[] = {Dot::load(b + Index(Vector) * Dot::width)...};
+    ((sum[I] = Dot::dot(sum[I], Dot::broadcast(a[row_of(I)]), row[I % sizeof...(Vector)])), ...);
   }
   (Simd<float>::store(op.c + row_of(I) * op.c_row + lane_of(I), Dot::end(sum[I], op.scale, op.row + row_of(I))), ...);
 }
@@ -74,5 +71,3 @@ void word_tile_of(Index rows, const WordOperands& op, FetchList& fetch) {
 }}}  // namespace qkv::QKV_ABI::kernel
 
 #include "../base/warnings_on.hpp"
-
-#endif

@@ -16,8 +16,8 @@
 #include <concepts>
 #include <cstddef>
 
-#include "eigen_packets.hpp"
 #include "exp2.hpp"
+#include "isa.hpp"
 
 // g++ 12 takes the undefined starting values of AVX-512 intrinsics for bugs of their users, and minds registers as
 // template arguments.
@@ -108,7 +108,7 @@ requires(detail::has_packets<T>) struct Simd<T> {
       return detail::packets::ploadu<Vec>(p);
     } else {
       Vec v;
-      detail::widen(p, v);
+      Isa::widen(p, v);
       return v;
     }
   }
@@ -116,7 +116,7 @@ requires(detail::has_packets<T>) struct Simd<T> {
   template <class S>
   static EIGEN_ALWAYS_INLINE Vec load_once(const S* p) {
     Vec v = load(p);
-    detail::hold(v);
+    Isa::hold(v);
     return v;
   }
   /// p[0 … n) and zeros after it; touches no memory past p + n. 0 ≤ n ≤ width.
@@ -124,7 +124,7 @@ requires(detail::has_packets<T>) struct Simd<T> {
   static EIGEN_ALWAYS_INLINE Vec load_n(const S* p, Index n) {
     if constexpr (std::same_as<S, T>) {
       Vec v;
-      detail::load_first(p, n, v);
+      Isa::load_first(p, n, v);
       return v;
     } else {
       S copy[lanes];
@@ -134,7 +134,7 @@ requires(detail::has_packets<T>) struct Simd<T> {
   }
   static EIGEN_ALWAYS_INLINE void store(T* p, Vec v) { detail::packets::pstoreu(p, v); }
   /// The first n lanes; touches no memory past p + n. 0 ≤ n ≤ width.
-  static EIGEN_ALWAYS_INLINE void store_n(T* p, Vec v, Index n) { detail::store_first(p, v, n); }
+  static EIGEN_ALWAYS_INLINE void store_n(T* p, Vec v, Index n) { Isa::store_first(p, v, n); }
   // Not pload1: Eigen 5 writes it in inline assembly, which keeps it out of the fma's memory operand.
   static EIGEN_ALWAYS_INLINE Vec broadcast(T x) { return detail::packets::pset1<Vec>(x); }
   static EIGEN_ALWAYS_INLINE Vec zero() { return detail::packets::pset1<Vec>(T(0)); }
@@ -168,19 +168,19 @@ requires(detail::has_packets<T>) struct Simd<T> {
   }
 
   // ---- comparison ----
-  static EIGEN_ALWAYS_INLINE auto less(Vec a, Vec b) { return detail::less(a, b); }
-  static EIGEN_ALWAYS_INLINE auto less_equal(Vec a, Vec b) { return detail::less_equal(a, b); }
-  using Mask = decltype(detail::less(Vec(), Vec()));
-  static EIGEN_ALWAYS_INLINE Mask both(Mask a, Mask b) { return detail::both(a, b); }
-  static EIGEN_ALWAYS_INLINE bool any(Mask mask) { return detail::any(mask); }
-  static EIGEN_ALWAYS_INLINE Vec select(Mask mask, Vec yes, Vec no) { return detail::select(mask, yes, no); }
+  static EIGEN_ALWAYS_INLINE auto less(Vec a, Vec b) { return Isa::less(a, b); }
+  static EIGEN_ALWAYS_INLINE auto less_equal(Vec a, Vec b) { return Isa::less_equal(a, b); }
+  using Mask = decltype(Isa::less(Vec(), Vec()));
+  static EIGEN_ALWAYS_INLINE Mask both(Mask a, Mask b) { return Isa::both(a, b); }
+  static EIGEN_ALWAYS_INLINE bool any(Mask mask) { return Isa::any(mask); }
+  static EIGEN_ALWAYS_INLINE Vec select(Mask mask, Vec yes, Vec no) { return Isa::select(mask, yes, no); }
 
   // ---- across lanes, in an order fixed by the instruction set ----
   static EIGEN_ALWAYS_INLINE T first_lane(Vec v) { return detail::packets::pfirst(v); }
   static EIGEN_ALWAYS_INLINE T sum_lanes(Vec v) { return detail::packets::predux(v); }
   static EIGEN_ALWAYS_INLINE T max_lanes(Vec v) { return detail::packets::predux_max(v); }
   /// Lane i of the result is the sum of the lanes of row i: halves are added, then quarters, and so on. Rows are lost.
-  static EIGEN_ALWAYS_INLINE Vec sum_each(Vec (&rows)[lanes]) { return detail::sum_each(rows); }
+  static EIGEN_ALWAYS_INLINE Vec sum_each(Vec (&rows)[lanes]) { return Isa::sum_each(rows); }
   /// Lane j of row i becomes lane i of row j.
   static EIGEN_ALWAYS_INLINE void transpose(Vec (&rows)[lanes]) {
     detail::packets::PacketBlock<Vec, int(lanes)> block;

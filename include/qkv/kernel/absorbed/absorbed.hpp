@@ -48,8 +48,8 @@ class Absorbed {
   using Vec = typename V::Vec;
   using Value = ValueDot<A>;
   static constexpr Index W = V::width;
-  static constexpr bool words = A::words;
-  static constexpr Index n_rows = block_rows<words>;
+  static constexpr bool narrow = A::narrow;
+  static constexpr Index n_rows = block_rows<narrow>;
   static_assert(n_rows % Shape<T>::score_rows(1) == 0 && n_rows % Shape<T>::score_rows(2) == 0);
 
  public:
@@ -178,21 +178,17 @@ class Absorbed {
       if constexpr (!A::scaled)
         score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
                                                               q_.at(lane), to, stream_);
-#ifdef QKV_DETAIL_WORDS
-      if constexpr (A::quads) {
-        const QuadRows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
+      if constexpr (A::int8_keys) {
+        const Int8Rows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
                             block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
-        quad_score_tiles<Rows, Registers, Parts, panel>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+        int8_score_tiles<Rows, Registers, Parts, panel>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
       }
-#endif
-#ifdef QKV_DETAIL_SHORTS
-      if constexpr (A::shorts) {
-        const ShortRows rows{q_.steps() / word_lanes, block_.row(c), block_.stride(), block_.scales(c)};
-        short_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
+      if constexpr (A::int16_keys) {
+        const Int16Rows rows{q_.steps() / W, block_.row(c), block_.stride(), block_.scales(c)};
+        int16_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
         score_tiles<RopeDot, Rows, Vectors, 1, panel, true>(tiles, q_.rope_steps(), block_.rope(c),
                                                             block_.rope_stride(), q_.rope(lane), to, stream_);
       }
-#endif
     }
     if (live < panel)  // what follows takes whole registers
       for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
@@ -255,7 +251,7 @@ class Absorbed {
   // ---- rows that are not finite: a weight of zero must not meet them ----
   void multiply_values_carefully(Index p, Index begin, Index end) {
     const auto [dropped, n] = block_.dropped();
-    if constexpr (words) {
+    if constexpr (narrow) {
       multiply_values(p, begin, end);  // they are packed as zeros
     } else {
       Index from = begin;

@@ -2,12 +2,12 @@
 //
 //     exact    rows   float rows of one run: where they lie in the cache; else a copy, widened and without gaps
 //              values the same rows
-//     pairs    rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
-//     quads    rows   int8 latents, likewise; rope keys as bfloat16    values  the same, restored and rounded to bfloat16
-//     bytes    rows   as in quads                                      values  [four keys][latent_dim] words as stored, and
-//                                                                              their scales
-//     shorts   rows   int8 latents and float rope keys, likewise    values  [pair of keys][latent_dim] pairs of bytes as
-//                                                                           stored, and their scales
+//     bf16     rows   bfloat16 rows, likewise                          values  [pair of keys][latent_dim] words, packed
+//     int8     rows   int8 latents, likewise; rope keys as bfloat16    values  bf16: the same, restored and rounded
+//     keys            where there are such products, else as float             int8: [four keys][latent_dim] words as stored,
+//                                                                              and their scales
+//     int16    rows   int8 latents and float rope keys, likewise       values  int16: [pair of keys][latent_dim] pairs of bytes
+//     keys                                                                     as stored, and their scales
 //
 // Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
 //
@@ -50,20 +50,22 @@ void widen_row(const S* from, Index n, float scale, T* to) {
 template <class A, class T, StorageType S>
 class BlockRows {
   using Number = typename A::Number;
-  using Element = std::conditional_t<A::words, S, T>;  // of rows
+  using Element = std::conditional_t<A::narrow, S, T>;  // of rows
   using Value = typename ValueDot<A>::Row;
   using RopeNumber = RopeDot::Number;
-  static constexpr bool words = A::words, quads = A::quads;
-  static constexpr Index n_rows = block_rows<words>;
-  static constexpr Index unit = quads ? 64 : words ? 32 : Simd<T>::width;  // rows are read up to a multiple of it
+  static constexpr bool narrow = A::narrow;
+  static constexpr Index n_rows = block_rows<narrow>;
+  static constexpr Index unit = A::int8_keys ? 64
+                                : narrow     ? 32
+                                             : Simd<T>::width;  // rows are read up to a multiple of it
 
  public:
   BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
     copy_ = carver.take<Element>(n_rows * copy_step());
-    if constexpr (words) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
+    if constexpr (narrow) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
     if constexpr (A::scaled)
       rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
-    if constexpr (quads) offsets_ = carver.take<std::int32_t>(n_rows);
+    if constexpr (A::int8_keys) offsets_ = carver.take<std::int32_t>(n_rows);
     if constexpr (A::steps) value_scales_ = carver.take<float>(n_rows);
   }
 
@@ -73,36 +75,37 @@ class BlockRows {
     n_dropped_ = 0;
     const LatentRun<S>& run = rows_.runs[place.cell.run];
     if (in_place(place)) {
-      if constexpr (!words || std::is_same_v<S, Element>) first_ = reinterpret_cast<const Element*>(latent(run, place));
+      if constexpr (!narrow || std::is_same_v<S, Element>)
+        first_ = reinterpret_cast<const Element*>(latent(run, place));
       step_ = rows_.latent_row_stride;
     } else {
       copy();
     }
     if constexpr (A::scaled) take_scales(), take_rope();
-    if constexpr (words) pack_values(A{}, columns(), scales_, packed_, packed_step());
+    if constexpr (narrow) pack_values(A{}, columns(), scales_, packed_, packed_step());
   }
 
   const Place& place() const { return place_; }
   /// The row of a column that is held, and the bytes from one to the next.
   const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
   Index stride() const { return step_ * Index(sizeof(Element)); }
-  /// Values from column c on (words: the first of one), and the numbers from one (one word) to the next.
+  /// Values from column c on (narrow: the first of one word), and the numbers from one (one word) to the next.
   const Value* values(Index column) const {
-    if constexpr (words)
+    if constexpr (narrow)
       return packed_ + column / A::keys * packed_step();
     else
       return row(column);
   }
-  Index value_step() const { return words ? packed_step() : step_; }
+  Index value_step() const { return narrow ? packed_step() : step_; }
   const RopeNumber* rope(Index column) const {
-    if constexpr (A::shorts)
-      if (place_.whole)
+    if constexpr (float_rope)
+      if (rope_in_place())
         return rows_.rope(rows_.runs[place_.cell.run], place_.cell.row) +
                (column - place_.begin) * rows_.rope_row_stride;
     return rope_ + column * rope_step();
   }
   Index rope_stride() const {
-    const Index step = A::shorts && place_.whole ? rows_.rope_row_stride : rope_step();
+    const Index step = rope_in_place() ? rows_.rope_row_stride : rope_step();
     return step * Index(sizeof(RopeNumber));
   }
   const float* scales(Index column) const { return scales_ + column; }
@@ -139,6 +142,10 @@ class BlockRows {
   }  // not a multiple of 4 KB: all in one L1 set
   const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
 
+  /// Rope keys of float are multiplied where they lie, where parts of a lane end with them.
+  static constexpr bool float_rope = A::scaled && std::is_same_v<RopeNumber, float>;
+  bool rope_in_place() const { return float_rope && place_.whole && rows_.rope_dim % parts_ == 0; }
+
   bool in_place(const Place& place) const {
     if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
     if constexpr (A::scaled || has_row_scale<S>)
@@ -167,7 +174,7 @@ class BlockRows {
         Element* const to = copy_ + next * step;
         const S* const c = rows_.latent(run, piece.row + i);
         [[maybe_unused]] const WideStorage<S>* const r = rows_.rope(run, piece.row + i);
-        if constexpr (!words) {
+        if constexpr (!narrow) {
           widen_row(c, latent, rows_.scale(run, piece.row + i), to);
           widen_row(r, rope, 1.0F, to + latent);
         } else if constexpr (A::scaled) {
@@ -194,7 +201,7 @@ class BlockRows {
           finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = piece.column + i;
-        if constexpr (words && !A::steps)  // whose scale is zero there
+        if constexpr (narrow && !A::steps)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
             packed_[(piece.column + i) / A::keys * packed_step() + x] &=
                 ~(key_bits << (32 / A::keys * ((piece.column + i) % A::keys)));
@@ -214,16 +221,14 @@ class BlockRows {
       for (Index c = 0; c < n_rows; ++c) values_finite_ = values_finite_ && std::isfinite(scales_[c] * A::restored);
     if constexpr (A::steps)
       for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (quads) {
+    if constexpr (A::int8_keys) {
       std::fill_n(offsets_, n_rows, 0);
-      take_offsets(columns(), offsets_);
+      sum_offsets(columns(), offsets_);
     }
-#endif
   }
   /// Rope keys as they are multiplied: where they lie, or without gaps in a copy.
   void take_rope() {
-    if (A::shorts && place_.whole) return;
+    if (rope_in_place()) return;
     std::fill_n(rope_, n_rows * rope_step(), RopeNumber(0));
     for (const GridPiece& piece : pieces()) {
       const LatentRun<S>& run = rows_.runs[piece.run];

@@ -3,11 +3,12 @@
 //     lane i is head i mod heads of token i / heads; panels of Vectors registers of lanes, in the numbers that they multiply in
 //
 //     exact    [panel][latent | rope][lanes] of T
-//     pairs    [panel][half of that][lanes] of words, two bfloat16 each
-//     quads    [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
-//              factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs
-//     shorts   [register of lanes][latent_dim / width][lane][width] of int16, q ≈ short · max|q| / largest_short(latent_dim)
-//              per lane, and the rope part [panel][rope_dim][lanes] of float
+//     bf16     [panel][half of that][lanes] of words, two bfloat16 each
+//     int8     [panel][latent_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per lane, that
+//     keys     factor beside them; and the rope part [panel][rope_dim / 2][lanes] in pairs, or [panel][rope_dim][lanes] of
+//              float where bfloat16 has no products
+//     int16    [register of lanes][latent_dim / width][lane][width] of int16, q ≈ int16 · max|q| / largest_int16(latent_dim)
+//     keys     per lane, and the rope part [panel][rope_dim][lanes] of float
 //
 // In parts lanes are cut into registers of width / parts lanes, one or two of them side by side (kernel/absorbed/split_heads.hpp):
 // [registers side by side][steps][register][lane][part].
@@ -57,7 +58,6 @@ class Queries {
   using Number = typename A::Number;
   using RopeNumber = RopeDot::Number;
   static constexpr Index W = V::width;
-  static constexpr bool words = A::words, quads = A::quads;
 
  public:
   static constexpr Index panel = Vectors * W;
@@ -90,7 +90,7 @@ class Queries {
  private:
   Index depth() const {
     const Index features = A::scaled ? task_.rows.latent_dim : task_.width();
-    return (A::shorts ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
+    return (A::int16_keys ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
   }
   Index rope_depth() const { return (task_.rows.rope_dim + rope_features - 1) / rope_features; }
   /// Features [k, k + W) of lane i of the register that is loaded, with the sign of the scale; zeros past the end.
@@ -115,46 +115,40 @@ class Queries {
   }
   /// Lanes [lane, lane + W) turned: [number][lane of the panel].
   void load_register(Index lane) {
-    if constexpr (!words) {
+    if constexpr (!A::narrow) {
       turn(q_, lane, depth(), [&](Index i, Index k) { return part(i, k, task_.width()); });
-    }
-#ifdef QKV_DETAIL_SHORTS
-    else {
+    } else if constexpr (!A::scaled) {
+      turn(reinterpret_cast<float*>(q_), lane, depth(),
+           [&](Index i, Index k) { return bf16_part(i, 2 * k, task_.width()); });
+    } else {
       const Index latent = task_.rows.latent_dim;
-      for (Index i = 0; i < W; ++i) {
-        const Vec factor = V::broadcast(find_unit(lane, i, static_cast<float>(largest_short(latent))));
-        const auto whole = [&](Index x) { return round_to_words(V::mul(part(i, x, latent), factor)); };
-        Word* to = q_ + lane * steps() + i * W;
-        for (Index x = 0; x < latent; x += 2 * W, to += W * W) store_words(to, to_shorts(whole(x), whole(x + W)));
-      }
-      turn(rope_, lane, rope_depth(), [&](Index i, Index k) { return part(i, latent + k, task_.width()); });
-    }
-#endif
-#ifdef QKV_DETAIL_WORDS
-    else if constexpr (!quads) {
-      turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
-        return _mm512_castsi512_ps(to_halves(part(i, 2 * k, task_.width()), part(i, 2 * k + 16, task_.width())));
-      });
-    }
-    else {
-      const Index latent = task_.rows.latent_dim;
-      float inverse[16];
-      for (Index i = 0; i < 16; ++i) inverse[i] = find_unit(lane, i, 127);
-      turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
-        alignas(detail::cache_line) std::uint8_t bytes[64];
-        for (Index j = 0; j < 4; ++j) {
-          const __m512 x = V::mul(part(i, 4 * k + j * W, latent), V::broadcast(inverse[i]));
-          const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
-          _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + j, _mm512_cvtusepi32_epi8(whole));
+      if constexpr (A::int16_keys) {
+        for (Index i = 0; i < W; ++i) {
+          const Vec factor = V::broadcast(find_unit(lane, i, static_cast<float>(largest_int16(latent))));
+          const auto whole = [&](Index x) { return Isa::round_to_int32(V::mul(part(i, x, latent), factor)); };
+          Word* to = q_ + lane * steps() + i * W;
+          for (Index x = 0; x < latent; x += 2 * W, to += W * W)
+            Isa::store_words(to, Isa::pack_int16(whole(x), whole(x + W)));
         }
-        return _mm512_castsi512_ps(_mm512_load_si512(bytes));
-      });
+      } else {
+        float inverse[V::lanes];
+        for (Index i = 0; i < W; ++i) inverse[i] = find_unit(lane, i, 127);
+        turn(reinterpret_cast<float*>(q_), lane, depth(), [&](Index i, Index k) {
+          const auto number = [&](Index j) { return V::mul(part(i, 4 * k + j * W, latent), V::broadcast(inverse[i])); };
+          return Isa::as_float(Isa::round_plus_128(number(0), number(1), number(2), number(3)));
+        });
+      }
       turn(reinterpret_cast<float*>(rope_), lane, rope_depth(), [&](Index i, Index k) {
-        return _mm512_castsi512_ps(
-            to_halves(part(i, latent + 2 * k, task_.width()), part(i, latent + 2 * k + 16, task_.width())));
+        if constexpr (Isa::bf16_products)
+          return bf16_part(i, latent + 2 * k, task_.width());
+        else
+          return part(i, latent + k, task_.width());
       });
     }
-#endif
+  }
+  /// Features [k, k + 2·W) as pairs of bfloat16.
+  Vec bf16_part(Index i, Index k, Index end) const {
+    return Isa::as_float(Isa::round_to_finite_bf16(part(i, k, end), part(i, k + W, end)));
   }
   template <class F>
   void turn(T* to, Index lane, Index depth, F&& row) const {

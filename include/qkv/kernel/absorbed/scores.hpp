@@ -28,7 +28,7 @@ class LaneScores {
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Softmax = PanelSoftmax<A, Panel>;
-  static constexpr Index W = V::width, n_rows = block_rows<A::words>;
+  static constexpr Index W = V::width, n_rows = block_rows<A::narrow>;
 
  public:
   /// Weights are added up in partial sums that repeat after so many columns.

@@ -18,13 +18,12 @@ namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
 /// How many: as many as fill two registers of lanes, where four are enough, since a tile of two loads little for what it
 /// multiplies. By heads only: the bits of a token depend on no other. In int16 a lane is a register anyway
-/// (simd/shorts.hpp).
+/// (simd/narrow.hpp).
 template <class A>
 constexpr Index parts_of([[maybe_unused]] Index heads) {
-#if defined(EIGEN_VECTORIZE_AVX2)
   constexpr Index width = Simd<typename A::Scalar>::width;
-  if (std::is_same_v<typename A::Scalar, float> && !A::shorts) return 2 * heads <= width ? 4 : heads <= width ? 2 : 1;
-#endif
+  if constexpr (Isa::repeats && std::is_same_v<typename A::Scalar, float> && !A::int16_keys)
+    return 2 * heads <= width ? 4 : heads <= width ? 2 : 1;
   return 1;
 }
 
@@ -58,74 +57,27 @@ void with_layout([[maybe_unused]] const LaneLayout& layout, F&& f) {
     f(std::integral_constant<Index, Vectors>{}, One{});
 }
 
-#if defined(EIGEN_VECTORIZE_AVX512)
-EIGEN_ALWAYS_INLINE __m512 repeat_2(double two) { return _mm512_castpd_ps(_mm512_set1_pd(two)); }
-EIGEN_ALWAYS_INLINE __m512 repeat_4(const float* four) { return _mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
-EIGEN_ALWAYS_INLINE __m512i as_words(__m512 v) { return _mm512_castps_si512(v); }
-/// Sums of 2 or 4 neighbouring lanes, 8 or 4 of them.
-EIGEN_ALWAYS_INLINE void store_sums_of_2(float* s, __m512 v) {
-  const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
-  _mm256_storeu_ps(s, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, two)));
-}
-EIGEN_ALWAYS_INLINE void store_sums_of_4(float* s, __m512 v) {
-  const __m512 two = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1)),
-               four = _mm512_add_ps(two, _mm512_permute_ps(two, 0x4E));
-  const __m512i fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
-  _mm_storeu_ps(s, _mm512_castps512_ps128(_mm512_permutexvar_ps(fourth, four)));
-}
-#elif defined(EIGEN_VECTORIZE_AVX2)
-EIGEN_ALWAYS_INLINE __m256 repeat_2(double two) { return _mm256_castpd_ps(_mm256_set1_pd(two)); }
-EIGEN_ALWAYS_INLINE __m256 repeat_4(const float* four) {
-  const __m128 v = _mm_loadu_ps(four);
-  return _mm256_set_m128(v, v);
-}
-EIGEN_ALWAYS_INLINE __m256i as_words(__m256 v) { return _mm256_castps_si256(v); }
-/// Sums of 2 or 4 neighbouring lanes, 4 or 2 of them.
-EIGEN_ALWAYS_INLINE void store_sums_of_2(float* s, __m256 v) {
-  const __m256 two = _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
-  _mm_storeu_ps(s, _mm_shuffle_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1), 0x88));
-}
-EIGEN_ALWAYS_INLINE void store_sums_of_4(float* s, __m256 v) {
-  const __m256 two = _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1)),
-               four = _mm256_add_ps(two, _mm256_permute_ps(two, 0x4E));
-  const __m128 both = _mm_unpacklo_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
-  std::memcpy(s, &both, 2 * sizeof(float));
-}
-#endif
-
 /// `Parts` numbers from p on, repeated in all lanes.
 template <class Dot, Index Parts>
 EIGEN_ALWAYS_INLINE auto repeat(const void* p) {
-#if defined(EIGEN_VECTORIZE_AVX2)
-  constexpr bool floats = std::is_same_v<typename Dot::Number, float>;
-  if constexpr (Parts == 4) {
-    const auto v = repeat_4(static_cast<const float*>(p));
-    if constexpr (floats) return v;
-    if constexpr (!floats) return as_words(v);
-  }
-  if constexpr (Parts == 2) {
-    double two;
-    std::memcpy(&two, p, sizeof two);
-    if constexpr (floats) return repeat_2(two);
-    if constexpr (!floats) return as_words(repeat_2(two));
-  }
-#endif
   if constexpr (Parts == 1) {
     typename Dot::Number x;
     std::memcpy(&x, p, sizeof x);
     return Dot::broadcast(x);
+  } else if constexpr (std::is_same_v<typename Dot::Number, float>) {
+    return Isa::repeat<Parts>(p);
+  } else {
+    return Isa::as_words(Isa::repeat<Parts>(p));
   }
 }
 
 /// A register of scores in parts: their sums, width / Parts of them.
 template <Index Parts, class T, class Vec>
 EIGEN_ALWAYS_INLINE void store_sums(T* s, Vec v) {
-  if constexpr (Parts == 1) Simd<T>::store(s, v);
-#if defined(EIGEN_VECTORIZE_AVX2)
-  if constexpr (Parts == 2) store_sums_of_2(s, v);
-  if constexpr (Parts == 4) store_sums_of_4(s, v);
-#endif
+  if constexpr (Parts == 1)
+    Simd<T>::store(s, v);
+  else
+    Isa::store_part_sums<Parts>(s, v);
 }
 
 }}}  // namespace qkv::QKV_ABI::kernel::absorbed

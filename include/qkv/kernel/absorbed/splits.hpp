@@ -39,7 +39,7 @@ void merge_lanes(const Task<T, S>& task, const LaneState<T>& from, Index first, 
 /// in place. Few splits are shared out in smaller items. (A state has the same bits in any group.)
 template <class A, class T, class S>
 constexpr Index group_lanes(Index n_splits) {
-  constexpr bool prepared = A::words || (!Shape<float>::wide && !std::is_same_v<T, S>);
+  constexpr bool prepared = A::narrow || (!Shape<float>::wide && !std::is_same_v<T, S>);
   return prepared && n_splits >= 4 ? 128 : 64;
 }
 /// One thread goes through the splits with up to so many groups beside each other.
@@ -50,7 +50,7 @@ inline constexpr Index most_partial_bytes = Index(64) << 20;
 template <class A, Index Vectors, class T, StorageType S>
 void run(const Task<T, S>& task, const StateView<T>& state, Workspace& workspace, const detail::AnyExecutor& executor) {
   using Worker = Absorbed<A, Vectors, T, S>;
-  constexpr Index rows = block_rows<A::words>;
+  constexpr Index rows = block_rows<A::narrow>;
   static_assert(split_rows % rows == 0);
   const Index n_blocks = count_cells(task.rows.runs, rows);
   if (n_blocks == 0) return;
@@ -153,9 +153,9 @@ void run(const Task<T, S>& task, Arithmetic arithmetic, const StateView<T>& stat
     run<A, 2>(task, state, workspace, executor);
   };
   using Narrow = NarrowArithmetic<T, S>;
-  if constexpr (std::is_same_v<Narrow, Quads>)
-    if (arithmetic == Arithmetic::int8) return in(std::type_identity<Bytes>{});
-  if constexpr (Narrow::words)
+  if constexpr (Narrow::int8_keys)
+    if (arithmetic == Arithmetic::int8) return in(std::type_identity<Int8>{});
+  if constexpr (Narrow::narrow)
     if (arithmetic != Arithmetic::exact) return in(std::type_identity<Narrow>{});
   in(std::type_identity<Exact<T>>{});
 }

@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../../simd/words.hpp"
+#include "../../simd/narrow.hpp"
 #include "../value_tile.hpp"
 #include "split_heads.hpp"
 
@@ -23,22 +23,9 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// How the latent part of the rows is multiplied with queries (int8: the rope part is pairs of bfloat16).
-template <class A>
-using KeyDot =
-#ifdef QKV_DETAIL_WORDS
-    std::conditional_t<A::quads, QuadValueDot, ValueDot<A>>;
-#else
-    ValueDot<A>;
-#endif
-
 /// How a rope part that is kept apart is multiplied: in pairs of bfloat16 where there are such products.
-#ifdef QKV_DETAIL_WORDS
-using RopeDot = PairValueDot;
-#else
-using RopeDot = NumberDot<float>;
-#endif
-inline constexpr Index rope_features = words_available ? 2 : 1;  // in one number
+using RopeDot = std::conditional_t<Isa::bf16_products, Bf16Dot, NumberDot<float>>;
+inline constexpr Index rope_features = Isa::bf16_products ? 2 : 1;  // in one number
 
 /// Heights: one register of lanes needs more rows than two to keep as many sums.
 template <class T>
@@ -155,49 +142,45 @@ void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const
   }
 }
 
-#ifdef QKV_DETAIL_WORDS
-/// Rows whose latent part is int8 and whose rope part is pairs of bfloat16.
-struct QuadRows {
+/// Rows whose latent part is int8 and whose rope part is numbers of RopeDot.
+struct Int8Rows {
   Index steps, rope_steps;
   const std::int8_t* latent;
-  const Word* rope;
+  const RopeDot::Number* rope;
   Index latent_stride, rope_stride;  // bytes
   const float* scale;                // per row
   const std::int32_t* offset;        // per row: -128·Σ latent
 };
 /// Scores: the rope part continues the sum that the latent part, made float, has begun.
 template <Index Rows, Index Vectors, Index Parts, Index Row, std::size_t... I>
-EIGEN_ALWAYS_INLINE void quad_score_tile(const QuadRows& rows, const Word* lanes, const Word* rope_lanes,
+EIGEN_ALWAYS_INLINE void int8_score_tile(const Int8Rows& rows, const Word* lanes, const RopeDot::Number* rope_lanes,
                                          const float* unit, float* s, std::index_sequence<I...> all) {
-  using Quad = QuadValueDot;
+  using V = Simd<float>;
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
-  constexpr __mmask16 first_part = Parts == 1 ? 0xFFFF : Parts == 2 ? 0x5555 : 0x1111;
-  Quad::Sum sum[sizeof...(I)];
-  ((sum[I] = (Quad::Sum)_mm512_maskz_set1_epi32(first_part, rows.offset[Index(I) / Vectors])), ...);
-  multiply_rows<Quad, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all,
-                                      vectors);
-  __m512 score[sizeof...(I)];
-  ((score[I] = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[I]),
-                             _mm512_mul_ps(_mm512_set1_ps(rows.scale[Index(I) / Vectors]),
-                                           _mm512_loadu_ps(unit + Index(I) % Vectors * word_lanes)))),
+  Int8Dot::Sum sum[sizeof...(I)];
+  ((sum[I] = Isa::broadcast_first<Parts>(rows.offset[Index(I) / Vectors])), ...);
+  multiply_rows<Int8Dot, Vectors, Parts>(sum, rows.steps, RowAddress(rows.latent, rows.latent_stride), lanes, all,
+                                         vectors);
+  V::Vec score[sizeof...(I)];
+  ((score[I] = V::mul(Isa::sums_to_float(sum[I]), V::mul(V::broadcast(rows.scale[Index(I) / Vectors]),
+                                                         V::load(unit + Index(I) % Vectors * V::width)))),
    ...);
-  multiply_rows<PairValueDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride),
-                                              rope_lanes, all, vectors);
-  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (word_lanes / Parts), score[I]), ...);
+  multiply_rows<RopeDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride), rope_lanes,
+                                         all, vectors);
+  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (V::width / Parts), score[I]), ...);
 }
 template <Index Rows, Index Vectors, Index Parts, Index Row>
-void quad_score_tiles(Index tiles, QuadRows rows, const Word* lanes, const Word* rope_lanes, const float* unit,
-                      float* s) {
+void int8_score_tiles(Index tiles, Int8Rows rows, const Word* lanes, const RopeDot::Number* rope_lanes,
+                      const float* unit, float* s) {
   for (; tiles > 0; --tiles) {
-    quad_score_tile<Rows, Vectors, Parts, Row>(rows, lanes, rope_lanes, unit, s,
+    int8_score_tile<Rows, Vectors, Parts, Row>(rows, lanes, rope_lanes, unit, s,
                                                std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows.latent += Rows * rows.latent_stride;
-    rows.rope += Rows * rows.rope_stride / Index(sizeof(Word));
+    rows.rope += Rows * rows.rope_stride / Index(sizeof(RopeDot::Number));
     rows.scale += Rows, rows.offset += Rows;
     s += Rows * Row;
   }
 }
-#endif
 
 /// o(lane, x) += Σ_j p(j, lane)·c(j, x)
 template <class D, class T>
@@ -228,7 +211,7 @@ EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_u
   using Vec = decltype(D::load(c));
   for (Index k = op.depth; k > 0; --k) {
     Vec row[] = {D::load(c + Index(Vector) * D::width)...};
-    if constexpr (!Shape<T>::wide) (detail::hold(row[Vector]), ...);  // or g++ loads them again for every lane
+    if constexpr (!Shape<T>::wide) (Isa::hold(row[Vector]), ...);  // or g++ loads them again for every lane
     if constexpr (Ahead) Stream::ask(ahead);
     ((sum[Sum] = D::dot(sum[Sum], row[Sum % Vectors], D::broadcast(p[Index(Sum) / Vectors]))), ...);
     p += op.p_step;

@@ -1,11 +1,11 @@
 // kernel/decode/dots.hpp — in which numbers decode multiplies q·k: what a register of a row is, and what a sum is.
 //
-//     WidenedDot   any storage widened to T     sum += q·k
-//     QuadsDot     int8, AVX-512 with VNNI      sum += Σ₄ q·k      queries as int8
-//     PairsDot     int8, AVX2 and SSE2          sum += Σ₂ q·k      queries as int16
+//     WidenedDot    any storage widened to T               sum += q·k
+//     Int8RowDot    int8, where int8 has products          sum += Σ₄ q·k      queries as int8
+//     Int16RowDot   int8, where only int16 has products    sum += Σ₂ q·k      queries as int16
 //
 // Sums of integers are exact; what differs is how a query is rounded, with one scale each, before it is multiplied.
-// With QuadsDot and PairsDot go values in pairs of int16 (kernel/decode/int8_values.hpp), with WidenedDot widened ones.
+// With both integers go values in pairs of int16 (kernel/decode/int8_values.hpp), with WidenedDot widened ones.
 //
 // Before: kernel/decode/values.hpp   Next: kernel/decode/int8_values.hpp
 #pragma once
@@ -15,7 +15,7 @@
 
 #include "../../options.hpp"
 #include "../../product/register_tile.hpp"
-#include "../../simd/shorts.hpp"
+#include "../../simd/narrow.hpp"
 #include "../../storage.hpp"
 
 #include "../../base/warnings_off.hpp"
@@ -65,11 +65,10 @@ struct WidenedDot {
   }
 };
 
-#if defined(EIGEN_VECTORIZE_AVX2) && !defined(EIGEN_VECTORIZE_AVX512)
 /// bfloat16 in pairs as they lie: a register of 16 is its eight even features, shifted up, and its eight odd ones, masked.
 /// Half the shuffles of widening them in order; queries are packed in the same order.
-template <>
-struct WidenedDot<float, bfloat16> {
+template <class S>
+requires(std::is_same_v<S, bfloat16>&& Isa::splits_bf16) struct WidenedDot<float, S> {
   using V = Simd<float>;
   using Vec = V::Vec;
   using Scalar = float;
@@ -86,9 +85,7 @@ struct WidenedDot<float, bfloat16> {
   }
   template <Index Part>
   static EIGEN_ALWAYS_INLINE Vec key(const bfloat16* k) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k));
-    if constexpr (Part == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+    return Part == 0 ? Isa::even_bf16(k) : Isa::odd_bf16(k);
   }
   template <Index Part>
   static EIGEN_ALWAYS_INLINE Vec key_n(const Key* k, Index n) {
@@ -106,43 +103,41 @@ struct WidenedDot<float, bfloat16> {
     return 1.0F;
   }
 };
-#endif
 
-#ifdef QKV_DETAIL_WORDS
-/// q·k of int8 rows in integers (simd/words.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
+/// q·k of int8 rows in integers (simd/narrow.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
 /// a sum, 128·Σq, is taken off at the end.
-struct QuadsDot {
+struct Int8RowDot {
   using V = Simd<float>;
-  using Vec = QuadDot::Sum;
+  using Vec = Isa::Sums;
   using Scalar = float;
   using Key = std::int8_t;
   using Query = std::int8_t;
   static constexpr const char* name = " multiplied in int8, values in int16";
-  static constexpr Index width = 64, lanes = 16, parts = 1;
+  static constexpr Index width = 4 * Isa::lanes, lanes = Isa::lanes, parts = 1;
   static constexpr Index least_group = 2;  // one query waits for memory anyway
 
-  static EIGEN_ALWAYS_INLINE Vec zero() { return (Vec)_mm512_setzero_si512(); }
+  static EIGEN_ALWAYS_INLINE Vec zero() { return Isa::broadcast_sum(0); }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec query(const std::int8_t* q) {
-    __m512i v = _mm512_loadu_si512(q);
-    detail::hold(v);
-    return (Vec)v;
+    Isa::Words v = Isa::load_words(q);
+    Isa::hold(v);
+    return Isa::as_sums(v);
   }
-  static EIGEN_ALWAYS_INLINE Vec plus_128(__m512i k) { return (Vec)_mm512_xor_si512(k, _mm512_set1_epi8(-128)); }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) {
-    return plus_128(_mm512_loadu_si512(k));
+    return Isa::as_sums(Isa::plus_128(Isa::load_words(k)));
   }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec key_n(const std::int8_t* k, Index n) {
-    return plus_128(row_words(k, n, 0));
+    return Isa::as_sums(Isa::plus_128(Isa::load_words_n(k, n)));
   }
   static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
-    return QuadDot::dot(sum, (__m512i)q, (__m512i)k);
+    return Isa::add_int8_products(sum, Isa::words_of(q), Isa::words_of(k));
   }
-  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[16], const float* factor, const std::int32_t* shift, float* to) {
-    const __m512i products = _mm512_sub_epi32((__m512i)detail::sum_each_16(sum), _mm512_loadu_si512(shift));
-    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(products), _mm512_loadu_ps(factor)));
+  static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const float* factor, const std::int32_t* shift,
+                                         float* to) {
+    const Vec products = Isa::subtract(Isa::sum_each(sum), Isa::load_sums(shift));
+    V::store(to, V::mul(Isa::sums_to_float(products), V::load(factor)));
   }
   static float round(const float* query, Index n, std::int8_t* to, std::int32_t& shift) {
     const float scale = quantize_row(query, n, to);
@@ -151,65 +146,51 @@ struct QuadsDot {
     return scale / headroom<Key>;
   }
 };
-#elif defined(QKV_DETAIL_SHORTS)
-/// q·k of int8 rows in int16 (simd/shorts.hpp): queries with one scale each, keys widened once for all of them: 1.7 times
+/// q·k of int8 rows in int16 (simd/narrow.hpp): queries with one scale each, keys widened once for all of them: 1.7 times
 /// as fast as widened to float (Zen 3, four queries of 128).
-struct PairsDot {
+struct Int16RowDot {
   using V = Simd<float>;
-  using Vec = Words;
+  using Vec = Isa::Sums;
   using Scalar = float;
   using Key = std::int8_t;
   using Query = std::int16_t;
   static constexpr const char* name = " multiplied in int16";
-  static constexpr Index width = short_lanes, lanes = V::width, parts = 1;
+  static constexpr Index width = 2 * Isa::lanes, lanes = Isa::lanes, parts = 1;
   static constexpr Index least_group = 1;  // widening to float takes longer than memory even for one query
 
-  static EIGEN_ALWAYS_INLINE Vec zero() { return broadcast_word(0); }
+  static EIGEN_ALWAYS_INLINE Vec zero() { return Isa::broadcast_sum(0); }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec query(const std::int16_t* q) {
-    Vec v = load_words(q);
-    detail::hold(v);
-    return v;
+    Isa::Words v = Isa::load_words(q);
+    Isa::hold(v);
+    return Isa::as_sums(v);
   }
   template <Index>
   static EIGEN_ALWAYS_INLINE Vec key(const std::int8_t* k) {
-    return widen_bytes(load_bytes(k));
+    return Isa::as_sums(Isa::widen_int8(k));
   }
-  template <Index Part>
-  static EIGEN_ALWAYS_INLINE Vec key_n(const Key* k, Index n) {
-    Key copy[std::size_t(width)] = {};
-    std::copy_n(k, n, copy);
-    return key<Part>(copy);
+  template <Index>
+  static EIGEN_ALWAYS_INLINE Vec key_n(const std::int8_t* k, Index n) {
+    return Isa::as_sums(Isa::widen_int8_n(k, n));
   }
-  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) { return add_products(sum, q, k); }
+  static EIGEN_ALWAYS_INLINE Vec add_product(Vec q, Vec k, Vec sum) {
+    return Isa::add_int16_products(sum, Isa::words_of(q), Isa::words_of(k));
+  }
   static EIGEN_ALWAYS_INLINE void finish(Vec (&sum)[std::size_t(lanes)], const float* factor, const std::int32_t*,
                                          float* to) {
-    V::store(to, V::mul(words_to_float(sum_each(sum)), V::load(factor)));
+    V::store(to, V::mul(Isa::sums_to_float(Isa::sum_each(sum)), V::load(factor)));
   }
   static float round(const float* query, Index n, std::int16_t* to, std::int32_t&) {
-    return quantize_row(query, n, to, static_cast<float>(largest_short(n))) / headroom<Key>;
+    return quantize_row(query, n, to, static_cast<float>(largest_int16(n))) / headroom<Key>;
   }
 };
-#endif
 
 /// What Arithmetic::automatic multiplies in. Groups of less than NarrowDot::least_group query heads are exact all the same.
 template <class T, class S>
-struct NarrowDotOf {
-  using Type = WidenedDot<T, S>;
-};
-#ifdef QKV_DETAIL_WORDS
-template <>
-struct NarrowDotOf<float, std::int8_t> {
-  using Type = QuadsDot;
-};
-#elif defined(QKV_DETAIL_SHORTS)
-template <>
-struct NarrowDotOf<float, std::int8_t> {
-  using Type = PairsDot;
-};
-#endif
-template <class T, class S>
-using NarrowDot = typename NarrowDotOf<T, S>::Type;
+using NarrowDot =
+    std::conditional_t<std::is_same_v<T, float> && has_row_scale<S> && Isa::int8_products, Int8RowDot,
+                       std::conditional_t<std::is_same_v<T, float> && has_row_scale<S> && Isa::int16_products,
+                                          Int16RowDot, WidenedDot<T, S>>>;
 
 /// Whether decode multiplies q·k in narrower numbers than the scalar's for groups of so many query heads.
 template <class T, class S>

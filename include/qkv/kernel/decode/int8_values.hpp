@@ -18,7 +18,7 @@
 #include <limits>
 #include <utility>
 
-#include "../../simd/shorts.hpp"
+#include "../../simd/narrow.hpp"
 #include "dots.hpp"
 #include "int8_row_pairs.hpp"
 #include "scores.hpp"
@@ -36,11 +36,10 @@ struct ValueSums {
   static Index row(Index) { return 0; }
 };
 
-#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
 class PairSums {
   using V = Simd<float>;
-  using Vec = RowPairs::Vec;
-  using Sum = RowPairs::Sum;
+  using Vec = Isa::Words;
+  using Sum = Isa::Sums;
   static constexpr Index block = RowPairs::block, lanes = RowPairs::lanes;
   template <Index N>
   using Indices = std::make_index_sequence<std::size_t(N)>;
@@ -54,7 +53,7 @@ class PairSums {
   class Largest {
    public:
     EIGEN_ALWAYS_INLINE void add(V::Vec p, Index u) {
-      const V::Vec x = RowPairs::positive(p);  // NaN stays NaN
+      const V::Vec x = Isa::positive(p);  // NaN stays NaN
       most_[u] = V::max(most_[u], x), bad_[u] = V::fma(x, V::zero(), bad_[u]);
     }
     /// NaN where one of them is not finite.
@@ -75,8 +74,8 @@ class PairSums {
     }
     const float up = top < 0x1p-60F ? 0x1p90F : 1.0F;  // or 32767 / top would overflow
     const V::Vec scale = V::broadcast(up), step = V::broadcast(32767 / (top * up));
-    const auto rounded = [&](Index j) { return V::mul(V::mul(RowPairs::positive(V::load(p + j)), scale), step); };
-    for (Index j = 0; j < n; j += 2 * V::width) RowPairs::store_rounded(to + j, rounded(j), rounded(j + V::width));
+    const auto rounded = [&](Index j) { return V::mul(V::mul(Isa::positive(V::load(p + j)), scale), step); };
+    for (Index j = 0; j < n; j += 2 * V::width) Isa::store_int16(to + j, rounded(j), rounded(j + V::width));
   }
 
   /// sum_i += Σ_r w[i, r] · v_r for n queries; `next` is asked for meanwhile. sum [n, row(width)].
@@ -99,11 +98,11 @@ class PairSums {
     float ordered[std::size_t(block + lanes)];
     V::store(ordered + block, V::zero());
     for (Index x = 0; x < width; x += block) {
-      Vec v[4] = {RowPairs::load(sum + x), RowPairs::load(sum + x + lanes), RowPairs::load(sum + x + 2 * lanes),
-                  RowPairs::load(sum + x + 3 * lanes)};
-      RowPairs::in_order(v);
+      Vec v[4] = {Isa::load_words(sum + x), Isa::load_words(sum + x + lanes), Isa::load_words(sum + x + 2 * lanes),
+                  Isa::load_words(sum + x + 3 * lanes)};
+      Isa::order_unpacked(v);
       for (Index u = 0; u < 4; ++u)
-        V::store(ordered + u * lanes, V::mul(RowPairs::to_float(v[u]), V::broadcast(1.0F / 32767)));
+        V::store(ordered + u * lanes, V::mul(Isa::int32_to_float(v[u]), V::broadcast(1.0F / 32767)));
       const float* const from = ordered + (x - first_feature(x, width));
       for (Index f = 0; f < std::min(block, width - x); f += lanes)
         V::store(o + x + f, V::fma(V::broadcast(top), V::load(from + f), V::load(o + x + f)));
@@ -128,11 +127,11 @@ class PairSums {
                                            const std::int16_t* w, Index w_row, bool both, Sum (&sum)[sizeof...(S)],
                                            std::index_sequence<S...>, std::index_sequence<Q...>,
                                            std::index_sequence<Part...>) {
-    const Vec first = some == block ? RowPairs::load(a) : RowPairs::load_n(a, some);
-    const Vec second = some == block ? RowPairs::load(b) : RowPairs::load_n(b, some);
+    const Vec first = some == block ? Isa::load_words(a) : Isa::load_words_n(a, some);
+    const Vec second = some == block ? Isa::load_words(b) : Isa::load_words_n(b, some);
     const Vec value[] = {RowPairs::part<First + Part>(first, second)...};
     const Vec weight[] = {weights(w + Index(Q) * w_row, both)...};
-    ((sum[S] = RowPairs::add_products(weight[S / sizeof...(Part)], value[S % sizeof...(Part)], sum[S])), ...);
+    ((sum[S] = Isa::add_int16_products(sum[S], weight[S / sizeof...(Part)], value[S % sizeof...(Part)])), ...);
   }
 
   // Parts First … of one block, all rows. Step: pairs in which a line is read.
@@ -147,7 +146,7 @@ class PairSums {
       return sums + Index(s) / n_parts * sum_row + (Index(First) + Index(s) % n_parts) * lanes;
     };
     Sum sum[sizeof...(S)];
-    ((sum[S] = (Sum)RowPairs::load(at(S))), ...);
+    ((sum[S] = Isa::load_sums(at(S))), ...);
     const std::int8_t* row = values.first;
     Index r = 0;
     for (; r + rows <= values.count; r += rows, row += rows * values.stride) {
@@ -159,7 +158,7 @@ class PairSums {
     for (; r + 2 <= values.count; r += 2, row += 2 * values.stride)
       add_pair<First>(row, row + values.stride, some, w + r, w_row, true, sum, all, queries, parts);
     if (r < values.count) add_pair<First>(row, row, some, w + r, w_row, false, sum, all, queries, parts);
-    (RowPairs::store(at(S), sum[S]), ...);
+    (Isa::store_sums(at(S), sum[S]), ...);
   }
 
   template <Index Queries>
@@ -198,14 +197,10 @@ class PairSums {
   }
 };
 
-#if defined(QKV_DETAIL_WORDS)
 template <>
-struct ValueSums<QuadsDot> : PairSums {};
-#else
+struct ValueSums<Int8RowDot> : PairSums {};
 template <>
-struct ValueSums<PairsDot> : PairSums {};
-#endif
-#endif
+struct ValueSums<Int16RowDot> : PairSums {};
 
 }}}  // namespace qkv::QKV_ABI::kernel
 

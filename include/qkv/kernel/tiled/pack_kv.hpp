@@ -34,7 +34,7 @@ class BlockPacker {
     if (block_.gaps) {
       std::fill_n(panels_.block_keys(b_), panels_.key_stride(), 0);
       if constexpr (A::scaled) std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
-      if constexpr (A::quads) std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
+      if constexpr (A::int8_keys) std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
     }
     Source sources[std::size_t(tile_keys)];
     for (const GridPiece& piece : GridPieces(keys_.runs, tile_keys, block_.cell)) {
@@ -60,8 +60,7 @@ class BlockPacker {
     const Index d = panels_.head_dim, stride = keys_.key_row_stride;
     const S* const from = keys_.key(run, kv_head_, row);
     auto* const to = panels_.block_keys(b_) + tile * R * panels_.key_depth();
-#ifdef QKV_DETAIL_WORDS
-    if constexpr (A::words) {
+    if constexpr (A::narrow && !A::int16_keys) {
       constexpr auto size = static_cast<Index>(sizeof(S));
       if (some == held) {
         pack_words(from, stride * size, held, height, d * size, to);
@@ -74,7 +73,7 @@ class BlockPacker {
             to[w * height + c + j - tile * R] = word;
           }
       }
-      if constexpr (A::quads)
+      if constexpr (A::int8_keys)
         for (Index j = 0; j < some; ++j) {
           std::int32_t sum = 0;
           for (Index x = 0; x < d; ++x) sum += from[j * stride + x];
@@ -83,23 +82,20 @@ class BlockPacker {
         }
       return some;
     }
-#endif
-#ifdef QKV_DETAIL_SHORTS
-    if constexpr (A::shorts) {
+    if constexpr (A::int16_keys) {
       if (some == held) {
-        pack_shorts(from, stride, held, height, d, to);
+        pack_int16(from, stride, held, height, d, to);
       } else {  // a tile whose rows lie in several runs
         for (Index j = 0; j < some; ++j)
           for (Index x = 0; x < d; x += 2) {
             const S* const two = from + j * stride + x;
-            to[x / 2 * height + c + j - tile * R] = word_of_shorts(two[0], x + 1 < d ? two[1] : S(0));
+            to[x / 2 * height + c + j - tile * R] = word_of_int16(two[0], x + 1 < d ? two[1] : S(0));
           }
       }
       for (Index j = 0; j < some; ++j)
         panels_.key_scales[b_ * tile_keys + c + j] = keys_.key_scale(run, kv_head_, row + j) / A::headroom;
     }
-#endif
-    if constexpr (!A::words) {
+    if constexpr (!A::narrow) {
       if (some == held && !has_row_scale<S>) {
         pack_rows(from, stride, held, height, d, to);
       } else {
@@ -126,25 +122,10 @@ class BlockPacker {
     return has_row_scale<S> ? V::mul(v, V::broadcast(static_cast<T>(from.scale))) : v;
   }
 
-#ifdef QKV_DETAIL_SHORTS
-  /// word_lanes features of two rows, side by side.
-  Words pairs(const Source& first, const Source& second, Index x) const {
-    const Index left = std::max<Index>(panels_.v_head_dim - x, 0);
-    const auto bytes = [&](const Source& from) {
-      if (!from.row) return _mm_setzero_si128();
-      return left >= word_lanes ? load_few_bytes(from.row + x) : load_bytes_n(from.row + x, left);
-    };
-    return widen_bytes(_mm_unpacklo_epi8(bytes(first), bytes(second)));
+  /// Features [x, x + lanes) as they are stored.
+  Isa::Bytes bytes(const Source& from, Index x) const {
+    return Isa::load_int8_n(from.row ? from.row + x : nullptr, from.row ? panels_.v_head_dim - x : 0);
   }
-#endif
-#ifdef QKV_DETAIL_WORDS
-  __m128i bytes(const Source& from, Index x) const {
-    const Index left = panels_.v_head_dim - x;
-    if (!from.row || left <= 0) return _mm_setzero_si128();
-    if (left >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.row + x));
-    return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1U << left) - 1U), from.row + x);
-  }
-#endif
 
   /// Rows with a number that is not finite as it is multiplied are listed and become zeros: 0·x is 0 for finite x and NaN
   /// otherwise.
@@ -180,17 +161,18 @@ class BlockPacker {
       auto* to = panels_.block_values(b_) + slice * depth;
       for (Index k = 0; k < depth; ++k, to += height)
         for (Index x = 0; x < height; x += V::width) {
-          if constexpr (!A::words) V::store(to + x, value(sources[k], slice + x));
-#ifdef QKV_DETAIL_SHORTS
-          if constexpr (A::shorts) store_words(to + x, pairs(sources[2 * k], sources[2 * k + 1], slice + x));
-#endif
-#ifdef QKV_DETAIL_WORDS
-          if constexpr (A::bytes)  // columns 4k … 4k + 3 side by side
-            store_words(to + x, to_quads(bytes(sources[4 * k], slice + x), bytes(sources[4 * k + 1], slice + x),
-                                         bytes(sources[4 * k + 2], slice + x), bytes(sources[4 * k + 3], slice + x)));
-          else if constexpr (A::words)  // columns 2k and 2k + 1
-            store_words(to + x, to_pairs(value(sources[2 * k], slice + x), value(sources[2 * k + 1], slice + x)));
-#endif
+          if constexpr (!A::narrow)
+            V::store(to + x, value(sources[k], slice + x));
+          else if constexpr (A::int8_values)  // columns 4k … 4k + 3 side by side
+            Isa::store_words(
+                to + x, Isa::quad_int8(bytes(sources[4 * k], slice + x), bytes(sources[4 * k + 1], slice + x),
+                                       bytes(sources[4 * k + 2], slice + x), bytes(sources[4 * k + 3], slice + x)));
+          else if constexpr (A::int16_values)  // columns 2k and 2k + 1
+            Isa::store_words(to + x,
+                             Isa::pair_int8(bytes(sources[2 * k], slice + x), bytes(sources[2 * k + 1], slice + x)));
+          else
+            Isa::store_words(to + x,
+                             Isa::pair_bf16(value(sources[2 * k], slice + x), value(sources[2 * k + 1], slice + x)));
         }
     }
   }

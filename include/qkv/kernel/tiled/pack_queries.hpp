@@ -1,11 +1,11 @@
 // kernel/tiled/pack_queries.hpp — a register of queries, turned so that lanes are queries, in the numbers that they multiply in.
 //
 //     Exact    [head_dim][lanes] of T
-//     Pairs    [head_dim / 2][lanes] of words, two bfloat16 each
-//     Quads, Bytes
+//     Bf16     [head_dim / 2][lanes] of words, two bfloat16 each
+//     Int8, Int8Bf16, Int8Int16
 //              [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; the factor goes
 //              to `unit`, so that a score in these numbers times unit is the score
-//     Shorts   [head_dim / 2][lanes] of words, two int16 each: q ≈ short · max|q| / largest_short(head_dim), likewise
+//     Int16    [head_dim / 2][lanes] of words, two int16 each: q ≈ int16 · max|q| / largest_int16(head_dim), likewise
 //
 // The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
 //
@@ -18,8 +18,8 @@
 #include <limits>
 #include <utility>
 
+#include "../../simd/narrow.hpp"
 #include "../../simd/simd.hpp"
-#include "../../simd/words.hpp"
 #include "../../workspace.hpp"
 #include "../arithmetic.hpp"
 
@@ -87,69 +87,29 @@ float find_unit(const QueryRows<float>& from, Index i, float most, float& unit) 
   return zeros ? 0 : most / amax;
 }
 
-#ifdef QKV_DETAIL_WORDS
-/// Words [w, w + 16) of 16 queries, turned.
-EIGEN_ALWAYS_INLINE void store_turned(__m512 (&block)[16], Index w, Index depth, Word* to, Index lanes) {
-  Simd<float>::transpose(block);
-  for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
-    store_words(to + (w + i) * lanes, _mm512_castps_si512(block[i]));
+inline void pack_queries(Bf16, const QueryRows<float>& from, Word* to, Index lanes, float*) {
+  pack_columns(Isa::lanes, lanes, (from.head_dim + 1) / 2, to, [&](Index i, Index w) {
+    return Isa::round_to_finite_bf16(from.part(i, 2 * w), from.part(i, 2 * w + Isa::lanes));
+  });
 }
 
-inline void pack_queries(Pairs, const QueryRows<float>& from, Word* to, Index lanes, float*) {
-  const Index depth = (from.head_dim + 1) / 2;
-  for (Index w = 0; w < depth; w += word_lanes) {
-    __m512 block[16];
-    for (Index i = 0; i < word_lanes; ++i) {
-      const __m512 low = from.part(i, 2 * w), high = from.part(i, 2 * w + word_lanes);
-      block[i] = _mm512_castsi512_ps(to_halves(low, high));
-    }
-    store_turned(block, w, depth, to, lanes);
-  }
-}
-
-inline void pack_queries(Quads, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
+/// In whole numbers; `find_unit` for every query first.
+template <class A>
+void pack_queries(A, const QueryRows<float>& from, Word* to, Index lanes, float* unit) requires(A::scaled) {
   using V = Simd<float>;
-  const Index depth = (from.head_dim + 3) / 4;
-  float inverse[16];
-  for (Index i = 0; i < word_lanes; ++i) inverse[i] = find_unit<Quads>(from, i, 127, unit[i]);
-  for (Index w = 0; w < depth; w += word_lanes) {
-    __m512 block[16];
-    for (Index i = 0; i < word_lanes; ++i) {
-      alignas(detail::cache_line) std::uint8_t bytes[64];
-      for (Index part = 0; part < 4; ++part) {
-        const __m512 x = V::mul(from.part(i, 4 * w + part * V::width), V::broadcast(inverse[i]));
-        const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128));
-        _mm_store_si128(reinterpret_cast<__m128i*>(bytes) + part, _mm512_cvtusepi32_epi8(whole));
-      }
-      block[i] = _mm512_castsi512_ps(_mm512_load_si512(bytes));
-    }
-    store_turned(block, w, depth, to, lanes);
-  }
-}
-inline void pack_queries(Bytes, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
-  pack_queries(Quads{}, from, to, lanes, unit);
-}
-#endif
-
-#ifdef QKV_DETAIL_SHORTS
-inline void pack_queries(Shorts, const QueryRows<float>& from, Word* to, Index lanes, float* unit) {
-  using V = Simd<float>;
-  const Index depth = (from.head_dim + 1) / 2;
-  const auto most = static_cast<float>(largest_short(from.head_dim));
+  const float most = A::int8_keys ? 127.0F : static_cast<float>(largest_int16(from.head_dim));
   float inverse[V::lanes];
-  for (Index i = 0; i < V::width; ++i) inverse[i] = find_unit<Shorts>(from, i, most, unit[i]);
-  for (Index w = 0; w < depth; w += word_lanes) {
-    V::Vec block[V::lanes];
-    for (Index i = 0; i < V::width; ++i) {
-      const auto whole = [&](Index k) { return round_to_words(V::mul(from.part(i, k), V::broadcast(inverse[i]))); };
-      block[i] = words_as_float(to_shorts(whole(2 * w), whole(2 * w + V::width)));
-    }
-    V::transpose(block);
-    for (Index i = 0; i < std::min(word_lanes, depth - w); ++i)
-      V::store(reinterpret_cast<float*>(to + (w + i) * lanes), block[i]);
-  }
+  for (Index i = 0; i < V::width; ++i) inverse[i] = find_unit<A>(from, i, most, unit[i]);
+  pack_columns(Isa::lanes, lanes, (from.head_dim + A::features - 1) / A::features, to, [&](Index i, Index w) {
+    const auto part = [&](Index k) {
+      return V::mul(from.part(i, A::features * w + k * V::width), V::broadcast(inverse[i]));
+    };
+    if constexpr (A::int8_keys)
+      return Isa::round_plus_128(part(0), part(1), part(2), part(3));
+    else
+      return Isa::pack_int16(Isa::round_to_int32(part(0)), Isa::round_to_int32(part(1)));
+  });
 }
-#endif
 
 }}}  // namespace qkv::QKV_ABI::kernel
 

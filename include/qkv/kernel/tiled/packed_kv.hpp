@@ -55,7 +55,7 @@ struct Panels {
   Number *keys = nullptr, *values = nullptr;
   Index* not_finite = nullptr;          // [blocks][tile_keys]: columns
   float* key_scales = nullptr;          // scaled [blocks][tile_keys]
-  std::int32_t* key_offsets = nullptr;  // Quads [blocks][tile_keys]: -128·Σ row
+  std::int32_t* key_offsets = nullptr;  // int8 keys [blocks][tile_keys]: -128·Σ row
   float* value_scales = nullptr;        // steps [blocks][tile_keys]: zero where not finite
   Index head_dim = 0, v_head_dim = 0;
 
@@ -68,7 +68,7 @@ struct Panels {
     p.values = carver.take<Number>(n_blocks * p.value_stride());
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
     if constexpr (A::scaled) p.key_scales = carver.take<float>(n_blocks * tile_keys);
-    if constexpr (A::quads) p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
+    if constexpr (A::int8_keys) p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
     if constexpr (A::steps) p.value_scales = carver.take<float>(n_blocks * tile_keys);
     return p;
   }

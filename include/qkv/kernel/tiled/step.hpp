@@ -105,16 +105,15 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
     if (count <= 0) return;
     const Index full = count / rows, rest = count % rows, last = c + full * rows;
     const Number* const a = panels_.block_keys(b);
-    if constexpr (!A::words) {
+    if constexpr (!A::narrow) {
       TileOperands<T> op{.depth = depth, .b_step = lanes, .c_row = lanes};
       op.a = a + c * depth, op.b = p.q + v * V::width, op.c = s_ + c * lanes + v * V::width;
       packed_tiles<rows, Vectors>(op, full, depth * rows, lanes * rows, fetch);
       op.a = a + last * depth, op.b = p.q, op.c = s_ + last * lanes;
       if (rest > 0) packed_tile_of<T, T, 0, Shape::tail_step>(Shape::tail_height(rest), op);
     }
-#if defined(QKV_DETAIL_WORDS) || defined(QKV_DETAIL_SHORTS)
-    if constexpr (A::words) {
-      using Dot = ScoreDot<A>;
+    if constexpr (A::narrow) {
+      using Dot = KeyDot<A>;
       const auto at = [&](Index column, Index vector) {
         const auto* const q = reinterpret_cast<const Number*>(p.q);
         WordOperands op{.depth = depth, .a = a + column * depth, .b = q + vector * V::width, .b_step = lanes};
@@ -125,7 +124,6 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
       word_tiles<Dot, rows, Vectors>(at(c, v), full, depth * rows, lanes * rows, fetch);
       if (rest > 0) word_tile_of<Dot>(Shape::tail_height(rest), at(last, 0), fetch);
     }
-#endif
   }
 
   /// m and l of the panel ← merged with the scores, which become weights; Oᵀ ← rescaled.

@@ -1,0 +1,2 @@
+#include <qkv/version.hpp>
+qkv_abi_is QKV_ABI
