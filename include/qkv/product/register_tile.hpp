@@ -189,15 +189,18 @@ void packed_tile_of(Index rows, const TileOperands<T, S>& op) {
 template <class T>
 inline constexpr Index pack_slack = Simd<T>::width;
 
-// `some` <= width rows of x, width steps of each, transposed to panel. With fewer rows than lanes a store runs into the
-// next step's place, and that step's store follows.
 template <class T, class S, std::size_t... Lane>
-EIGEN_ALWAYS_INLINE void pack_block(const S* x, Index stride, Index some, T* panel, Index rows,
-                                    std::index_sequence<Lane...>) {
+EIGEN_ALWAYS_INLINE void transpose_block(const S* from, Index from_stride, Index rows, T* to, Index to_stride,
+                                         std::index_sequence<Lane...>) {
   using V = Simd<T>;
-  typename V::Vec block[] = {(Index(Lane) < some ? V::load(x + Index(Lane) * stride) : V::zero())...};
+  typename V::Vec block[] = {(Index(Lane) < rows ? V::load(from + Index(Lane) * from_stride) : V::zero())...};
   V::transpose(block);
-  (V::store(panel + Index(Lane) * rows, block[Lane]), ...);
+  (V::store(to + Index(Lane) * to_stride, block[Lane]), ...);
+}
+/// to[j, i] = from[i, j] for i, j < width; zeros for i >= rows, which are not read.
+template <class T, class S>
+EIGEN_DONT_INLINE void transpose_block(const S* from, Index from_stride, Index rows, T* to, Index to_stride) {
+  transpose_block(from, from_stride, rows, to, to_stride, std::make_index_sequence<Simd<T>::lanes>{});
 }
 
 /// x [rows, depth] in rows `stride` apart -> panel [depth][height], with room for `pack_slack` numbers more. Rows from
@@ -211,8 +214,8 @@ void pack_rows(const S* x, Index stride, Index rows, Index height, Index depth, 
     const S* from = x + packed * stride;
     Index k = 0;
     for (; k + width <= depth; k += width)
-      pack_block(from + k, stride, some, panel + k * height + packed, height,
-                 std::make_index_sequence<Simd<T>::lanes>{});
+      // With fewer rows than lanes a store runs into the next step's place, and that step's store follows.
+      transpose_block(from + k, stride, some, panel + k * height + packed, height);
     for (; k < depth; ++k)
       for (Index r = 0; r < some; ++r) panel[k * height + packed + r] = static_cast<T>(from[r * stride + k]);
     packed += some;

@@ -18,6 +18,7 @@
 #include <limits>
 #include <utility>
 
+#include "../../product/register_tile.hpp"
 #include "../../simd/narrow.hpp"
 #include "../../simd/simd.hpp"
 #include "../../workspace.hpp"
@@ -44,30 +45,17 @@ struct QueryRows {
   }
 };
 
-/// width features of width rows, turned.
-template <class T, std::size_t... I>
-EIGEN_ALWAYS_INLINE void pack_whole_block(const T* from, Index stride, typename Simd<T>::Vec sign, T* to, Index lanes,
-                                          std::index_sequence<I...>) {
-  using V = Simd<T>;
-  typename V::Vec block[] = {V::load(from + Index(I) * stride)...};
-  V::transpose(block);
-  (V::store(to + Index(I) * lanes, V::mul(sign, block[I])), ...);
-}
-
 template <class T>
 void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
   using V = Simd<T>;
   Index k = 0;
-  if (from.rows >= V::width)
-    for (; k + V::width <= from.head_dim; k += V::width)
-      pack_whole_block<T>(from.first + k, from.stride, V::broadcast(from.sign), to + k * lanes, lanes,
-                          std::make_index_sequence<V::lanes>{});
-  for (; k < from.head_dim; k += V::width) {
-    typename V::Vec block[V::lanes];
-    for (Index i = 0; i < V::width; ++i) block[i] = from.part(i, k);
-    V::transpose(block);
-    for (Index i = 0; i < std::min(V::width, from.head_dim - k); ++i) V::store(to + (k + i) * lanes, block[i]);
-  }
+  for (; k + V::width <= from.head_dim; k += V::width)
+    transpose_block(from.first + k, from.stride, from.rows, to + k * lanes, lanes);
+  for (; k < from.head_dim; ++k)
+    for (Index i = 0; i < V::width; ++i) to[k * lanes + i] = i < from.rows ? from.first[i * from.stride + k] : T(0);
+  if (from.sign < 0)
+    for (k = 0; k < from.head_dim; ++k)
+      V::store(to + k * lanes, V::mul(V::broadcast(from.sign), V::load(to + k * lanes)));
 }
 
 /// What a whole number of query i is worth where `most` is the largest of them goes to `unit`; returns the inverse of that.

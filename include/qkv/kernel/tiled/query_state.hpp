@@ -31,15 +31,6 @@ struct PanelSums {
   }
 };
 
-/// width x width numbers of Oᵀ to rows of O.
-template <class T, std::size_t... I>
-EIGEN_ALWAYS_INLINE void store_turned_block(const T* from, T* to, Index stride, std::index_sequence<I...>) {
-  using V = Simd<T>;
-  typename V::Vec block[] = {V::load(from + Index(I) * PanelSums<T>::lanes)...};
-  V::transpose(block);
-  (V::store(to + Index(I) * stride, block[I]), ...);
-}
-
 /// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. Where in_units, m times unit
 /// is the score. Rows that hold nothing yet (m = -inf) are written, not read; a lane that saw nothing changes no bit of a
 /// row that holds something.
@@ -70,18 +61,18 @@ void merge_panel(const PanelSums<T>& panel, bool in_units, const StateView<T>& s
       const Index width = std::min(V::width, v_head_dim - k);
       const T* const from = panel.o + k * lanes + first;
       if (all_empty && rows == V::width && width == V::width) {
-        store_turned_block(from, to + k, stride, std::make_index_sequence<V::lanes>{});
+        transpose_block(from, lanes, width, to + k, stride);
         continue;
       }
-      typename V::Vec block[V::lanes];
-      for (Index i = 0; i < V::width; ++i) block[i] = i < width ? V::load(from + i * lanes) : V::zero();
-      V::transpose(block);
+      T block[V::lanes * V::lanes];
+      transpose_block(from, lanes, width, block, V::width);
       for (Index i = 0; i < rows; ++i) {
         T* const row = to + i * stride + k;
         const Index lane = first + i;
         if (unseen[lane] && !empty[lane]) continue;
+        const auto o = V::load(block + i * V::width);
         const auto old = empty[lane] ? V::zero() : V::mul(V::broadcast(keep[lane]), V::load_n(row, width));
-        V::store_n(row, empty[lane] ? block[i] : V::fma(V::broadcast(take[lane]), block[i], old), width);
+        V::store_n(row, empty[lane] ? o : V::fma(V::broadcast(take[lane]), o, old), width);
       }
     }
   }
