@@ -91,9 +91,9 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
   state.clear(0, q.rows(), 0, task.heads, latent);
   if constexpr (absorbed::serves<T>)
     if (task.kernel == Kernel::automatic)
-      return absorbed::run(absorbed::Task<T, S>{q, task.rows, task.heads, task.scale, task.sequence,
-                                                task.first_position, detail::pair_rule<T>(*task.mask, *task.score)},
-                           task.arithmetic, state, workspace, executor);
+      return absorbed::run(absorbed::LaneTask<T>{q, latent, rope, task.heads, task.scale, task.sequence,
+                                                 task.first_position, detail::pair_rule<T>(*task.mask, *task.score)},
+                           task.rows, task.arithmetic, state, workspace, executor);
   LatentTask<T, S, M, F> general = task;
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>)
     if (task.kernel == Kernel::automatic)

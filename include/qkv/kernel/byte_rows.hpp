@@ -48,28 +48,38 @@ struct ByteRows {
   }
 };
 
-/// use(ByteRows) of these rows, whose runs are listed meanwhile: on the stack where they are few.
+/// use(runs) of these runs, each as bytes_of(run) gives it: on the stack where they are few.
+template <class Run, class BytesOf, class Use>
+void with_byte_runs(std::span<const Run> runs, Workspace& workspace, const BytesOf& bytes_of, const Use& use) {
+  const auto list = [&](ByteRun* to) {
+    std::size_t n = 0;
+    for (const Run& run : runs) std::construct_at(to + n++, bytes_of(run));
+    use(std::span<const ByteRun>(to, n));
+  };
+  ByteRun few[8];  // contiguous caches and rings have no more
+  if (runs.size() <= std::size(few)) return list(few);
+  const auto memory = workspace.lease(runs.size() * sizeof(ByteRun));
+  list(reinterpret_cast<ByteRun*>(memory.data()));
+}
+
+/// use(ByteRows) of these rows.
 template <StorageType S, class Use>
 void with_byte_rows(const KeyRows<S>& keys, Workspace& workspace, const Use& use) {
-  const auto list = [&](ByteRun* runs) {
-    constexpr auto size = static_cast<Index>(sizeof(S));
-    const auto address = [&](const S* first, Index head_stride) {
-      return reinterpret_cast<const std::byte*>(first == nullptr ? first : first + keys.first_kv_head * head_stride);
-    };
-    std::size_t n = 0;
-    for (const KeyRun<S>& run : keys.runs)
-      std::construct_at(runs + n++, ByteRun{run.rows, run.position, address(run.keys, keys.key_head_stride),
-                                            address(run.values, keys.value_head_stride)});
-    use(ByteRows{std::span<const ByteRun>(runs, n),
+  constexpr auto size = static_cast<Index>(sizeof(S));
+  const auto address = [&](const S* first, Index head_stride) {
+    return reinterpret_cast<const std::byte*>(first == nullptr ? first : first + keys.first_kv_head * head_stride);
+  };
+  const auto bytes_of = [&](const KeyRun<S>& run) {
+    return ByteRun{run.rows, run.position, address(run.keys, keys.key_head_stride),
+                   address(run.values, keys.value_head_stride)};
+  };
+  with_byte_runs(keys.runs, workspace, bytes_of, [&](std::span<const ByteRun> runs) {
+    use(ByteRows{runs,
                  keys.rows,
                  keys.first_row,
                  {keys.key_row_stride * size, keys.key_head_stride * size, keys.head_dim * size},
                  {keys.value_row_stride * size, keys.value_head_stride * size, keys.v_head_dim * size}});
-  };
-  ByteRun few[8];  // contiguous caches and rings have no more
-  if (keys.runs.size() <= std::size(few)) return list(few);
-  const auto memory = workspace.lease(keys.runs.size() * sizeof(ByteRun));
-  list(reinterpret_cast<ByteRun*>(memory.data()));
+  });
 }
 
 }}}  // namespace qkv::QKV_ABI::kernel

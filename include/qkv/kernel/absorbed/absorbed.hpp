@@ -34,55 +34,51 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// The state of some lanes: m in natural units; o [lanes, o_step].
+/// Numbers of an output in whole registers.
 template <class T>
-struct LaneState {
-  T *m, *l, *o;
-  Index o_step;
-};
+Index features(const LaneTask<T>& task) {
+  return round_up(task.latent_dim, Simd<T>::width);
+}
 
 /// Some lanes, in panels of Vectors registers, against the blocks of one split after another.
-template <class A, Index Vectors, class T, StorageType S>
-class Absorbed {
+template <class A, Index Vectors>
+class Absorbed final : public LaneGroup<typename A::Scalar> {
+  using T = typename A::Scalar;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Value = ValueDot<A>;
+  using Tiles = ScoreTiles<A>;
   static constexpr Index W = V::width;
   static constexpr bool narrow = A::narrow;
   static constexpr Index n_rows = block_rows<narrow>;
   static_assert(n_rows % Shape<T>::score_rows(1) == 0 && n_rows % Shape<T>::score_rows(2) == 0);
 
  public:
-  static constexpr Index panel = Queries<A, Vectors, T, S>::panel;
+  static constexpr Index panel = Queries<A, Vectors>::panel;
   static_assert(panel % Shape<T>::value_lanes == 0);
 
-  static Index features(const LatentRows<S>& rows) { return round_up(rows.latent_dim, W); }
-  static std::size_t bytes(const Task<T, S>& task, Index n_lanes) {
-    detail::Carver carver(nullptr);
-    Absorbed(task, carver, 0, n_lanes);
-    return carver.used();
-  }
-
-  Absorbed(const Task<T, S>& task, detail::Carver& carver, Index first_lane, Index n_lanes)
+  Absorbed(const LaneTask<T>& task, const ByteRows& rows, BlockRows<A>* block, detail::Carver& carver, Index first_lane,
+           Index n_lanes)
       : task_(task),
-        block_(carver, task.rows, parts_of<A>(task.heads)),
+        rows_(rows),
+        block_(block),
         q_(task, carver, first_lane, n_lanes),
         scores_(carver),
-        row_(carver.take<T>(features(task.rows))),
+        tiles_(ScoreTiles<A>::template of<Vectors>(q_.layout())),
+        row_(carver.take<T>(features(task))),
         first_(first_lane),
         n_(n_lanes) {}
 
-  void load_queries() { q_.load(); }
+  void load_queries() override { q_.load(); }
 
-  /// state ← that of the rows of `places`, `next` coming after them (or null).
-  void attend(const Place* places, Index n_places, const Place* next, const LaneState<T>& state) {
+  void attend(const Place* places, Index n_places, const Place* next, const LaneState<T>& state) override {
     state_ = state;
     const Index lanes = round_up(n_, panel);
     std::fill_n(state.m, lanes, detail::minus_infinity<T>);
     std::fill_n(state.l, lanes, T(0));
     std::fill_n(state.o, lanes * state.o_step, T(0));
     for (Index b = 0; b < n_places; ++b) {
-      block_.prepare(places[b]);
+      block_->prepare(places[b]);
       follow(b + 1 < n_places ? places + b + 1 : next);
       for (Index p = 0; p < n_; p += panel) attend(p);
     }
@@ -107,7 +103,7 @@ class Absorbed {
   /// some pairs are hidden.
   template <class F>
   void for_each_cover(Index p, F&& f) const {
-    for (const GridPiece& piece : GridPieces(task_.rows.runs, n_rows, block_.place().cell)) {
+    for (const GridPiece& piece : GridPieces(rows_.runs, n_rows, block_->place().cell)) {
       const Cover all = task_.rule.cover(tile(p, piece));
       if (all != Cover::some) {
         f(piece, all);
@@ -124,7 +120,7 @@ class Absorbed {
 
   // ---- one block, one panel ----
   void attend(Index p) {
-    const Place& place = block_.place();
+    const Place& place = block_->place();
     Index begin = n_rows, end = 0, held = 0;
     bool mixed = false;
     for_each_cover(p, [&](const GridPiece& piece, Cover c) {
@@ -140,12 +136,12 @@ class Absorbed {
     begin = std::max(place.begin, begin / partial_sums * partial_sums);
     end = std::min(place.count, round_up(end, partial_sums));
     multiply_rows(p, begin, end);
-    const bool finite = scores_.finite(begin, end) && block_.values_finite();
+    const bool finite = scores_.finite(begin, end) && block_->values_finite();
     if (!task_.rule.plain || mixed || held < place.count - place.begin) finish(p, begin, end);
     const Index from = begin / partial_sums * partial_sums;
     scores_.hide(from, begin);
     if (!finite) scores_.note_hidden(from, end);
-    if (scores_.soften(from, end, kept_unit(), block_.value_scales(), state_.m + p, state_.l + p)) rescale(p);
+    if (scores_.soften(from, end, kept_unit(), block_->value_scales(), state_.m + p, state_.l + p)) rescale(p);
     if (finite)
       multiply_values(p, from, end);
     else
@@ -153,45 +149,36 @@ class Absorbed {
   }
 
   void multiply_rows(Index p, Index begin, Index end) {
-    with_layout<A, Vectors>(q_.layout(), [&](auto registers, auto parts) {
-      multiply_rows<decltype(registers)::value, decltype(parts)::value>(p, begin, end);
-    });
-  }
-  template <Index Registers, Index Parts>
-  void multiply_rows(Index p, Index begin, Index end) {
-    constexpr Index rows = Shape<T>::score_rows(Registers);
-    const Index n = end - begin, tiles = n / rows;
-    tiles_of<Registers, Parts, rows>(p, begin, tiles);
+    const Index rows = tiles_.rows, tiles = (end - begin) / rows;
+    multiply_tiles(tiles_.whole, rows, p, begin, tiles);
     begin += tiles * rows;
     if (begin == end) return;
-    if (tiles > 0) return tiles_of<Registers, Parts, rows>(p, end - rows, 1);  // rows twice: the same bits
-    tiles_of<Registers, Parts, 4>(p, begin, (end - begin) / 4);
+    if (tiles > 0) return multiply_tiles(tiles_.whole, rows, p, end - rows, 1);  // rows twice: the same bits
+    multiply_tiles(tiles_.four, 4, p, begin, (end - begin) / 4);
     begin += (end - begin) / 4 * 4;
-    tiles_of<Registers, Parts, 1>(p, begin, end - begin);
+    multiply_tiles(tiles_.one, 1, p, begin, end - begin);
   }
-  template <Index Registers, Index Parts, Index Rows>
-  void tiles_of(Index p, Index c, Index tiles) {
-    constexpr Index step = Registers * W / Parts;
+  /// `tiles` tiles of `rows` rows from column c on.
+  EIGEN_DONT_INLINE void multiply_tiles(typename Tiles::Function multiply, Index rows, Index p, Index c, Index tiles) {
+    const Index step = q_.layout().registers * W / q_.layout().parts;
     const Index live = round_up(std::min(panel, n_ - p), step);
-    for (Index lane = p; lane < p + live; lane += step) {
+    for (Index lane = p; lane < p + live && tiles > 0; lane += step) {
       T* const to = scores_.row(c) + lane - p;
       if constexpr (!A::scaled)
-        score_tiles<KeyDot<A>, Rows, Registers, Parts, panel>(tiles, q_.steps(), block_.row(c), block_.stride(),
-                                                              q_.at(lane), to, stream_);
+        multiply(tiles, q_.steps(), block_->row(c), block_->stride(), q_.at(lane), to, panel, stream_);
       if constexpr (A::int8_keys) {
-        const Int8Rows rows{q_.steps(),      q_.rope_steps(),      block_.row(c),    block_.rope(c),
-                            block_.stride(), block_.rope_stride(), block_.scales(c), block_.offsets(c)};
-        int8_score_tiles<Rows, Registers, Parts, panel>(tiles, rows, q_.at(lane), q_.rope(lane), q_.unit(lane), to);
+        const Int8Rows at{q_.steps(),       q_.rope_steps(),       block_->row(c),    block_->rope(c),
+                          block_->stride(), block_->rope_stride(), block_->scales(c), block_->offsets(c)};
+        multiply(tiles, at, q_.at(lane), q_.rope(lane), q_.unit(lane), to, panel);
       }
       if constexpr (A::int16_keys) {
-        const Int16Rows rows{q_.steps() / W, block_.row(c), block_.stride(), block_.scales(c)};
-        int16_scores<Vectors>(rows, tiles * Rows, q_.at(lane), q_.unit(lane), to);
-        score_tiles<RopeDot, Rows, Vectors, 1, panel, true>(tiles, q_.rope_steps(), block_.rope(c),
-                                                            block_.rope_stride(), q_.rope(lane), to, stream_);
+        const Int16Rows at{q_.steps() / W, block_->row(c), block_->stride(), block_->scales(c)};
+        int16_scores<Vectors>(at, tiles * rows, q_.at(lane), q_.unit(lane), to);
+        multiply(tiles, q_.rope_steps(), block_->rope(c), block_->rope_stride(), q_.rope(lane), to, panel, stream_);
       }
     }
     if (live < panel)  // what follows takes whole registers
-      for (Index r = c; r < c + tiles * Rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
+      for (Index r = c; r < c + tiles * rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
   }
 
   /// Scores of columns [begin, end) become what the rule makes of them; those without a row are hidden.
@@ -214,7 +201,7 @@ class Absorbed {
   /// o of the panel ← keep·o, after a maximum has moved.
   void rescale(Index p) {
     const T* const keep = scores_.keep();
-    const Index width = features(task_.rows);
+    const Index width = features(task_);
     for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
       if (keep[lane] == T(1)) continue;
       T* const o = state_.o + (p + lane) * state_.o_step;
@@ -226,13 +213,13 @@ class Absorbed {
   void multiply_values(Index p, Index begin, Index end) {
     constexpr Index keys = A::keys, vectors = Shape<T>::value_vectors;
     if (begin >= end) return;
-    begin = std::max(begin, block_.place().begin / keys * keys);  // before it are only hidden columns, without rows
-    const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_.rows);
+    begin = std::max(begin, block_->place().begin / keys * keys);  // before it are only hidden columns, without rows
+    const Index lanes = round_up(std::min(panel, n_ - p), Shape<T>::value_lanes), width = features(task_);
     FeatureOperands<Value, T> op{.depth = (end + keys - 1) / keys - begin / keys,
                                  .p = scores_.weights(begin),
                                  .p_step = panel,
-                                 .c = block_.values(begin),
-                                 .c_step = block_.value_step(),
+                                 .c = block_->values(begin),
+                                 .c_step = block_->value_step(),
                                  .o = state_.o + p * state_.o_step,
                                  .o_row = state_.o_step,
                                  .take = scores_.take()};
@@ -250,7 +237,7 @@ class Absorbed {
 
   // ---- rows that are not finite: a weight of zero must not meet them ----
   void multiply_values_carefully(Index p, Index begin, Index end) {
-    const auto [dropped, n] = block_.dropped();
+    const auto [dropped, n] = block_->dropped();
     if constexpr (narrow) {
       multiply_values(p, begin, end);  // they are packed as zeros
     } else {
@@ -265,12 +252,12 @@ class Absorbed {
     for (Index i = 0; i < n; ++i) {
       const Index c = dropped[i];
       if (c < begin || c >= end) continue;
-      block_.load_latent(c, row_);
+      block_->load_latent(c, row_);
       for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
         if (scores_.hidden(c, lane)) continue;
         T* const o = state_.o + (p + lane) * state_.o_step;
         const T weight = scores_.weight(c, lane);  // in steps, too: what it multiplies is not finite
-        for (Index x = 0; x < task_.rows.latent_dim; ++x) o[x] += weight * row_[x];
+        for (Index x = 0; x < task_.latent_dim; ++x) o[x] += weight * row_[x];
       }
     }
   }
@@ -279,22 +266,22 @@ class Absorbed {
   void follow(const Place* next) {
     stream_ = {};
     if (next == nullptr) return;
-    const LatentRun<S>& run = task_.rows.runs[next->cell.run];
-    const Index count = std::min(next->count - next->begin, run.rows - next->cell.row);
-    const auto range = [&](const auto* from, Index step) {
-      const auto at = reinterpret_cast<std::uintptr_t>(from);
-      return std::pair{at, at + static_cast<std::uintptr_t>(count * step * Index(sizeof(*from)))};
+    const Index row = next->cell.row,
+                count = std::min(next->count - next->begin, rows_.runs[next->cell.run].rows - row);
+    const auto range = [](const RowBytes& rows) {
+      return std::pair{reinterpret_cast<std::uintptr_t>(rows.first), reinterpret_cast<std::uintptr_t>(rows.end())};
     };
-    std::tie(stream_.at, stream_.end) = range(task_.rows.latent(run, next->cell.row), task_.rows.latent_row_stride);
-    if constexpr (has_row_scale<S>)
-      std::tie(stream_.next, stream_.next_end) =
-          range(task_.rows.rope(run, next->cell.row), task_.rows.rope_row_stride);
+    std::tie(stream_.at, stream_.end) = range(rows_.keys(next->cell.run, 0, row, count));
+    if (rows_.value.row_stride > 0)
+      std::tie(stream_.next, stream_.next_end) = range(rows_.values(next->cell.run, 0, row, count));
   }
 
-  const Task<T, S>& task_;
-  BlockRows<A, T, S> block_;
-  Queries<A, Vectors, T, S> q_;
+  const LaneTask<T>& task_;
+  const ByteRows& rows_;
+  BlockRows<A>* block_;
+  Queries<A, Vectors> q_;
   Scores scores_;
+  Tiles tiles_;
   T* row_;  // a latent, widened
   Index first_, n_;
   LaneState<T> state_{};

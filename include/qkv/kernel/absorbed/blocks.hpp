@@ -19,6 +19,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -34,23 +35,13 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// A row of any storage as T.
-template <class T, StorageType S>
-void widen_row(const S* from, Index n, float scale, T* to) {
-  using V = Simd<T>;
-  const auto factor = V::broadcast(static_cast<T>(scale));
-  for (Index x = 0; x < n; x += V::width) {
-    auto v = x + V::width <= n ? V::load(from + x) : V::load_n(from + x, n - x);
-    if constexpr (has_row_scale<S>) v = V::mul(v, factor);
-    V::store_n(to + x, v, std::min(V::width, n - x));
-  }
-}
-
-/// One block at a time, prepared for arithmetic A in scratch of its own.
-template <class A, class T, StorageType S>
+/// One block at a time, prepared for arithmetic A in scratch of its own, from rows of any storage.
+template <class A>
 class BlockRows {
+ protected:
+  using T = typename A::Scalar;
   using Number = typename A::Number;
-  using Element = std::conditional_t<A::narrow, S, T>;  // of rows
+  using Element = std::conditional_t<!A::narrow, T, std::conditional_t<A::scaled, std::int8_t, bfloat16>>;  // of rows
   using Value = typename ValueDot<A>::Row;
   using RopeNumber = RopeDot::Number;
   static constexpr bool narrow = A::narrow;
@@ -60,7 +51,41 @@ class BlockRows {
                                              : Simd<T>::width;  // rows are read up to a multiple of it
 
  public:
-  BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
+  virtual void prepare(const Place& place) = 0;
+
+  const Place& place() const { return place_; }
+  /// The row of a column that is held, and the bytes from one to the next.
+  const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
+  Index stride() const { return step_ * Index(sizeof(Element)); }
+  /// Values from column c on (narrow: the first of one word), and the numbers from one (one word) to the next.
+  const Value* values(Index column) const {
+    if constexpr (narrow)
+      return packed_ + column / A::keys * packed_step();
+    else
+      return row(column);
+  }
+  Index value_step() const { return narrow ? packed_step() : step_; }
+  const RopeNumber* rope(Index column) const { return rope_first_ + (column - place_.begin) * rope_stride_; }
+  Index rope_stride() const { return rope_stride_ * Index(sizeof(RopeNumber)); }
+  const float* scales(Index column) const { return scales_ + column; }
+  const std::int32_t* offsets(Index column) const { return offsets_ + column; }
+  /// Weights in steps: scales of the values, zero where a row is not finite.
+  const float* value_scales() const { return value_scales_; }
+
+  /// False: a value is not finite as it is multiplied, though the scores of its row may be.
+  bool values_finite() const { return values_finite_; }
+  /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
+  /// Looked for where a score is not finite, as every score of such a row is, or a value.
+  std::pair<const Index*, Index> dropped() {
+    if (!inspected_) inspect();
+    inspected_ = true;
+    return {dropped_.data(), n_dropped_};
+  }
+  /// The latent of a column as T.
+  virtual void load_latent(Index column, T* to) const = 0;
+
+ protected:
+  BlockRows(detail::Carver& carver, Index latent_dim, Index rope_dim) : latent_dim_(latent_dim), rope_dim_(rope_dim) {
     copy_ = carver.take<Element>(n_rows * copy_step());
     if constexpr (narrow) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
     if constexpr (A::scaled)
@@ -68,8 +93,49 @@ class BlockRows {
     if constexpr (A::int8_keys) offsets_ = carver.take<std::int32_t>(n_rows);
     if constexpr (A::steps) value_scales_ = carver.take<float>(n_rows);
   }
+  BlockRows(const BlockRows&) = default;
+  BlockRows& operator=(const BlockRows&) = default;
+  ~BlockRows() = default;  // blocks lie in scratch memory
 
-  void prepare(const Place& place) {
+  /// Finds the dropped columns.
+  virtual void inspect() = 0;
+  Index copied_dim() const { return A::scaled ? latent_dim_ : latent_dim_ + rope_dim_; }
+  Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
+  Index rope_step() const { return round_up(rope_dim_, 32) / rope_features; }
+  Index packed_step() const { return round_up(latent_dim_, 32) + 16; }  // not a multiple of 4 KB: all in one L1 set
+
+  Index latent_dim_, rope_dim_;
+  Place place_;
+  const Element* first_ = nullptr;  // of column place_.begin
+  Index step_ = 0;
+  const RopeNumber* rope_first_ = nullptr;
+  Index rope_stride_ = 0;
+  Element* copy_ = nullptr;
+  Value* packed_ = nullptr;
+  RopeNumber* rope_ = nullptr;
+  float *scales_ = nullptr, *value_scales_ = nullptr;
+  std::int32_t* offsets_ = nullptr;
+  bool values_finite_ = true, inspected_ = false;
+  Index n_dropped_ = 0;
+  std::array<Index, std::size_t(n_rows)> dropped_;
+};
+
+/// The same of rows of storage S.
+template <class A, StorageType S>
+class BlockRowsOf final : public BlockRows<A> {
+  using Base = BlockRows<A>;
+  using Base::copied_dim, Base::copy_step, Base::rope_step, Base::packed_step;
+  using Base::narrow, Base::n_rows, Base::unit;
+  using Base::place_, Base::first_, Base::step_, Base::copy_, Base::packed_, Base::rope_, Base::scales_;
+  using Base::rope_first_, Base::rope_stride_;
+  using Base::value_scales_, Base::offsets_, Base::values_finite_, Base::inspected_, Base::n_dropped_, Base::dropped_;
+  using typename Base::Element, typename Base::RopeNumber, typename Base::T;
+
+ public:
+  BlockRowsOf(detail::Carver& carver, const LatentRows<S>& rows, Index parts)
+      : Base(carver, rows.latent_dim, rows.rope_dim), rows_(rows), parts_(parts) {}
+
+  void prepare(const Place& place) override {
     place_ = place;
     inspected_ = false;
     n_dropped_ = 0;
@@ -85,44 +151,7 @@ class BlockRows {
     if constexpr (narrow) pack_values(A{}, columns(), scales_, packed_, packed_step());
   }
 
-  const Place& place() const { return place_; }
-  /// The row of a column that is held, and the bytes from one to the next.
-  const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
-  Index stride() const { return step_ * Index(sizeof(Element)); }
-  /// Values from column c on (narrow: the first of one word), and the numbers from one (one word) to the next.
-  const Value* values(Index column) const {
-    if constexpr (narrow)
-      return packed_ + column / A::keys * packed_step();
-    else
-      return row(column);
-  }
-  Index value_step() const { return narrow ? packed_step() : step_; }
-  const RopeNumber* rope(Index column) const {
-    if constexpr (float_rope)
-      if (rope_in_place())
-        return rows_.rope(rows_.runs[place_.cell.run], place_.cell.row) +
-               (column - place_.begin) * rows_.rope_row_stride;
-    return rope_ + column * rope_step();
-  }
-  Index rope_stride() const {
-    const Index step = rope_in_place() ? rows_.rope_row_stride : rope_step();
-    return step * Index(sizeof(RopeNumber));
-  }
-  const float* scales(Index column) const { return scales_ + column; }
-  const std::int32_t* offsets(Index column) const { return offsets_ + column; }
-  /// Weights in steps: scales of the values, zero where a row is not finite.
-  const float* value_scales() const { return value_scales_; }
-
-  /// False: a value is not finite as it is multiplied, though the scores of its row may be.
-  bool values_finite() const { return values_finite_; }
-  /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
-  /// Asked for where a score is not finite, as every score of such a row is, or a value.
-  std::pair<const Index*, Index> dropped() {
-    if (!inspected_) inspect();
-    return {dropped_.data(), n_dropped_};
-  }
-  /// The latent of a column as T.
-  void load_latent(Index column, T* to) const {
+  void load_latent(Index column, T* to) const override {
     for (const GridPiece& piece : pieces()) {
       if (column < piece.column || column >= piece.column + piece.count) continue;
       const LatentRun<S>& run = rows_.runs[piece.run];
@@ -134,12 +163,6 @@ class BlockRows {
  private:
   GridPieces<LatentRun<S>> pieces() const { return {rows_.runs, n_rows, place_.cell}; }
   ColumnRows<Element> columns() const { return {first_, step_, place_.begin, place_.count, rows_.latent_dim}; }
-  Index copied_dim() const { return A::scaled ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
-  Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
-  Index rope_step() const { return round_up(rows_.rope_dim, 32) / rope_features; }
-  Index packed_step() const {
-    return round_up(rows_.latent_dim, 32) + 16;
-  }  // not a multiple of 4 KB: all in one L1 set
   const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
 
   /// Rope keys of float are multiplied where they lie, where parts of a lane end with them.
@@ -189,8 +212,7 @@ class BlockRows {
   }
 
   static constexpr Word key_bits = 0xFFFFFFFFU >> (32 - 32 / A::keys);  // of one key in a word of values
-  void inspect() {
-    inspected_ = true;
+  void inspect() override {
     for (const GridPiece& piece : pieces()) {
       const LatentRun<S>& run = rows_.runs[piece.run];
       for (Index i = 0; i < piece.count; ++i) {
@@ -228,7 +250,14 @@ class BlockRows {
   }
   /// Rope keys as they are multiplied: where they lie, or without gaps in a copy.
   void take_rope() {
-    if (rope_in_place()) return;
+    if constexpr (float_rope)
+      if (rope_in_place()) {
+        rope_first_ = rows_.rope(rows_.runs[place_.cell.run], place_.cell.row);
+        rope_stride_ = rows_.rope_row_stride;
+        return;
+      }
+    rope_first_ = rope_ + place_.begin * rope_step();
+    rope_stride_ = rope_step();
     std::fill_n(rope_, n_rows * rope_step(), RopeNumber(0));
     for (const GridPiece& piece : pieces()) {
       const LatentRun<S>& run = rows_.runs[piece.run];
@@ -239,18 +268,24 @@ class BlockRows {
 
   LatentRows<S> rows_;
   Index parts_;
-  Place place_;
-  const Element* first_ = nullptr;
-  Index step_ = 0;
-  Element* copy_ = nullptr;
-  Value* packed_ = nullptr;
-  RopeNumber* rope_ = nullptr;
-  float *scales_ = nullptr, *value_scales_ = nullptr;
-  std::int32_t* offsets_ = nullptr;
-  bool values_finite_ = true, inspected_ = false;
-  Index n_dropped_ = 0;
-  std::array<Index, std::size_t(n_rows)> dropped_;
 };
+
+/// Makes the blocks of a task's rows, whatever their storage: BlockRowsOf in memory of the carver, or null without any.
+template <class A>
+struct BlockMaker {
+  const void* rows;  // LatentRows<S>
+  BlockRows<A>* (*make)(const void* rows, detail::Carver& carver, Index parts);
+};
+template <class A, StorageType S>
+BlockMaker<A> block_maker(const LatentRows<S>& rows) {
+  using Block = BlockRowsOf<A, S>;
+  static_assert(std::is_trivially_destructible_v<Block>);
+  return {&rows, [](const void* from, detail::Carver& carver, Index parts) -> BlockRows<A>* {
+            Block* const at = carver.take<Block>(1);
+            const Block block(carver, *static_cast<const LatentRows<S>*>(from), parts);
+            return at == nullptr ? nullptr : std::construct_at(at, block);
+          }};
+}
 
 }}}  // namespace qkv::QKV_ABI::kernel::absorbed
 

@@ -10,8 +10,9 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <span>
 
-#include "../../cache/latent_memory.hpp"
+#include "../byte_rows.hpp"
 #include "../position_grid.hpp"
 #include "tiles.hpp"
 
@@ -36,11 +37,10 @@ struct Place {
 };
 
 /// The block in a cell of the grid of `rows` positions.
-template <StorageType S>
-Place place_of(const LatentRows<S>& all, Index rows, const GridCell& cell) {
+inline Place place_of(std::span<const ByteRun> runs, Index rows, const GridCell& cell) {
   Place place{.cell = cell, .begin = rows};
   Index pieces = 0;
-  for (const GridPiece& piece : GridPieces(all.runs, rows, cell)) {
+  for (const GridPiece& piece : GridPieces(runs, rows, cell)) {
     place.begin = std::min(place.begin, piece.column);
     place.count = piece.column + piece.count;
     ++pieces;
@@ -48,5 +48,27 @@ Place place_of(const LatentRows<S>& all, Index rows, const GridCell& cell) {
   place.whole = pieces == 1;
   return place;
 }
+
+/// The state of some lanes: m in natural units; o [lanes, o_step].
+template <class T>
+struct LaneState {
+  T *m, *l, *o;
+  Index o_step;
+};
+
+/// Some lanes of a task, as whoever goes through its splits sees them.
+template <class T>
+class LaneGroup {
+ public:
+  virtual void load_queries() = 0;
+  /// state ← that of the rows of `places`, `next` coming after them (or null).
+  virtual void attend(const Place* places, Index n_places, const Place* next, const LaneState<T>& state) = 0;
+
+ protected:
+  LaneGroup() = default;
+  LaneGroup(const LaneGroup&) = default;
+  LaneGroup& operator=(const LaneGroup&) = default;
+  ~LaneGroup() = default;  // groups lie in scratch memory
+};
 
 }}}  // namespace qkv::QKV_ABI::kernel::absorbed

@@ -25,6 +25,18 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
+/// A row of any storage as T.
+template <class T, StorageType S>
+void widen_row(const S* from, Index n, float scale, T* to) {
+  using V = Simd<T>;
+  const auto factor = V::broadcast(static_cast<T>(scale));
+  for (Index x = 0; x < n; x += V::width) {
+    auto v = x + V::width <= n ? V::load(from + x) : V::load_n(from + x, n - x);
+    if constexpr (has_row_scale<S>) v = V::mul(v, factor);
+    V::store_n(to + x, v, std::min(V::width, n - x));
+  }
+}
+
 /// The rows of columns [begin, end) of a block: `dim` numbers each, `step` apart.
 template <class N>
 struct ColumnRows {

@@ -35,24 +35,24 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// One sequence. q [n_queries, heads·(latent_dim + rope_dim)].
-template <class T, StorageType S>
-struct Task {
+/// The queries of one sequence, q [n_queries, heads·(latent_dim + rope_dim)], and the rule for their pairs with keys.
+template <class T>
+struct LaneTask {
   ConstView<T> q;
-  LatentRows<S> rows;
-  Index heads;
+  Index latent_dim, rope_dim, heads;
   T scale;
   Index sequence, first_position;
   PairRule<T> rule;
 
   Index lanes() const { return q.rows() * heads; }
-  Index width() const { return rows.latent_dim + rows.rope_dim; }
+  Index width() const { return latent_dim + rope_dim; }
   const T* lane(Index i) const { return q.data() + i / heads * q.outerStride() + i % heads * width(); }
 };
 
 /// Lanes [first, first + n) of a task.
-template <class A, Index Vectors, class T, StorageType S>
+template <class A, Index Vectors>
 class Queries {
+  using T = typename A::Scalar;
   using V = Simd<T>;
   using Vec = typename V::Vec;
   using Number = typename A::Number;
@@ -62,7 +62,7 @@ class Queries {
  public:
   static constexpr Index panel = Vectors * W;
 
-  Queries(const Task<T, S>& task, detail::Carver& carver, Index first, Index n)
+  Queries(const LaneTask<T>& task, detail::Carver& carver, Index first, Index n)
       : task_(task), first_(first), n_(n), layout_(lane_layout<A, Vectors>(task.heads, n)) {
     const Index slots = round_up(n, panel) * layout_.parts;
     q_ = carver.take<Number>(steps() * slots);
@@ -89,10 +89,10 @@ class Queries {
 
  private:
   Index depth() const {
-    const Index features = A::scaled ? task_.rows.latent_dim : task_.width();
+    const Index features = A::scaled ? task_.latent_dim : task_.width();
     return (A::int16_keys ? round_up(features, 2 * W) : features + A::features - 1) / A::features;
   }
-  Index rope_depth() const { return (task_.rows.rope_dim + rope_features - 1) / rope_features; }
+  Index rope_depth() const { return (task_.rope_dim + rope_features - 1) / rope_features; }
   /// Features [k, k + W) of lane i of the register that is loaded, with the sign of the scale; zeros past the end.
   Vec part(Index i, Index k, Index end) const {
     const T* const from = from_[i];
@@ -103,8 +103,8 @@ class Queries {
   /// What a whole number of lane i of register `lane` is worth where `most` is the largest of them; returns its inverse.
   float find_unit(Index lane, Index i, float most) {
     Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the lane is not finite
-    for (Index k = 0; k < task_.rows.latent_dim; k += W) {
-      const Vec x = part(i, k, task_.rows.latent_dim);
+    for (Index k = 0; k < task_.latent_dim; k += W) {
+      const Vec x = part(i, k, task_.latent_dim);
       largest = V::max(largest, V::max(x, V::sub(V::zero(), x)));
       nothing = V::fma(V::zero(), x, nothing);
     }
@@ -121,7 +121,7 @@ class Queries {
       turn(reinterpret_cast<float*>(q_), lane, depth(),
            [&](Index i, Index k) { return bf16_part(i, 2 * k, task_.width()); });
     } else {
-      const Index latent = task_.rows.latent_dim;
+      const Index latent = task_.latent_dim;
       if constexpr (A::int16_keys) {
         for (Index i = 0; i < W; ++i) {
           const Vec factor = V::broadcast(find_unit(lane, i, static_cast<float>(largest_int16(latent))));
@@ -178,7 +178,7 @@ class Queries {
     }
   }
 
-  const Task<T, S>& task_;
+  const LaneTask<T>& task_;
   Index first_, n_;
   LaneLayout layout_;
   const T* from_[std::size_t(W)] = {};  // lanes of the register that is loaded

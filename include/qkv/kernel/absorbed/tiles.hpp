@@ -107,29 +107,30 @@ EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], I
   }
 }
 
-/// Scores of `Rows` rows for Vectors registers of lanes, or of parts of lanes: s [Rows][row], Vectors·width / Parts of a row.
+/// Scores of `Rows` rows for Vectors registers of lanes, or of parts of lanes: s [Rows][s_row], Vectors·width / Parts of a row.
 /// Continued: s has begun.
-template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued, bool Ahead, class T,
-          std::size_t... I>
+template <class D, Index Rows, Index Vectors, Index Parts, bool Continued, bool Ahead, class T, std::size_t... I>
 EIGEN_ALWAYS_INLINE void score_tile(Index steps, const RowAddress& rows, const typename D::Number* lanes, T* s,
-                                    std::uintptr_t ahead, std::index_sequence<I...> all) {
+                                    Index s_row, std::uintptr_t ahead, std::index_sequence<I...> all) {
   typename D::Sum sum[sizeof...(I)];
   if constexpr (Continued)
-    ((sum[I] = Simd<T>::load(s + Index(I) / Vectors * Row + Index(I) % Vectors * Simd<T>::width)), ...);
+    ((sum[I] = Simd<T>::load(s + Index(I) / Vectors * s_row + Index(I) % Vectors * Simd<T>::width)), ...);
   else
     ((sum[I] = Simd<T>::zero()), ...);
   multiply_rows<D, Vectors, Parts, Ahead>(sum, steps, rows, lanes, all,
                                           std::make_index_sequence<std::size_t(Vectors)>{}, ahead);
-  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (Simd<T>::width / Parts), sum[I]), ...);
+  (store_sums<Parts>(s + Index(I) / Vectors * s_row + Index(I) % Vectors * (Simd<T>::width / Parts), sum[I]), ...);
 }
 
 /// `tiles` of them, one after another; rows lie `stride` bytes apart.
-template <class D, Index Rows, Index Vectors, Index Parts, Index Row, bool Continued = false, class T>
-void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const typename D::Number* lanes, T* s,
-                 [[maybe_unused]] Stream& stream) {
+template <class D, Index Rows, Index Vectors, Index Parts, bool Continued = false, class T>
+EIGEN_DONT_INLINE void score_tiles(Index tiles, Index steps, const void* rows, Index stride,
+                                   const typename D::Number* lanes, T* s, Index s_row,
+                                   [[maybe_unused]] Stream& stream) {
   const auto tile = [&](auto ahead, std::uintptr_t from) {
-    score_tile<D, Rows, Vectors, Parts, Row, Continued, decltype(ahead)::value>(
-        steps, RowAddress(rows, stride), lanes, s, from, std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    score_tile<D, Rows, Vectors, Parts, Continued, decltype(ahead)::value>(
+        steps, RowAddress(rows, stride), lanes, s, s_row, from,
+        std::make_index_sequence<std::size_t(Rows * Vectors)>{});
   };
   for (; tiles > 0; --tiles) {
     if (Stream::in_scores && stream.pending())
@@ -138,7 +139,7 @@ void score_tiles(Index tiles, Index steps, const void* rows, Index stride, const
     else
       tile(std::false_type{}, 0);
     rows = static_cast<const char*>(rows) + Rows * stride;
-    s += Rows * Row;
+    s += Rows * s_row;
   }
 }
 
@@ -152,9 +153,9 @@ struct Int8Rows {
   const std::int32_t* offset;        // per row: -128·Σ latent
 };
 /// Scores: the rope part continues the sum that the latent part, made float, has begun.
-template <Index Rows, Index Vectors, Index Parts, Index Row, std::size_t... I>
+template <Index Rows, Index Vectors, Index Parts, std::size_t... I>
 EIGEN_ALWAYS_INLINE void int8_score_tile(const Int8Rows& rows, const Word* lanes, const RopeDot::Number* rope_lanes,
-                                         const float* unit, float* s, std::index_sequence<I...> all) {
+                                         const float* unit, float* s, Index s_row, std::index_sequence<I...> all) {
   using V = Simd<float>;
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
   Int8Dot::Sum sum[sizeof...(I)];
@@ -167,20 +168,50 @@ EIGEN_ALWAYS_INLINE void int8_score_tile(const Int8Rows& rows, const Word* lanes
    ...);
   multiply_rows<RopeDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride), rope_lanes,
                                          all, vectors);
-  (store_sums<Parts>(s + Index(I) / Vectors * Row + Index(I) % Vectors * (V::width / Parts), score[I]), ...);
+  (store_sums<Parts>(s + Index(I) / Vectors * s_row + Index(I) % Vectors * (V::width / Parts), score[I]), ...);
 }
-template <Index Rows, Index Vectors, Index Parts, Index Row>
-void int8_score_tiles(Index tiles, Int8Rows rows, const Word* lanes, const RopeDot::Number* rope_lanes,
-                      const float* unit, float* s) {
+template <Index Rows, Index Vectors, Index Parts>
+EIGEN_DONT_INLINE void int8_score_tiles(Index tiles, Int8Rows rows, const Word* lanes,
+                                        const RopeDot::Number* rope_lanes, const float* unit, float* s, Index s_row) {
   for (; tiles > 0; --tiles) {
-    int8_score_tile<Rows, Vectors, Parts, Row>(rows, lanes, rope_lanes, unit, s,
-                                               std::make_index_sequence<std::size_t(Rows * Vectors)>{});
+    int8_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, unit, s, s_row,
+                                          std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows.latent += Rows * rows.latent_stride;
     rows.rope += Rows * rows.rope_stride / Index(sizeof(RopeDot::Number));
     rows.scale += Rows, rows.offset += Rows;
-    s += Rows * Row;
+    s += Rows * s_row;
   }
 }
+
+/// The score tiles of arithmetic A for a layout of lanes: of as many rows as fill the registers, of four and of one.
+template <class A>
+struct ScoreTiles {
+  template <Index Rows, Index Registers, Index Parts>
+  static constexpr auto function() {
+    if constexpr (A::int8_keys)
+      return &int8_score_tiles<Rows, Registers, Parts>;
+    else if constexpr (A::int16_keys)  // the rope part
+      return &score_tiles<RopeDot, Rows, Registers, Parts, true, float>;
+    else
+      return &score_tiles<KeyDot<A>, Rows, Registers, Parts, false, typename A::Scalar>;
+  }
+  using Function = decltype(function<1, 1, 1>());
+
+  Index rows;  // of `whole`
+  Function whole, four, one;
+
+  /// With panels of Vectors registers.
+  template <Index Vectors>
+  static ScoreTiles of(const LaneLayout& layout) {
+    ScoreTiles tiles{};
+    with_layout<A, Vectors>(layout, [&](auto registers, auto parts) {
+      constexpr Index n = decltype(registers)::value, p = decltype(parts)::value;
+      constexpr Index most = Shape<typename A::Scalar>::score_rows(n);
+      tiles = {most, function<most, n, p>(), function<4, n, p>(), function<1, n, p>()};
+    });
+    return tiles;
+  }
+};
 
 /// o(lane, x) += Σ_j p(j, lane)·c(j, x)
 template <class D, class T>
@@ -223,7 +254,7 @@ EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_u
 }
 /// One slice of features for `lanes` lanes, a multiple of the tile's.
 template <class D, Index Vectors, class T>
-void feature_tiles(Index lanes, FeatureOperands<D, T> op, Stream& stream) {
+EIGEN_DONT_INLINE void feature_tiles(Index lanes, FeatureOperands<D, T> op, Stream& stream) {
   constexpr Index rows = Shape<T>::value_lanes;
   constexpr auto sums = std::make_index_sequence<std::size_t(rows * Vectors)>{};
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
