@@ -112,8 +112,9 @@
 #include "layer/appended.hpp"                 // rows that are taken back should a call fail
 #include "layer/batch_rows.hpp"               // a batch as a layer has it
 #include "layer/shared_prefix.hpp"            // pages that sequences begin with, attended to once
-#include "layer/batch.hpp"                    // sequences as one pool of work items
 #include "layer/ring_positions.hpp"           // a ring that counts positions in the cache
+#include "layer/batch.hpp"                    // sequences as one pool of work items
+#include "layer/forward.hpp"                  // the calls of a layer, a single sequence or a batch
 #include "multi_head_attention.hpp"           // MHA, GQA, MQA
 
 // Latent attention
