@@ -11,7 +11,7 @@
 // PyTorch keeps Wᵀ [out, in]; Conv1D keeps W [in, out]; everything here becomes x·W. A vector is a matrix [1, n]. A missing
 // tensor or one of the wrong shape throws std::invalid_argument that names it.
 //
-// Before: latent_attention.hpp   Next: compress.hpp
+// Before: explain_layer.hpp   Next: compress.hpp
 #pragma once
 
 #include <functional>

@@ -14,7 +14,7 @@
 // layer/forward.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //
-// Before: paged_latent_cache.hpp   Next: checkpoint.hpp
+// Before: paged_latent_cache.hpp   Next: explain_layer.hpp
 #pragma once
 
 #include <algorithm>
@@ -163,6 +163,7 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
 
  private:
   friend Calls;
+  friend detail::LayerExplainer;
   static constexpr bool shares_prefixes = false;
   template <class>
   using RulesOf = detail::Rules<T, T>;  // rows are widened or restored to T

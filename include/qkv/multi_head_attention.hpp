@@ -145,6 +145,7 @@ class MultiHeadAttention : public detail::LayerCalls<MultiHeadAttention<T>, T> {
 
  private:
   friend Calls;
+  friend detail::LayerExplainer;
   static constexpr bool shares_prefixes = true;
   template <class C>
   using RulesOf = detail::Rules<T, typename C::Storage>;

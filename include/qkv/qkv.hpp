@@ -131,6 +131,7 @@
 #include "latent_weights.hpp"                 // the matrices of MLA
 #include "latent_form.hpp"                    // restore keys and values, or never
 #include "latent_attention.hpp"               // MLA
+#include "explain_layer.hpp"                  // what a layer will do, in one line
 #include "checkpoint.hpp"                     // weights from PyTorch, GPT-2, Llama, DeepSeek
 
 // By its own name only: a tool, not a part of running a model

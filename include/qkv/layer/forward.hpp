@@ -27,6 +27,8 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
+struct LayerExplainer;
+
 /// What a list of addresses points at, and the list as a span.
 template <class L>
 using Listed = std::remove_pointer_t<std::remove_cvref_t<decltype(*std::data(std::declval<const L&>()))>>;
