@@ -187,9 +187,9 @@ void absorbed(benchmark::State& state, const Sizes& s, qkv::Arithmetic arithmeti
   Matrix<float> out(s.n_new, s.heads * latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
   qkv::Workspace workspace;
   const Pair pair(s.threads);
-  const qkv::kernel::LatentTask<float, S, qkv::Window, qkv::Plain> task{
-      cache.latent_rows(),    s.heads,   scale, 0, s.n - s.n_new, &qkv::causal, &qkv::plain,
-      qkv::Kernel::automatic, arithmetic};
+  const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
+  const qkv::kernel::LatentTask<float, S> task{cache.latent_rows(),    s.heads,   scale, 0, s.n - s.n_new, rule,
+                                               qkv::Kernel::automatic, arithmetic};
   const qkv::kernel::StateView<float> view{m.data(), l.data(), qkv::writable_view(out), s.heads};
   const auto call = [&] {
     if (s.threads == 1)
@@ -222,8 +222,8 @@ void naive(benchmark::State& state, const Sizes& s) {
   Matrix<float> out(s.n_new, s.heads * v_head_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
   qkv::Workspace workspace;
   const Pair pair(s.threads);
-  const qkv::kernel::LatentTask<float, S, qkv::Window, qkv::Plain> task{
-      cache.latent_rows(), s.heads, scale, 0, s.n - s.n_new, &qkv::causal, &qkv::plain};
+  const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
+  const qkv::kernel::LatentTask<float, S> task{cache.latent_rows(), s.heads, scale, 0, s.n - s.n_new, rule};
   const qkv::kernel::StateView<float> view{m.data(), l.data(), qkv::writable_view(out), s.heads};
   const auto call = [&] {
     qkv::kernel::latent_naive(task, qkv::view(q), key_up, value_up, view, workspace, qkv::serial);

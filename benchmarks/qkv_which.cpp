@@ -88,8 +88,8 @@ double decode(const Candidate& c, Index n, Index threads, Matrix<float>& out) {
     const Matrix<float> q = machine::normal(1, c.heads * (c.latent_dim + c.rope_dim), 3);
     Matrix<float> m(1, c.heads), l(1, c.heads), weighted(1, c.heads * c.latent_dim);
     const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim + c.rope_dim));
-    const qkv::kernel::LatentTask<float, S, qkv::Window, qkv::Plain> task{
-        cache.latent_rows(), c.heads, scale, 0, n - 1, &qkv::causal, &qkv::plain};
+    const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
+    const qkv::kernel::LatentTask<float, S> task{cache.latent_rows(), c.heads, scale, 0, n - 1, rule};
     const qkv::kernel::StateView<float> state{m.data(), l.data(), qkv::writable_view(weighted), c.heads};
     const double time =
         milliseconds_of([&] { qkv::kernel::latent_absorbed(task, qkv::view(q), state, workspace, executor); }, threads);

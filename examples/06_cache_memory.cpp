@@ -108,7 +108,7 @@ int main() {
   claims(errors[0] < errors[1] && errors[1] < 0.05 && errors[2] < 0.05, "all within five hundredths, f16 closest");
 
   // A sliding window: the text goes on, the memory does not.
-  qkv::RingCache<float> ring({.kv_heads = small.kv_heads, .head_dim = small.head_dim, .window = 31, .pinned = 4});
+  auto ring = layer.make_ring_cache({.window = 31, .pinned = 4});
   const Index at_first = ring.bytes();
   for (int round = 0; round < 10; ++round) layer.forward(x, ring);
   std::printf("\nA ring of 4 pinned tokens and a window of 31, after %td tokens: %td rows held, %td bytes\n\n",
@@ -117,9 +117,8 @@ int main() {
 
   // Many conversations with one system prompt: its pages are kept once.
   constexpr Index users = 8, page_tokens = 16, prompt = 128;
-  qkv::PagePool<float> pool(
-      {.kv_heads = small.kv_heads, .head_dim = small.head_dim, .page_tokens = page_tokens, .pages = 64});
-  qkv::PagedCache<float> shared(pool);
+  auto pool = layer.make_page_pool({.page_tokens = page_tokens, .pages = 64});
+  auto shared = layer.make_paged_cache(pool);
   layer.forward(x.topRows(prompt), shared);
   std::vector<qkv::PagedCache<float>> conversations;
   double worst = 0;

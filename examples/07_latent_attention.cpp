@@ -94,9 +94,8 @@ int main() {
   const auto run = [&](qkv::LatentForm form) {
     auto cache = layer.make_cache(x.rows());
     Matrix<float> out(x.rows(), x.cols());
-    out.topRows(50) = layer.forward(x.topRows(50), cache, qkv::causal, qkv::plain, {.form = form});
-    for (Index i = 50; i < x.rows(); ++i)
-      out.row(i) = layer.forward(x.row(i), cache, qkv::causal, qkv::plain, {.form = form});
+    out.topRows(50) = layer.forward(x.topRows(50), cache, {.form = form});
+    for (Index i = 50; i < x.rows(); ++i) out.row(i) = layer.forward(x.row(i), cache, {.form = form});
     return out;
   };
   const double forms = terminal::difference(run(qkv::LatentForm::naive), run(qkv::LatentForm::absorbed));

@@ -45,12 +45,7 @@ float signal(Index t, Index j) {
 class Stream {
  public:
   explicit Stream(const Layer& layer)
-      : layer_(layer),
-        cache_({.kv_heads = config.kv_heads,
-                .head_dim = config.head_dim,
-                .window = window,
-                .pinned = pinned,
-                .slack = frame}) {}
+      : layer_(layer), cache_(layer.make_ring_cache({.window = window, .pinned = pinned, .slack = frame})) {}
 
   /// in and out: [frame, model_dim], in memory of the caller's.
   void operator()(const float* in, float* out) {

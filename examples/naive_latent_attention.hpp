@@ -47,9 +47,9 @@ class NaiveLatentAttention {
     return layer_.restored_values(latents.leftCols(layer_.config().latent_dim));
   }
   qkv::Matrix<T> output(const qkv::Matrix<T>& context) const {  // [n, heads·v_head_dim] -> [n, model_dim]
-    return layer_.weights().output.forward(context);
+    return layer_.output(context);
   }
-  qkv::Heads heads() const { return {layer_.config().heads, layer_.config().heads}; }
+  qkv::Heads heads() const { return layer_.heads(); }
   double scale() const { return layer_.scale(); }  // of nope_dim + rope_dim features, with YaRN's factor
 
   /// A whole text without any cache. x [n, model_dim] -> [n, model_dim]

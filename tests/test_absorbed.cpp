@@ -92,9 +92,9 @@ Matrix<T> absorbed(const Sizes& s, const Rows<S>& rows, const Matrix<T>& q, T sc
   qkv::Workspace workspace;
   Matrix<T> out(s.n_new, s.heads * s.latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
   const auto& as_mask = qkv::detail::as_mask(mask);
-  using Mask = std::remove_cvref_t<decltype(as_mask)>;
-  const qkv::kernel::LatentTask<T, S, Mask, qkv::Plain> task{
-      rows.all, s.heads, scale, 0, first, &as_mask, &qkv::plain, qkv::Kernel::automatic, arithmetic};
+  const auto rule = qkv::detail::rule_of<T, T>(as_mask, qkv::plain);
+  const qkv::kernel::LatentTask<T, S> task{rows.all,  s.heads, scale, 0, first, rule, qkv::Kernel::automatic,
+                                           arithmetic};
   const qkv::kernel::StateView<T> state{m.data(), l.data(), qkv::writable_view(out), s.heads};
   qkv::kernel::latent_absorbed(task, qkv::view(q), state, workspace, executor);
   for (Index i = 0; i < s.n_new; ++i)

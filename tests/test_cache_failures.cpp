@@ -311,7 +311,14 @@ void nobody_is_asked_in_vain(Scene& s) {
   const auto five = x(5);
   const Matrix<float> narrow = five.leftCols(width - 1);
   const std::string before = s.state();
+  const qkv::LayerOptions of_other_layer{
+      .form = s.layer.rope()->head_dim() == 10 ? LatentForm::naive : LatentForm::automatic,
+      .share_prefixes = s.layer.rope()->head_dim() != 10};
   std::vector<std::function<void()>> calls = {
+      [&] { s.layer.forward_into(out, five, s.a, of_other_layer); },
+      [&] {
+        s.layer.forward_into(out, five, std::vector<Index>{0, 3, 5}, std::vector{&s.a, &s.b}, of_other_layer);
+      },
       [&] { s.forward(out, narrow, s.a); },
       [&] { s.forward(out, x(6), s.a); },
       [&] { s.forward(out, five, s.a, false); },

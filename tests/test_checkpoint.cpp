@@ -56,6 +56,9 @@ TEST_CASE("torch.nn.MultiheadAttention: one in_proj_weight holds queries, keys a
             .forward(tensor(3, 6))
             .cols() == 6);
 
+  CHECK(qkv::torch_mha_weights({.model_dim = 6, .heads = 2}, t).output.weight() == w.output.weight());
+  CHECK(contains(message_of([&] { qkv::torch_mha_weights({.model_dim = 6, .heads = 3, .kv_heads = 1}, t); }),
+                 "weight `key` must be [in, out] = [6, 2]"));
   CHECK(contains(without(t, "out_proj.weight", torch), "out_proj"));
   CHECK(contains(without(t, "in_proj_weight", torch), "q_proj_weight"));
   CHECK(contains(spoiled(t, "in_proj_weight", torch), "`in_proj_weight` must be [18, 6]"));
@@ -90,6 +93,8 @@ TEST_CASE("GPT-2's Conv1D holds x W with queries, keys and values side by side",
   CHECK(w.output.weight() == t.at("c_proj.weight"));
   CHECK(w.output.bias() == t.at("c_proj.bias"));
   CHECK_FALSE(qkv::gpt2_weights(Tensors<float>{{"c_attn", tensor(4, 12)}, {"c_proj", tensor(4, 4)}}).value.has_bias());
+  CHECK(qkv::gpt2_weights({.model_dim = 4, .heads = 2}, t).value.weight() == w.value.weight());
+  CHECK(contains(message_of([&] { qkv::gpt2_weights({.model_dim = 6, .heads = 2}, t); }), "weight `query` must be"));
   CHECK(contains(without(t, "c_attn.weight", gpt2), "c_attn"));
   CHECK(contains(without(t, "c_proj.weight", gpt2), "c_proj"));
   CHECK(contains(spoiled(t, "c_attn.weight", gpt2), "`c_attn.weight` must be [1, 3]; given [1, 2]"));
@@ -129,6 +134,10 @@ TEST_CASE("Llama's weights, by Meta's names and by Hugging Face's", "[checkpoint
                                                   qkv::llama_weights(meta));
                  }),
                  "weight `key` must be [in, out] = [7, 3]; given [7, 6]"));
+  constexpr MultiHeadAttentionConfig fits{.model_dim = 7, .heads = 4, .kv_heads = 2, .head_dim = 3, .v_head_dim = 5};
+  CHECK(is_linear(qkv::llama_weights(fits, meta).value, v));
+  constexpr MultiHeadAttentionConfig other{.model_dim = 7, .heads = 4, .kv_heads = 1, .head_dim = 3, .v_head_dim = 5};
+  CHECK(contains(message_of([&] { qkv::llama_weights(other, meta); }), "weight `key` must be [in, out] = [7, 3]"));
 }
 
 TEST_CASE("DeepSeek's weights, by its own names and by Hugging Face's", "[checkpoint]") {

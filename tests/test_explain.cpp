@@ -1,7 +1,9 @@
 #include <qkv/explain.hpp>
+#include <qkv/explain_layer.hpp>
 
 #include "support/attention_case.hpp"
 #include "support/key_source.hpp"
+#include "support/layers.hpp"
 
 using namespace support;
 using namespace qkv;
@@ -134,4 +136,67 @@ TEST_CASE("explain refuses what the call would refuse", "[explain]") {
   CHECK(
       contains(message_of([&] { explain(q, k, v, heads, full, plain, {.query_offsets = offsets}); }), "one sequence"));
   CHECK(contains(message_of([&] { explain(q, k, v, heads, full, plain, {.key_offsets = offsets}); }), "one sequence"));
+}
+
+TEST_CASE("explain says of a layer what it projects, in which form, by which kernel and in which numbers",
+          "[explain]") {
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  LatentAttentionConfig config = small_mla;
+  config.q_latent_dim = 8;
+  const auto mla = latent_layer<float>(config);
+  const auto keys = gqa.make_cache<std::int8_t>(70);
+  const auto latents = mla.make_cache<bfloat16>(70);
+
+  const auto e = explain(gqa, 40, keys);
+  CHECK(e.projections == "23 -> 60, 23 -> 20, 23 -> 14, 42 -> 23");
+  CHECK(e.weight_bytes == gqa.weights().query.bytes() + gqa.weights().key.bytes() + gqa.weights().value.bytes() +
+                              gqa.weights().output.bytes());
+  CHECK(e.form == LatentForm::automatic);
+  CHECK(e.n_keys == 40);
+  CHECK(contains(e.text(), "tiled kernel (40 queries > 8), " + std::string(isa_name) + "; int8 rows"));
+  CHECK(std::string(explain(gqa, 40, keys, {.arithmetic = Arithmetic::exact}).arithmetic).empty());
+  CHECK(explain(gqa, 1, keys).kernel == "decode");
+  for (const Kernel kernel : {Kernel::reference, Kernel::tiled, Kernel::decode})
+    for (const Index n : {1, 40}) {
+      CHECK(explain(gqa, n, keys, {.kernel = kernel}).kernel == name(kernel));
+      CHECK(explain(mla, n, latents, {.kernel = kernel}).kernel == name(kernel));
+      CHECK(contains(explain(gqa, n, n, {.kernel = kernel}).text(), "asked for by options.kernel"));
+    }
+  // The same numbers as attention over as many keys.
+  for (const Index n : {1, 8, 9})
+    for (const Arithmetic arithmetic : {Arithmetic::automatic, Arithmetic::exact, Arithmetic::int8}) {
+      auto filled = gqa.make_cache<std::int8_t>(70);
+      filled.append(Matrix<float>(n, 20), Matrix<float>(n, 14));
+      const auto of_attention =
+          explain(Matrix<float>(n, 60), filled, gqa.heads(), causal, plain, {.arithmetic = arithmetic});
+      const auto of_layer = explain(gqa, n, keys, {.arithmetic = arithmetic});
+      CHECK(of_layer.kernel == name(of_attention.kernel));
+      CHECK(std::string(of_layer.arithmetic) == of_attention.arithmetic);
+    }
+
+  const auto absorbed = explain(mla, 1, latents, {.form = LatentForm::absorbed}),
+             naive = explain(mla, 1, latents, {.form = LatentForm::naive});
+  CHECK(absorbed.projections == "29 -> 8 -> 51, 29 -> 25, 27 -> 29");
+  CHECK(absorbed.kernel == (kernel::absorbed::serves<float> ? "absorbed" : "tiled"));
+  CHECK(contains(absorbed.text(), "bf16 rows multiplied in bf16") == kernel::words_available);
+  CHECK(std::string(explain(mla, 1, latents, {.arithmetic = Arithmetic::exact}).arithmetic).empty());
+  CHECK(contains(naive.text(), "naive form (asked for by options.form); decode kernel (1 queries <= 8)"));
+  CHECK(std::string(naive.arithmetic).empty());  // restored rows are in the layer's scalar
+  for (const Index n : {1, 20, 60, 200, 900}) {
+    CHECK(explain(mla, n, n).form == choose_latent_form(LatentForm::automatic, config, n, n));
+    CHECK(explain(mla, n, 900).form == choose_latent_form(LatentForm::automatic, config, n, 900));
+  }
+
+  auto ring = gqa.make_ring_cache({.window = 7, .pinned = 2, .slack = 4});
+  const auto in_pieces = explain(gqa, 30, ring);
+  CHECK(std::tuple(in_pieces.n_queries, in_pieces.n_keys, in_pieces.pieces) == std::tuple(13, 13, 6));
+  CHECK(contains(in_pieces.text(), "the first of 6 pieces: tiled kernel (13 queries > 8)"));
+  ring.append(Matrix<float>(13, 20), Matrix<float>(13, 14));
+  CHECK(explain(gqa, 3, ring).n_keys == 13);  // all that it holds
+
+  CHECK(contains(message_of<std::length_error>([&] { explain(gqa, 71, keys); }), "at most 70 more rows"));
+  CHECK(contains(message_of([&] { explain(gqa, 1, keys, {.form = LatentForm::naive}); }), "LayerOptions::form"));
+  CHECK(contains(message_of([&] { explain(mla, 1, latents, {.share_prefixes = true}); }), "share_prefixes"));
+  CHECK(contains(message_of([&] { explain(mla, 1, LatentCache<>({.latent_dim = 9, .rope_dim = 6, .capacity = 5})); }),
+                 "it has 9 and 6"));
 }

@@ -260,7 +260,7 @@ TEST_CASE("latent attention goes on after a context shift as if the dropped toke
   const Matrix<float> x = normals<float>(103, 29, 9);
   auto cache = layer.make_cache<qkv::half>(103), rebuilt = cache;
   (void)layer.forward(x.topRows(90), cache);
-  cache.drop_rows(4, 41, layer.rope());  // the first four stay
+  cache.drop_rows(4, 41, *layer.rope());  // the first four stay
   (void)layer.forward(x.topRows(4), rebuilt);
   (void)layer.forward(x.middleRows(45, 45), rebuilt);
   CHECK(max_error(layer.forward(x.bottomRows(13), cache), layer.forward(x.bottomRows(13), rebuilt)) <= 2e-3);

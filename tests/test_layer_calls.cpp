@@ -238,6 +238,122 @@ TEST_CASE("{} in an argument's place is that argument's default", "[layer]") {
   CHECK(qkv::explain(q, k, k, {}, {}, {}, {}).text() == qkv::explain(q, k, k).text());
 }
 
+TEST_CASE("options may follow the operands at once", "[layer]") {
+  const std::vector<Index> offsets = {0, 2, 5};
+  // An option that changes bits, whether it comes after a mask and a score or without them.
+  const auto check = [&](const auto& layer, const Matrix<float>& x, const qkv::LayerOptions& options) {
+    const auto held = layer.make_cache(9);
+    CHECK(same_bits(layer.forward(x, options), layer.forward(x, qkv::causal, qkv::plain, options)));
+    CHECK(same_bits(layer.forward(x, options, threaded(2)), layer.forward(x, qkv::causal, qkv::plain, options)));
+    auto a = held, b = held;
+    const Matrix<float> expected = layer.forward(x, a, qkv::causal, qkv::plain, options);
+    CHECK(same_bits(layer.forward(x, b, options), expected));
+    Matrix<float> out(x.rows(), x.cols());
+    layer.forward_into(out, x, b = held, options, threaded(2));
+    CHECK(same_bits(out, expected));
+    CHECK_FALSE(same_bits(layer.forward(x, b = held), expected));
+    std::vector caches(4, held);
+    const std::vector first = {&caches[0], &caches[1]};
+    const std::array second = {&caches[2], &caches[3]};
+    const Matrix<float> batch = layer.forward(x, offsets, first, options);
+    layer.forward_into(out, x, offsets, second, qkv::causal, qkv::plain, options);
+    CHECK(same_bits(out, batch));
+    CHECK(same_bits(layer.forward(x.topRows(2), a = held, options), batch.topRows(2)));
+    CHECK(same_bits(layer.forward(x.bottomRows(3), a = held, options), batch.bottomRows(3)));
+  };
+  check(multi_head_layer<float>(small_gqa), normals<float>(5, 23, 1), {.kernel = qkv::Kernel::tiled});
+  check(latent_layer<float>(small_mla), normals<float>(5, 29, 2), {.form = qkv::LatentForm::absorbed});
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const Matrix<float> q = normals<float>(4, 23, 3), k = normals<float>(7, 23, 4);
+  CHECK(same_bits(gqa.forward(q, k, k, {.kernel = qkv::Kernel::reference}),
+                  gqa.forward(q, k, k, qkv::full, qkv::plain, {.kernel = qkv::Kernel::reference})));
+}
+
+TEST_CASE("what a layer or a cache has no use for in options is refused, and nothing has changed", "[layer]") {
+  const qkv::LayerOptions form{.form = qkv::LatentForm::absorbed}, shared{.share_prefixes = true};
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const auto mla = latent_layer<float>(small_mla);
+  const Matrix<float> x = normals<float>(5, 23, 1), y = normals<float>(5, 29, 2);
+  auto kept = gqa.make_cache(9);
+  auto ring = gqa.make_ring_cache({.window = 3});
+  auto pool = gqa.make_page_pool({.page_tokens = 2, .pages = 9});
+  auto paged = gqa.make_paged_cache(pool);
+  auto latent = mla.make_cache(9);
+  auto latent_pool = mla.make_page_pool({.page_tokens = 2, .pages = 9});
+  auto paged_latent = mla.make_paged_cache(latent_pool);
+  const std::string no_form = "LayerOptions::form is of latent attention", no_share = "LayerOptions::share_prefixes";
+  CHECK(contains(message_of([&] { gqa.forward(x, form); }),
+                 no_form + "; a MultiHeadAttention needs automatic; given absorbed"));
+  CHECK(contains(message_of([&] { gqa.forward(x, x, x, form); }), no_form));
+  CHECK(contains(message_of([&] { gqa.forward(x, kept, form); }), no_form));
+  CHECK(contains(message_of([&] { gqa.forward(x, paged, form); }), no_form));
+  CHECK(contains(message_of([&] { gqa.forward(x, shared); }), no_share));
+  CHECK(contains(message_of([&] { gqa.forward(x, kept, shared); }), no_share + " needs caches whose pages"));
+  CHECK(contains(message_of([&] { gqa.forward(x, ring, shared); }), no_share));
+  CHECK(contains(message_of([&] { mla.forward(y, shared); }), no_share + " is of a MultiHeadAttention"));
+  CHECK(contains(message_of([&] { mla.forward(y, latent, shared); }), no_share));
+  CHECK(contains(message_of([&] { mla.forward(y, paged_latent, shared); }), no_share));
+  CHECK(kept.rows() + ring.rows() + paged.rows() + latent.rows() + paged_latent.rows() == 0);
+  CHECK(same_bits(gqa.forward(x, paged, shared), gqa.forward(x, kept)));  // alone there is nothing to share
+}
+
+TEST_CASE("caches and pools that a layer makes are of its sizes", "[layer]") {
+  const auto gqa = multi_head_layer<float>(small_gqa);
+  const auto mla = latent_layer<float>(small_mla);
+  auto ring = gqa.make_ring_cache<std::int8_t>({.window = 5, .pinned = 2, .slack = 3, .positions_in_cache = true});
+  CHECK(std::tuple(ring.kv_heads(), ring.head_dim(), ring.v_head_dim()) == std::tuple(2, 10, 7));
+  CHECK(std::tuple(ring.window(), ring.pinned(), ring.slack(), ring.positions_in_cache()) == std::tuple(5, 2, 3, true));
+  auto pool = gqa.make_page_pool<qkv::half>({.page_tokens = 3, .pages = 4});
+  CHECK(std::tuple(pool.kv_heads(), pool.head_dim(), pool.v_head_dim()) == std::tuple(2, 10, 7));
+  auto paged = gqa.make_paged_cache(pool);
+  CHECK(std::tuple(paged.capacity(), paged.page_tokens()) == std::tuple(12, 3));
+  auto latent_pool = mla.make_page_pool<qkv::bfloat16>({.page_tokens = 3, .pages = 5});
+  CHECK(std::tuple(latent_pool.latent_dim(), latent_pool.rope_dim()) == std::tuple(19, 6));
+  CHECK(mla.make_paged_cache(latent_pool).capacity() == 15);
+  CHECK(contains(message_of([&] { gqa.make_ring_cache({.kv_heads = 2, .window = 5}); }),
+                 "are the layer's: leave them out"));
+  CHECK(contains(message_of([&] { gqa.make_page_pool({.head_dim = 10, .pages = 5}); }), "given 1, 10, 10"));
+  CHECK(contains(message_of([&] { mla.make_page_pool({.rope_dim = 6, .pages = 5}); }), "given 0, 6"));
+  qkv::PagePool<float> other({.kv_heads = 2, .head_dim = 10, .v_head_dim = 8, .pages = 4});
+  qkv::LatentPagePool<float> other_latents({.latent_dim = 19, .rope_dim = 8, .pages = 4});
+  CHECK(contains(message_of([&] { (void)gqa.make_paged_cache(other); }), "it has 2, 10, 8"));
+  CHECK(contains(message_of([&] { (void)mla.make_paged_cache(other_latents); }), "it has 19 and 8"));
+}
+
+TEST_CASE("both layers say their sizes and give every step, on any executor", "[layer]") {
+  const auto gqa = multi_head_layer<float>(small_gqa, true);
+  LatentAttentionConfig config = small_mla;
+  config.q_latent_dim = 8;
+  const auto mla = latent_layer<float>(config);
+  const Matrix<float> x = normals<float>(40, 23, 1), y = normals<float>(40, 29, 2);
+  const auto threads = threaded(3);
+  CHECK(std::tuple(gqa.heads().heads, gqa.heads().kv_heads, gqa.head_dim(), gqa.v_head_dim()) ==
+        std::tuple(6, 2, 10, 7));
+  CHECK(std::tuple(mla.heads().heads, mla.heads().kv_heads, mla.head_dim(), mla.v_head_dim()) ==
+        std::tuple(3, 3, 17, 9));
+  CHECK(gqa.rope()->head_dim() == 10);
+  CHECK(mla.rope()->head_dim() == 6);
+
+  // With the scale that it says, the steps give the layer.
+  const RowVector<float>& sinks = gqa.weights().sinks;
+  const std::span<const float> logits(sinks.data(), 6);
+  const Matrix<float> context =
+      qkv::attention(gqa.queries(x, 0, threads), gqa.keys(x, 0, threads), gqa.values(x, threads), gqa.heads(),
+                     qkv::causal, qkv::plain, {.scale = gqa.scale(), .sinks = logits});
+  CHECK(same_bits(gqa.output(context, threads), gqa.forward(x)));
+
+  const Matrix<float> latents = mla.latents(y, 0, threads), c = latents.leftCols(19);
+  CHECK(same_bits(latents, mla.latents(y)));
+  CHECK(same_bits(mla.queries(y, 3, threads), mla.queries(y, 3)));
+  const Matrix<float> nope = mla.restored_keys(c, threads), v = mla.restored_values(c, threads);
+  Matrix<float> k(40, 3 * 17);
+  for (Index h = 0; h < 3; ++h) k.middleCols(17 * h, 17) << nope.middleCols(11 * h, 11), latents.rightCols(6);
+  const Matrix<float> out = mla.output(
+      qkv::attention(mla.queries(y), k, v, mla.heads(), qkv::causal, qkv::plain, {.scale = mla.scale()}), threads);
+  CHECK(max_error(out, latent_by_formula(mla, y)) <= layer_tolerance<float>);
+  CHECK(max_error(mla.forward(y), out) <= layer_tolerance<float>);
+}
+
 TEST_CASE("an output over an input that lies upside down is refused", "[layer]") {
   Matrix<float> buffer = normals<float>(9, 12, 1);
   const Matrix<float> before = buffer;

@@ -1,8 +1,9 @@
 #include <qkv/multi_head_attention.hpp>
 #include <qkv/ring_cache.hpp>
 
+#include "support/batches.hpp"
 #include "support/catch.hpp"
-#include "support/layers.hpp"
+#include "support/executors.hpp"
 
 using namespace support;
 using qkv::Kernel, qkv::LayerOptions, qkv::RingCache, qkv::RingCacheConfig;
@@ -166,6 +167,27 @@ TEST_CASE("the caller's mask narrows the window", "[layer]") {
                     return causally(at) && (at.key_position < 17) == (at.query_position < 17) &&
                            (at.key_position < 1 || at.query_position - at.key_position <= 9);
                   })) <= layer_tolerance<double>);
+}
+
+TEST_CASE("in a batch a ring that counts positions in the cache has the bits it has alone, on any executor",
+          "[layer]") {
+  const auto layer = multi_head_layer<float>(small_gqa, true);
+  const auto empty = layer.make_ring_cache({.window = 9, .pinned = 2, .slack = 20, .positions_in_cache = true});
+  std::vector<RingCache<float>> together(4, empty), alone(4, empty);
+  CHECK(batch_equals_alone<float>(layer, together, alone));
+  // So many that none is much of the work: their heads are shared out among threads.
+  constexpr Index n = 40;
+  std::vector<RingCache<float>> many(n, empty);
+  std::vector<Index> offsets = {0};
+  for (auto& cache : many) {
+    layer.forward(normals<float>(20 + offsets.back() % 7, 23, 5), cache);
+    offsets.push_back(offsets.back() + 1);
+  }
+  auto by_themselves = many;
+  const Matrix<float> x = normals<float>(n, 23, 6),
+                      out = layer.forward(x, offsets, pointers_to(many), {}, {}, {}, threaded(3));
+  for (Index s = 0; s < n; ++s)
+    CHECK(same_bits(out.row(s), layer.forward(x.row(s), by_themselves[static_cast<std::size_t>(s)])));
 }
 
 TEST_CASE("a mask that does not fit one of a chunk's pieces is refused before the first", "[layer]") {

@@ -117,8 +117,8 @@ Call* qkv_peers_latent_decode(const char* storage, std::int64_t n, std::int64_t 
     cache->append(Rows(c, n, latent), Rows(r, n, rope));
     auto m = std::make_shared<Matrix<float>>(1, heads), l = std::make_shared<Matrix<float>>(1, heads);
     call->run = [=, &own = *call] {
-      const qkv::kernel::LatentTask<float, S, qkv::Window, qkv::Plain> task{
-          cache->latent_rows(), heads, scale, 0, n - 1, &qkv::causal, &qkv::plain};
+      const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
+      const qkv::kernel::LatentTask<float, S> task{cache->latent_rows(), heads, scale, 0, n - 1, rule};
       Out weighted(out, 1, heads * latent);
       const qkv::kernel::StateView<float> state{m->data(), l->data(), qkv::writable_view(weighted), heads};
       const Rows query(q, 1, heads * (latent + rope));
@@ -145,8 +145,8 @@ Call* qkv_peers_latent_prefill(const char* storage, std::int64_t n, std::int64_t
          values = std::make_shared<qkv::Projection<float>>(Matrix<float>(Rows(value_up, latent, heads * v_dim)));
     auto m = std::make_shared<Matrix<float>>(n, heads), l = std::make_shared<Matrix<float>>(n, heads);
     call->run = [=, &own = *call] {
-      const qkv::kernel::LatentTask<float, S, qkv::Window, qkv::Plain> task{
-          cache->latent_rows(), heads, scale, 0, 0, &qkv::causal, &qkv::plain};
+      const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
+      const qkv::kernel::LatentTask<float, S> task{cache->latent_rows(), heads, scale, 0, 0, rule};
       Out weighted(out, n, heads * v_dim);
       const qkv::kernel::StateView<float> state{m->data(), l->data(), qkv::writable_view(weighted), heads};
       const Rows queries(q, n, heads * (nope + rope));

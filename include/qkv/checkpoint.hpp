@@ -1,17 +1,20 @@
 // checkpoint.hpp — attention weights as other programs keep them, by the names they give them.
 //
 //     Tensors<float> tensors = …;                       // read from a file by whatever reads such files
-//     MultiHeadAttention layer(config, llama_weights(tensors));
+//     MultiHeadAttention layer(config, llama_weights(config, tensors));
 //
 //     torch_mha_weights    torch.nn.MultiheadAttention   in_proj_weight, in_proj_bias, out_proj.weight …
 //     gpt2_weights         GPT-2's Conv1D                c_attn.weight [dim, 3·dim], c_proj.weight …
 //     llama_weights        Llama, Mistral, Qwen3         wq wk wv wo, or q_proj.weight …; q_norm, k_norm
 //     deepseek_weights     DeepSeek-V2, V3               wq | wq_a q_norm wq_b, wkv_a kv_norm wkv_b wo, or q_a_proj …
 //
+// All take (config, tensors), and refuse by name what does not fit the config. Where the tensors alone say all sizes, the
+// config may be left out.
+//
 // PyTorch keeps Wᵀ [out, in]; Conv1D keeps W [in, out]; everything here becomes x·W. A vector is a matrix [1, n]. A missing
 // tensor or one of the wrong shape throws std::invalid_argument that names it.
 //
-// Before: latent_attention.hpp   Next: compress.hpp
+// Before: explain_layer.hpp   Next: compress.hpp
 #pragma once
 
 #include <functional>
@@ -73,6 +76,13 @@ RowVector<T> part(const RowVector<T>& v, Index first, Index n) {
   return v.size() == 0 ? RowVector<T>() : RowVector<T>(v.segment(first, n));
 }
 
+/// Throws std::invalid_argument naming the first weight that does not fit.
+template <class T>
+MultiHeadAttentionWeights<T> fitting(const MultiHeadAttentionConfig& config, MultiHeadAttentionWeights<T> weights) {
+  check(config, weights);
+  return weights;
+}
+
 }  // namespace detail
 
 /// torch.nn.MultiheadAttention: in_proj_weight [3·E, E], or q_proj_weight [E, E], k_proj_weight [E, kdim], v_proj_weight
@@ -93,6 +103,10 @@ MultiHeadAttentionWeights<T> torch_mha_weights(const Tensors<T>& tensors) {
   return {projection(0, "q_proj_weight"), projection(1, "k_proj_weight"), projection(2, "v_proj_weight"),
           Projection<T>::from_out_in(out, detail::find_vector(tensors, {"out_proj.bias"}, e))};
 }
+template <class T>
+MultiHeadAttentionWeights<T> torch_mha_weights(const MultiHeadAttentionConfig& config, const Tensors<T>& tensors) {
+  return detail::fitting(config, torch_mha_weights(tensors));
+}
 
 /// GPT-2: c_attn.weight [dim, 3·dim] = [q | k | v], c_proj.weight [dim, dim]; biases may be absent.
 template <class T>
@@ -107,6 +121,10 @@ MultiHeadAttentionWeights<T> gpt2_weights(const Tensors<T>& tensors) {
   return {projection(0), projection(1), projection(2),
           Projection<T>(detail::get_tensor(tensors, {"c_proj"}, dim, dim),
                         detail::find_vector(tensors, {"c_proj.bias"}, dim))};
+}
+template <class T>
+MultiHeadAttentionWeights<T> gpt2_weights(const MultiHeadAttentionConfig& config, const Tensors<T>& tensors) {
+  return detail::fitting(config, gpt2_weights(tensors));
 }
 
 /// Llama and its relatives: wq, wk, wv, wo (or q_proj, k_proj, v_proj, o_proj), all [out, in], biases and per-head norms
@@ -124,6 +142,10 @@ MultiHeadAttentionWeights<T> llama_weights(const Tensors<T>& tensors) {
   w.query_norm = detail::find_vector(tensors, {"q_norm"}, -1);
   w.key_norm = detail::find_vector(tensors, {"k_norm"}, -1);
   return w;
+}
+template <class T>
+MultiHeadAttentionWeights<T> llama_weights(const MultiHeadAttentionConfig& config, const Tensors<T>& tensors) {
+  return detail::fitting(config, llama_weights(tensors));
 }
 
 /// DeepSeek-V2 and V3: wq, or wq_a, q_norm, wq_b; wkv_a, kv_norm, wkv_b, wo; or Hugging Face's q_proj, q_a_proj,

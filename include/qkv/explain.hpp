@@ -51,6 +51,35 @@ struct Explanation {
 
 namespace detail {
 
+/// How the tiled and the absorbed kernel multiply keys stored as S.
+template <class T, StorageType S>
+constexpr const char* arithmetic_name(Arithmetic arithmetic) {
+  using Narrow = kernel::NarrowArithmetic<T, S>;
+  if (arithmetic == Arithmetic::exact) return "";
+  return Narrow::int8_keys && arithmetic == Arithmetic::int8 ? kernel::Int8::name : Narrow::name;
+}
+
+/// The kernel of a sequence, why, and how it multiplies keys stored as S.
+struct KernelChoice {
+  Kernel kernel;
+  std::string why;
+  const char* arithmetic;
+};
+template <class T, StorageType S>
+KernelChoice explain_kernel(Kernel forced, Arithmetic arithmetic, Index n_queries, Heads heads) {
+  const Kernel kernel = choose_kernel<T>(forced, n_queries);
+  const std::string most = std::to_string(decode_max_queries);
+  return {kernel,
+          forced != Kernel::automatic   ? "asked for by options.kernel"
+          : kernel == Kernel::reference ? "the scalar is neither float nor double"
+          : kernel == Kernel::decode    ? std::to_string(n_queries) + " queries <= " + most
+                                        : std::to_string(n_queries) + " queries > " + most,
+          kernel == Kernel::tiled ? arithmetic_name<T, S>(arithmetic)
+          : kernel == Kernel::decode && kernel::decode_is_narrow<T, S>(arithmetic, heads.group_size())
+              ? kernel::NarrowDot<T, S>::name
+              : ""};
+}
+
 template <class T, StorageType S, class M, class F>
 Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, Heads heads, const M& mask,
                          const F& score, const Options<T>& options) {
@@ -63,18 +92,10 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
   const Index first = first_position(rule, keys, 0, n_queries, options);
   check_call(rule, keys, {.heads = heads.heads, .n_queries = n_queries, .first_position = first});
   Explanation e;
-  e.kernel = choose_kernel<T>(options.kernel, n_queries);
-  e.why = options.kernel != Kernel::automatic ? "asked for by options.kernel"
-          : e.kernel == Kernel::reference     ? "the scalar is neither float nor double"
-          : e.kernel == Kernel::decode ? std::to_string(n_queries) + " queries <= " + std::to_string(decode_max_queries)
-                                       : std::to_string(n_queries) + " queries > " + std::to_string(decode_max_queries);
+  const auto [chosen, why, arithmetic] = explain_kernel<T, S>(options.kernel, options.arithmetic, n_queries, heads);
+  e.kernel = chosen, e.why = why, e.arithmetic = arithmetic;
   e.heads = heads, e.n_queries = n_queries, e.n_keys = keys.rows;
   e.head_dim = keys.head_dim, e.v_head_dim = keys.v_head_dim, e.storage = storage_name<S>;
-  using Narrow = kernel::NarrowArithmetic<T, S>;
-  if (e.kernel == Kernel::decode && kernel::decode_is_narrow<T, S>(options.arithmetic, heads.group_size()))
-    e.arithmetic = kernel::NarrowDot<T, S>::name;
-  if (e.kernel == Kernel::tiled && options.arithmetic != Arithmetic::exact)
-    e.arithmetic = Narrow::int8_keys && options.arithmetic == Arithmetic::int8 ? kernel::Int8::name : Narrow::name;
 
   kernel::Task<T, S> task(ConstView<T>(nullptr, n_queries, q_cols, Eigen::OuterStride<>(q_cols)), keys, heads, T(1));
   task.first_position = first;

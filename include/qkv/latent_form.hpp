@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "kernel/arithmetic.hpp"
 #include "model_config.hpp"
 #include "options.hpp"
 
@@ -28,9 +29,9 @@ inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, nar
 ///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.05  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.15
 /// At DeepSeek's sizes and in float naive wins from about √(c² + 400.9·c) - c new tokens on: 132 at c = 128, never more
 /// than 201. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
-constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionConfig& c, Index n_queries, Index n_keys,
-                                        double absorbed_cost = 1) {
-  if (asked != LatentForm::automatic) return asked;
+constexpr LatentForm choose_latent_form(LatentForm forced, const LatentAttentionConfig& c, Index n_queries,
+                                        Index n_keys, double absorbed_cost = 1) {
+  if (forced != LatentForm::automatic) return forced;
   const double s = static_cast<double>(n_queries), old = static_cast<double>(std::max<Index>(n_keys - n_queries, 0));
   const double pairs = s * old + s * (s + 1) / 2;
   const double up =
@@ -39,6 +40,15 @@ constexpr LatentForm choose_latent_form(LatentForm asked, const LatentAttentionC
   const double naive =
       naive_attention_cost * pairs * static_cast<double>(c.nope_dim + c.rope_dim + c.v_head_dim) + (old + s) * up;
   return naive < absorbed ? LatentForm::naive : LatentForm::absorbed;
+}
+
+/// The form of a call of a layer in T over rows stored as S.
+template <class T, StorageType S>
+constexpr LatentForm choose_latent_form(const LayerOptions& options, const LatentAttentionConfig& c, Index n_queries,
+                                        Index n_keys) {
+  using Narrow = kernel::NarrowArithmetic<T, S>;
+  constexpr double narrow = Narrow::int16_keys ? int16_absorbed_cost : Narrow::narrow ? narrow_absorbed_cost : 1.0;
+  return choose_latent_form(options.form, c, n_queries, n_keys, options.arithmetic != Arithmetic::exact ? narrow : 1.0);
 }
 
 }}  // namespace qkv::QKV_ABI

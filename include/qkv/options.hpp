@@ -47,8 +47,8 @@ inline constexpr Index decode_max_stacked_queries = 24;
 /// The one place where `automatic` is decided: by the scalar and the number of queries of the sequence and nothing else,
 /// so that a sequence gives the same bits alone and in any batch, on any number of threads.
 template <class T>
-constexpr Kernel choose_kernel(Kernel asked, Index n_queries, Index decode_most = decode_max_queries) {
-  if (asked != Kernel::automatic) return asked;
+constexpr Kernel choose_kernel(Kernel forced, Index n_queries, Index decode_most = decode_max_queries) {
+  if (forced != Kernel::automatic) return forced;
   if (!std::is_same_v<T, float> && !std::is_same_v<T, double>) return Kernel::reference;
   return n_queries <= decode_most ? Kernel::decode : Kernel::tiled;
 }
@@ -68,14 +68,30 @@ enum class Arithmetic {
 /// The two ways of latent attention; see call/latent_forms.hpp.
 enum class LatentForm { automatic, naive, absorbed };
 
+constexpr const char* name(LatentForm form) {
+  switch (form) {
+    case LatentForm::automatic:
+      return "automatic";
+    case LatentForm::naive:
+      return "naive";
+    case LatentForm::absorbed:
+      return "absorbed";
+  }
+  return "?";
+}
+
 /// What a layer's forward may be told: force a kernel or a form, for instance to have the same bits for a prompt in pieces
-/// as at once. Absorbed latent attention of float and double with plain scores has a kernel of its own
-/// (kernel/absorbed/absorbed.hpp), which `automatic` takes for any number of queries; a forced kernel serves it in the general way.
+/// as at once. Absorbed latent attention of float and double has a kernel of its own (kernel/absorbed/absorbed.hpp), which
+/// `automatic` means for any number of queries; a forced kernel serves it in the general way. What a layer or a cache has no
+/// use for is refused (std::invalid_argument), before anything is written or evicted.
 struct LayerOptions {
   Kernel kernel = Kernel::automatic;
   Arithmetic arithmetic = Arithmetic::automatic;
-  LatentForm form = LatentForm::automatic;  // LatentAttention only
-  bool share_prefixes = false;  // batches of PagedCaches: attend to common first pages once; other bits, same numbers
+  /// Of a LatentAttention only.
+  LatentForm form = LatentForm::automatic;
+  /// Of a MultiHeadAttention over PagedCaches only: the sequences of a batch attend together to the pages that they have in
+  /// common at the beginning; other bits, same numbers.
+  bool share_prefixes = false;
 };
 
 /// The four stages of ONNX's qk_matmul_output_mode, for looking inside attention_weights().
@@ -113,5 +129,31 @@ struct Options {
   LastingSpan<Index> query_offsets = {};
   LastingSpan<Index> key_offsets = {};
 };
+
+namespace detail {
+
+/// Stands where a call names no mask or score, or `{}`: `full`, `plain`. A scalar, so that `{}` is converted to it rather than
+/// to Options, where both are possible.
+enum class Omitted {};
+
+template <class X>
+inline constexpr bool is_options = false;
+template <class T>
+inline constexpr bool is_options<Options<T>> = true;
+
+/// What may stand where a mask or a score is expected: options there belong to a shorter form of the call.
+template <class X>
+concept MaskOrScore = !is_options<X>;
+
+/// x, or what it stands for where it was omitted.
+template <class X, class Default>
+constexpr const auto& given_or(const X& x, const Default& otherwise) {
+  if constexpr (std::is_same_v<X, Omitted>)
+    return otherwise;
+  else
+    return x;
+}
+
+}  // namespace detail
 
 }}  // namespace qkv::QKV_ABI

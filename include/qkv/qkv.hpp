@@ -118,8 +118,9 @@
 #include "layer/appended.hpp"                 // rows that are taken back should a call fail
 #include "layer/batch_rows.hpp"               // a batch as a layer has it
 #include "layer/shared_prefix.hpp"            // pages that sequences begin with, attended to once
-#include "layer/batch.hpp"                    // sequences as one pool of work items
 #include "layer/ring_positions.hpp"           // a ring that counts positions in the cache
+#include "layer/batch.hpp"                    // sequences as one pool of work items
+#include "layer/forward.hpp"                  // the calls of a layer, a single sequence or a batch
 #include "multi_head_attention.hpp"           // MHA, GQA, MQA
 
 // Latent attention
@@ -136,6 +137,7 @@
 #include "latent_weights.hpp"                 // the matrices of MLA
 #include "latent_form.hpp"                    // restore keys and values, or never
 #include "latent_attention.hpp"               // MLA
+#include "explain_layer.hpp"                  // what a layer will do, in one line
 #include "checkpoint.hpp"                     // weights from PyTorch, GPT-2, Llama, DeepSeek
 
 // By its own name only: a tool, not a part of running a model

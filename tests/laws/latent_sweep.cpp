@@ -64,8 +64,8 @@ void check_absorbed(std::uint64_t cases, F (&drawn_score)(Draw&, const std::vect
     Workspace workspace;
     Matrix<T> out(s.tokens, s.heads * s.latent_dim), m(s.tokens, s.heads), l(s.tokens, s.heads);
     const kernel::StateView<T> state{m.data(), l.data(), writable_view(out), s.heads};
-    const kernel::LatentTask<T, S, SweepMask, F> task{rows,   s.heads,           scale,     0, first, &mask,
-                                                      &score, Kernel::automatic, arithmetic};
+    const auto rule = detail::rule_of<T, T>(mask, score);
+    const kernel::LatentTask<T, S> task{rows, s.heads, scale, 0, first, rule, Kernel::automatic, arithmetic};
     kernel::latent_absorbed(task, view(q), state, workspace, serial);
 
     const Matrix<double> queries = q.template cast<double>(), latent = cache.template latent<double>(),

@@ -7,7 +7,7 @@
 // The rows of one head lie one after another, so a kernel reads memory in order. Keys, values and (int8) their scales are
 // four arrays without padding.
 //
-// Before: layer/appended.hpp   Next: cache/context_shift.hpp
+// Before: layer/ring_positions.hpp   Next: cache/context_shift.hpp
 #pragma once
 
 #include <algorithm>

@@ -59,45 +59,52 @@ void for_each_latent_chunk(const LatentRows<S>& rows, Index chunk, const Load& l
   if (count > 0) attend(first_row, position, count);
 }
 
-/// One sequence of latent attention, as both forms see it.
-template <class T, StorageType S, class M, class F>
+/// One sequence of latent attention, as both forms see it. The rule is for keys in T: rows are widened or restored to that.
+template <class T, StorageType S>
 struct LatentTask {
   LatentRows<S> rows;
   Index heads;
   T scale;
   Index sequence, first_position;
-  const M* mask;
-  const F* score;
-  Kernel kernel = Kernel::automatic;  // as asked
+  detail::Rule<T, T> rule;
+  Kernel kernel = Kernel::automatic;  // automatic, or the one that the caller forces
   Arithmetic arithmetic = Arithmetic::automatic;
 };
 
+/// Whether absorbed rows are attended to by the kernel of their own. A forced kernel serves them in the general way.
+template <class T>
+constexpr bool has_absorbed_kernel(Kernel forced) {
+  return absorbed::serves<T> && forced == Kernel::automatic;
+}
+/// The kernel that serves them in the general way. With one lane that is one kernel for any number of queries.
+template <class T>
+constexpr Kernel general_absorbed_kernel(Kernel forced, Index n_queries) {
+  constexpr bool fast = std::is_same_v<T, float> || std::is_same_v<T, double>;
+  return fast && forced == Kernel::automatic ? Kernel::tiled : choose_kernel<T>(forced, n_queries);
+}
+
 /// Merges rows [first_row, first_row + n) at consecutive positions, given as plain keys and values, into the state.
-template <class T, class Key, StorageType S, class M, class F>
-void merge_rows(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const KeyRun<Key>& run, KeyRows<Key> keys,
-                const StateView<T>& state, Workspace& workspace, const detail::AnyExecutor& executor) {
+template <class T, StorageType S>
+void merge_rows(const LatentTask<T, S>& task, Kernel kernel, const ConstView<T>& q, const KeyRun<T>& run,
+                KeyRows<T> keys, const StateView<T>& state, Workspace& workspace, const detail::AnyExecutor& executor) {
   keys.runs = {&run, 1};
   keys.rows = run.rows;
-  const Task<T, Key> part(q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position);
-  detail::launch(choose_kernel<T>(task.kernel, q.rows()), part, detail::rule_of<T, Key>(*task.mask, *task.score), state,
-                 workspace, executor, detail::nothing_more, detail::Start::merge);
+  const Task<T, T> part(q, keys, {task.heads, keys.kv_heads}, task.scale, task.sequence, task.first_position);
+  detail::launch(kernel, part, task.rule, state, workspace, executor, detail::nothing_more, detail::Start::merge);
 }
 
 /// q [n_queries, heads·(latent_dim + rope_dim)], the absorbed queries; state.weighted [n_queries, heads·latent_dim].
-template <class T, StorageType S, class M, class F>
-void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const StateView<T>& state,
+template <class T, StorageType S>
+void latent_absorbed(const LatentTask<T, S>& task, const ConstView<T>& q, const StateView<T>& state,
                      Workspace& workspace, const detail::AnyExecutor& executor) {
   const Index latent = task.rows.latent_dim, rope = task.rows.rope_dim, width = latent + rope;
   state.clear(0, q.rows(), 0, task.heads, latent);
   if constexpr (absorbed::serves<T>)
-    if (task.kernel == Kernel::automatic)
+    if (has_absorbed_kernel<T>(task.kernel))
       return absorbed::run(absorbed::LaneTask<T>{q, latent, rope, task.heads, task.scale, task.sequence,
-                                                 task.first_position, detail::pair_rule<T>(*task.mask, *task.score)},
+                                                 task.first_position, task.rule.pairs},
                            task.rows, task.arithmetic, state, workspace, executor);
-  LatentTask<T, S, M, F> general = task;
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>)
-    if (task.kernel == Kernel::automatic)
-      general.kernel = Kernel::tiled;  // one lane: one kernel for any number of queries
+  const Kernel kernel = general_absorbed_kernel<T>(task.kernel, q.rows());
   const auto scratch = workspace.lease(static_cast<std::size_t>(latent_chunk * width) * sizeof(T));
   T* rows = reinterpret_cast<T*>(scratch.data());
   for_each_latent_chunk(
@@ -108,7 +115,7 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
       },
       [&](Index first_row, Index position, Index count) {
         const KeyRun<T> keys{.rows = count, .position = position, .keys = rows, .values = rows};
-        merge_rows(general, q, keys,
+        merge_rows(task, kernel, q, keys,
                    KeyRows<T>{.first_row = first_row,
                               .kv_heads = 1,
                               .head_dim = width,
@@ -121,27 +128,24 @@ void latent_absorbed(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, 
 
 /// q [n_queries, heads·(nope_dim + rope_dim)]; state.weighted [n_queries, heads·v_head_dim]. key_up [latent_dim,
 /// heads·nope_dim] and value_up [latent_dim, heads·v_head_dim] restore the heads.
-template <class T, StorageType S, class M, class F>
-void latent_naive(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, const Projection<T>& key_up,
+template <class T, StorageType S>
+void latent_naive(const LatentTask<T, S>& task, const ConstView<T>& q, const Projection<T>& key_up,
                   const Projection<T>& value_up, const StateView<T>& state, Workspace& workspace,
                   const detail::AnyExecutor& executor) {
   const Index latent = task.rows.latent_dim, rope = task.rows.rope_dim, heads = task.heads;
   const Index nope = key_up.out_dim() / heads, head_dim = nope + rope, v_head_dim = value_up.out_dim() / heads;
   const Index chunk = naive_chunk<T>(latent + rope + heads * (nope + head_dim + v_head_dim));
+  const Kernel kernel = choose_kernel<T>(task.kernel, q.rows());
   state.clear(0, q.rows(), 0, heads, v_head_dim);
 
-  View<T> c(nullptr, 0, 0, Eigen::OuterStride<>(0)), r(c), k_nope(c), k(c), v(c);
-  const auto carve = [&](std::byte* base) {
-    detail::Carver carver(base);
+  View<T> c = detail::no_view<T>(), r = c, k_nope = c, k = c, v = c;
+  const detail::Scratch scratch(workspace, [&](detail::Carver& carver) {
     detail::carve_matrix(carver, c, chunk, latent);
     detail::carve_matrix(carver, r, chunk, rope);
     detail::carve_matrix(carver, k_nope, chunk, heads * nope);
     detail::carve_matrix(carver, k, chunk, heads * head_dim);
     detail::carve_matrix(carver, v, chunk, heads * v_head_dim);
-    return carver.used();
-  };
-  const auto scratch = workspace.lease(carve(nullptr));
-  carve(scratch.data());
+  });
   for_each_latent_chunk(
       task.rows, chunk,
       [&](const LatentRun<S>& run, Index row, Index i) {
@@ -159,7 +163,7 @@ void latent_naive(const LatentTask<T, S, M, F>& task, const ConstView<T>& q, con
             std::copy_n(&r.coeffRef(i, 0), rope, &k.coeffRef(i, h * head_dim + nope));
           }
         const KeyRun<T> keys{.rows = count, .position = position, .keys = k.data(), .values = v.data()};
-        merge_rows(task, q, keys,
+        merge_rows(task, kernel, q, keys,
                    KeyRows<T>{.first_row = first_row,
                               .kv_heads = heads,
                               .head_dim = head_dim,

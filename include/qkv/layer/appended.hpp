@@ -8,7 +8,7 @@
 //     void prepare_undo(n, memory) const       keeps it, before the first of them comes
 //     void undo(memory)                        back to that, however many of the n have come; the memory is let go then
 //
-// Before: layer/ring_positions.hpp   Next: cache/blocks.hpp
+// Before: layer/forward.hpp   Next: layer/batch_rows.hpp
 #pragma once
 
 #include <span>
@@ -25,7 +25,7 @@ concept CanUndo = requires(C& cache, const C& constant, Index n, std::byte* memo
   cache.undo(memory);
 };
 
-/// The rows row_offsets[s] … row_offsets[s+1]-1 that are about to be appended to caches[s]: taken back unless the call
+/// The rows row_offsets[s] … row_offsets[s+1]-1 that are about to be appended to caches[s]: removed again unless the call
 /// comes to keep().
 template <class C>
 class Appended {

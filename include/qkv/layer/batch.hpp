@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "batch_rows.hpp"
+#include "ring_positions.hpp"
 #include "shared_prefix.hpp"
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
@@ -48,17 +49,24 @@ void attend_heads(const Batch<T, C>& batch, Index s, Index own, const PrefixStat
 }
 
 /// Sequences [first, last) with queries, which have `own` rows and more each; those before are in `prefix`.
-template <class T, class C, class M, class F>
+template <class T, class C>
 void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index own, const PrefixStates<T>* prefix,
-                      const M& mask, const F& score, Workspace& workspace, const AnyExecutor& executor) {
+                      const Rules<T, typename C::Storage>& rules, Workspace& workspace, const AnyExecutor& executor) {
   const auto attend_to = [&](Index s, Heads heads, Index first_head, const AnyExecutor& how) {
-    const auto seen = visible(batch.cache(s)) & of_sequence(mask, s, batch.size());
-    decltype(auto) own_score = of_sequence(score, s, batch.size());
-    attend_heads(batch, s, own, prefix, heads, first_head, rule_of<T, typename C::Storage>(seen, own_score), how);
+    rules.of(s, [&](const Rule<T, typename C::Storage>& rule) {
+      attend_heads(batch, s, own, prefix, heads, first_head, rule, how);
+    });
+  };
+  const auto attend_to_all_heads = [&](Index s) {
+    if constexpr (CanCountInCache<C>)
+      if (batch.rope != nullptr && counts_in_cache(batch.cache(s)))
+        return rules.of(s,
+                        [&](const Rule<T, typename C::Storage>& rule) { attend_in_cache(batch, s, rule, executor); });
+    attend_to(s, batch.heads, 0, executor);
   };
   if (executor.serial()) {
     for (Index s = first; s < last; ++s)
-      if (batch.n(s) > 0) attend_to(s, batch.heads, 0, executor);
+      if (batch.n(s) > 0) attend_to_all_heads(s);
   } else {
     // Pairs of query and key are the cost. What is more than 1/32 of it in one item has more items of its own.
     constexpr double finest = 32;
@@ -73,8 +81,8 @@ void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index o
     const Index kv_heads = batch.heads.kv_heads, group = batch.heads.group_size();
     for (Index s = first; s < last; ++s) {
       if (batch.n(s) == 0) continue;
-      if (cost(s) * finest > all * static_cast<double>(kv_heads))
-        attend_to(s, batch.heads, 0, executor);
+      if (cost(s) * finest > all * static_cast<double>(kv_heads) || counts_in_cache(batch.cache(s)))
+        attend_to_all_heads(s);
       else
         order[count++] = s;
     }
@@ -86,10 +94,10 @@ void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index o
 }
 
 /// batch.context ← the attention of every sequence over what its cache holds.
-template <class T, class C, class M, class F>
-void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const M& mask, const F& score, Workspace& workspace,
+template <class T, class C>
+void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const Rules<T, typename C::Storage>& rules,
                   const AnyExecutor& executor) {
-  check_functions<M, F, T>();
+  Workspace& workspace = batch.caches[0]->workspace();
   for (Index s = 0; s < batch.size(); ++s) {
     const auto keys = batch.cache(s).key_rows();
     check_runs(keys.runs, keys.rows);
@@ -100,16 +108,16 @@ void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const M& mask, 
         SharedPrefix group = shared_prefix(batch, s);
         if (group.rows == 0) {  // on to the next that shares anything
           while (group.last < batch.size() && shared_prefix(batch, group.last).rows == 0) ++group.last;
-          attend_sequences<T>(batch, s, group.last, 0, nullptr, mask, score, workspace, executor);
+          attend_sequences<T>(batch, s, group.last, 0, nullptr, rules, workspace, executor);
         } else {
-          const PrefixStates<T> states(batch, group, mask, score, workspace, executor);
-          attend_sequences<T>(batch, s, group.last, group.rows, &states, mask, score, workspace, executor);
+          const PrefixStates<T> states(batch, group, rules, workspace, executor);
+          attend_sequences<T>(batch, s, group.last, group.rows, &states, rules, workspace, executor);
         }
         s = group.last;
       }
       return;
     }
-  attend_sequences<T>(batch, 0, batch.size(), 0, nullptr, mask, score, workspace, executor);
+  attend_sequences<T>(batch, 0, batch.size(), 0, nullptr, rules, workspace, executor);
 }
 
 }}}  // namespace qkv::QKV_ABI::detail

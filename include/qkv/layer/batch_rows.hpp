@@ -1,13 +1,30 @@
-// layer/batch_rows.hpp — a batch of sequences as a layer has it, and parts of what their caches hold.
+// layer/batch_rows.hpp — a batch of sequences as a layer has it, its masks and scores, and parts of what caches hold.
 //
-// Before: layer/common.hpp   Next: layer/batch.hpp
+// Before: layer/appended.hpp   Next: layer/batch.hpp
 #pragma once
 
 #include <span>
 
 #include "../call/dispatch.hpp"
+#include "../rope.hpp"
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
+
+struct Stacked;
+
+/// The masks and scores of a call's sequences, whatever their types. S: storage of the keys that kernels see.
+template <class T, StorageType S>
+struct Rules {
+  using Use = FunctionRef<void(const Rule<T, S>&)>;
+
+  template <class M, class F>
+  static Rule<T, S> rule(const M& mask, const F& score) {
+    return rule_of<T, S>(mask, score);
+  }
+
+  FunctionRef<void(Index sequence, Use)> of;         // with what its cache lets a query see
+  FunctionRef<void(const Stacked&, Use)> of_prefix;  // for the queries of several sequences: layer/shared_prefix.hpp
+};
 
 /// The batch as the layer has it: rows row_offsets[s] … of q and context belong to caches[s], which holds them already.
 template <class T, class C>
@@ -17,7 +34,8 @@ struct Batch {
   std::span<const Index> row_offsets;
   std::span<C* const> caches;
   Heads heads;
-  Options<T> options;  // scale, sinks, kernel, arithmetic
+  Options<T> options;             // scale, sinks, kernel, arithmetic
+  const Rope<T>* rope = nullptr;  // of the layer: for rings that count positions in the cache
 
   Index size() const { return static_cast<Index>(caches.size()); }
   const C& cache(Index s) const { return *caches[static_cast<std::size_t>(s)]; }

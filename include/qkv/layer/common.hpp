@@ -1,6 +1,6 @@
-// layer/common.hpp — what the two layers share: checks of weights and caches, pieces of a chunk, random weights.
+// layer/common.hpp — what the two layers share: scratch, checks of weights and caches, pieces of a chunk, random weights.
 //
-// Before: call/latent_forms.hpp   Next: layer/batch_rows.hpp
+// Before: call/latent_forms.hpp   Next: layer/forward.hpp
 #pragma once
 
 #include <algorithm>
@@ -39,15 +39,39 @@ void for_each_sequence(std::span<const Index> row_offsets, Index row, Index n, F
   }
 }
 
+/// A view that carve_matrix will point at scratch.
+template <class T>
+View<T> no_view() {
+  return {nullptr, 0, 0, Eigen::OuterStride<>(0)};
+}
 /// Points x at fresh scratch of [rows, cols].
 template <class T>
 void carve_matrix(Carver& carver, View<T>& x, Index rows, Index cols) {
   new (&x) View<T>(carver.take<T>(checked_product(rows, cols)), rows, cols, Eigen::OuterStride<>(cols));
 }
+/// Scratch as layout(carver) lays it out: called once to count the bytes, and once to hand them out.
+class Scratch {
+ public:
+  template <class Layout>
+  Scratch(Workspace& workspace, const Layout& layout) : lease_(workspace.lease(used(layout, nullptr))) {
+    used(layout, lease_.data());
+  }
 
-/// A mask's place in forward(x, mask), beside forward(x, cache) and forward(query, key, value).
+ private:
+  template <class Layout>
+  static std::size_t used(const Layout& layout, std::byte* base) {
+    Carver carver(base);
+    layout(carver);
+    return carver.used();
+  }
+  Workspace::Lease lease_;
+};
+
+/// What may stand in the place of a layer's mask. Caches, matrices, options and the offsets of a batch belong to other forms of
+/// the call.
 template <class M>
-concept NeitherCacheNorMatrix = !MatrixLike<M> && !requires(const M& cache) {
+concept InMaskPlace = !MatrixLike<M> && !std::same_as<M, LayerOptions> &&
+                      !std::convertible_to<const M&, std::span<const Index>> && !requires(const M& cache) {
   cache.max_append();
 };
 
@@ -59,7 +83,7 @@ concept SlidingCache = requires(const C& cache) {
   cache.capacity();
 };
 
-/// A cache that takes its memory from a pool which it may share with other sequences.
+/// A cache whose memory is a pool's, which other sequences may share.
 template <class C>
 concept PooledCache = requires(const C& cache) {
   cache.pool()->free_pages();
@@ -96,7 +120,7 @@ bool needs_pieces(std::span<const Index> row_offsets, std::span<C* const> caches
   return false;
 }
 
-/// The most rows that a cache can be brought to take, by a pool's owner too: more are refused before anybody is asked.
+/// The most rows that a cache can hold more, once its pool's owner has given up pages: more are refused before that.
 template <class C>
 Index most_rows(const C& cache) {
   if constexpr (SlidingCache<C>)
@@ -109,42 +133,35 @@ Index most_rows(const C& cache) {
     return infinite;
 }
 
-/// Raises unless one sequence takes n more rows; asks for pages last of all.
-template <class C>
-void find_room(C& cache, Index n) {
-  const auto require_room = [&](Index most) {
-    require<std::length_error>(n <= most, "the cache is full: it takes at most ", cache.max_append(),
-                               " more rows (position ", cache.position(), "); given ", n);
-  };
-  require_room(most_rows(cache));
-  if constexpr (PooledCache<C>) {
-    cache.make_room(n);
-    require_room(cache.max_append());
-  }
-}
-
-/// Asks mask and score whether they fit the calls that appending n rows will make, before the cache is
-/// touched; `output` is what the layer writes.
-template <class M, class F, class C>
-void check_growth(const M& mask, const F& score, const C& cache, Heads heads, Index n, const Footprint& output) {
+/// Raises unless mask and score fit the calls that appending n rows will make, before the cache is touched; `output` is what
+/// the layer writes.
+template <class T, StorageType S, class C>
+void check_growth(const Rule<T, S>& rule, const C& cache, Heads heads, Index n, const Footprint& output) {
   Index rows = cache.rows();
   for (Index first = cache.position(), end = first + n; first < end;) {
     const Index count = piece(cache, first, end - first);
     rows += count;
     if constexpr (SlidingCache<C>) rows = std::min(rows, cache.capacity());
-    const CallShape call{.heads = heads.heads,
-                         .n_queries = count,
-                         .n_keys = rows,
-                         .first_position = first,
-                         .last_key_position = first + count - 1,
-                         .output = output};
-    check_operand(mask, call);
-    check_operand(score, call);
+    rule.check({.heads = heads.heads,
+                .n_queries = count,
+                .n_keys = rows,
+                .first_position = first,
+                .last_key_position = first + count - 1,
+                .output = output});
     first += count;
   }
 }
 
-/// Everything about a batch that can be said without asking anybody for pages.
+/// Raises unless a cache, the s-th of `count`, takes n more rows, of which it has room for `most`.
+template <class C>
+void require_room(const C& cache, Index n, Index most, std::size_t s = 0, std::size_t count = 1) {
+  if (n <= most) return;
+  raise<std::length_error>(
+      message_of({count == 1 ? "the cache" : "caches[" + std::to_string(s) + "]", " takes at most ", cache.max_append(),
+                  " more rows (position ", cache.position(), "); given ", n}));
+}
+
+/// Everything about a batch that can be said before its pool's owner is asked for pages.
 template <class C>
 void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches, Index rows) {
   require(row_offsets.size() == caches.size() + (caches.empty() ? row_offsets.size() : 1),
@@ -161,8 +178,7 @@ void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches,
     for (std::size_t r = 0; r < s; ++r)
       require(caches[r] != caches[s], "caches[", r, "] and caches[", s, "] are the same cache");
     const Index n = row_offsets[s + 1] - row_offsets[s];
-    require<std::length_error>(n <= most_rows(*caches[s]), "caches[", s, "] takes at most ", caches[s]->max_append(),
-                               " more rows (position ", caches[s]->position(), "); given ", n);
+    require_room(*caches[s], n, most_rows(*caches[s]), s, caches.size());
   }
 }
 
@@ -213,6 +229,7 @@ void find_room(std::span<const Index> row_offsets, std::span<C* const> caches) {
       }
     };
     const auto require_pages = [&](bool ok, const auto& pool, const auto& sum_over) {
+      if (!ok && caches.size() == 1) require_room(*caches[0], rows(0), caches[0]->max_append());
       require<std::length_error>(ok, "the pool has ", pool.free_pages(),
                                  " free pages; the rows of all its sequences need ", sum_over(needs));
     };

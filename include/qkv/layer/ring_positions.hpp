@@ -4,19 +4,19 @@
 //     in the cache    0 1 2 3  4 ……………………………… p+w             pinned i stands p + w − i before it, however long the text
 //
 // RoPE's score depends on distance only, and inside the window distances are the same either way. So the keys stay as they
-// are: for the pinned keys alone the query is turned back, from t to p + w. The two sets of keys are disjoint, and their
-// softmax states merge. Every query of a chunk has its own turn: a chunk gives what its tokens give one by one.
+// are: for the pinned keys alone the query is rotated back, from position t to p + w. The two sets of keys are disjoint, and
+// their softmax states merge. Every query of a chunk is rotated by itself: a chunk gives what its tokens give one by one.
 //
 // Xiao et al. 2023, arXiv:2309.17453, section 3.2.
 //
-// Before: layer/shared_prefix.hpp   Next: layer/appended.hpp
+// Before: layer/shared_prefix.hpp   Next: cache/blocks.hpp
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <span>
 
-#include "../rope.hpp"
+#include "batch_rows.hpp"
 #include "common.hpp"
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
@@ -35,14 +35,18 @@ bool counts_in_cache(const C& cache) {
     return false;
 }
 
-/// attention_into for such a ring; q [n, heads·head_dim] is turned to its positions in the text, from
-/// options.first_position on.
+/// The attention of sequence s of a batch over such a ring; its queries are rotated to their positions in the text.
 template <class T, CanCountInCache C>
-void attend_in_cache(View<T> out, const ConstView<T>& q, C& cache, const Rope<T>& rope, Heads heads,
-                     const Rule<T, typename C::Storage>& rule, const Options<T>& options, const AnyExecutor& executor) {
+void attend_in_cache(const Batch<T, C>& batch, Index s, const Rule<T, typename C::Storage>& rule,
+                     const AnyExecutor& executor) {
   using Run = KeyRun<typename C::Storage>;
+  C& cache = *batch.caches[static_cast<std::size_t>(s)];
   const auto all = cache.key_rows();
-  const Index n = q.rows(), first = *options.first_position, full = cache.pinned() + cache.window();
+  const Heads heads = batch.heads;
+  const Index n = batch.n(s), first = batch.first_position(s), full = cache.pinned() + cache.window();
+  const View<T> q = rows_of(batch.q, batch.first(s), n), out = rows_of(batch.context, batch.first(s), n);
+  Options<T> options = batch.options;
+  options.first_position = first;
 
   // The first run begins with the pinned rows; what follows them are the other keys.
   const Run& begin = all.runs.front();
@@ -63,19 +67,15 @@ void attend_in_cache(View<T> out, const ConstView<T>& q, C& cache, const Rope<T>
   for (std::size_t r = 1; r < all.runs.size(); ++r) others[n_others++] = all.runs[r];
 
   Workspace& workspace = cache.workspace();
-  View<T> turned(nullptr, 0, 0, Eigen::OuterStride<>(0));
+  View<T> rotated = no_view<T>();
   T* sums = nullptr;
-  const auto carve = [&](std::byte* base) {
-    Carver carver(base);
-    carve_matrix(carver, turned, n, q.cols());
+  const Scratch scratch(workspace, [&](Carver& carver) {
+    carve_matrix(carver, rotated, n, q.cols());
     sums = carver.take<T>(2 * n * heads.heads);
-    return carver.used();
-  };
-  const auto memory = workspace.lease(carve(nullptr));
-  carve(memory.data());
-  turned = q;
+  });
+  rotated = q;
   for (Index i = std::max<Index>(0, full - first); i < n; ++i)
-    rope.shift_in_place(rows_of(turned, i, 1), heads.heads, full - (first + i));
+    batch.rope->shift_in_place(rows_of(rotated, i, 1), heads.heads, full - (first + i));
 
   const kernel::StateView<T> state{sums, sums + n * heads.heads, out, heads.heads};
   const Kernel kernel = choose_kernel<T>(options.kernel, n);
@@ -86,8 +86,9 @@ void attend_in_cache(View<T> out, const ConstView<T>& q, C& cache, const Rope<T>
     launch(kernel, make_task(queries, part, heads, rule, options, 0), rule, state, workspace, executor, nothing_more,
            start);
   };
-  attend_to(view(turned), {&pinned, 1}, 0, n_pinned, Start::empty);
-  if (all.rows > n_pinned) attend_to(q, std::span(others).first(n_others), n_pinned, all.rows - n_pinned, Start::merge);
+  attend_to(view(rotated), {&pinned, 1}, 0, n_pinned, Start::empty);
+  if (all.rows > n_pinned)
+    attend_to(view(q), std::span(others).first(n_others), n_pinned, all.rows - n_pinned, Start::merge);
   finish_rows(state, 0, n, 0, heads.heads, all.v_head_dim, options, 0);
 }
 

@@ -35,7 +35,7 @@ struct SharedPrefix {
   Index first = 0, last = 0, rows = 0;
 };
 
-/// From sequence `first` on: takes in neighbours as long as that saves more rows of reading.
+/// From sequence `first` on: neighbours join as long as that saves more rows of reading.
 template <class T, class C>
 SharedPrefix shared_prefix(const Batch<T, C>& batch, Index first) {
   SharedPrefix group{first, first + 1, 0};
@@ -116,7 +116,7 @@ struct StackedScore {
     return stacked.of_its_sequence(score, at)(s, stacked.at(at));
   }
 };
-/// A score that does not ask where it is needs no disguise, and keeps its vectors.
+/// A score that does not depend on the pair stays as it is, and is computed on registers.
 inline Plain stacked_score(const Plain& score, const Stacked&) { return score; }
 inline SoftCap stacked_score(const SoftCap& score, const Stacked&) { return score; }
 template <class F>
@@ -128,14 +128,13 @@ StackedScore<F> stacked_score(const F& score, const Stacked& stacked) {
 template <class T>
 class PrefixStates {
  public:
-  template <class C, class M, class F>
-  PrefixStates(const Batch<T, C>& batch, const SharedPrefix& group, const M& mask, const F& score, Workspace& workspace,
-               const AnyExecutor& executor)
+  template <class C>
+  PrefixStates(const Batch<T, C>& batch, const SharedPrefix& group, const Rules<T, typename C::Storage>& rules,
+               Workspace& workspace, const AnyExecutor& executor)
       : first_row_(batch.first(group.first)),
         group_(batch.heads.group_size()),
-        state_{nullptr, nullptr, View<T>(nullptr, 0, 0, Eigen::OuterStride<>(0)), batch.heads.kv_heads},
-        lease_(workspace.lease(carve(batch, group, nullptr))) {
-    carve(batch, group, lease_.data());
+        state_{nullptr, nullptr, no_view<T>(), batch.heads.kv_heads},
+        scratch_(workspace, [&](Carver& carver) { lay_out(carver, batch, group); }) {
     const auto keys = rows_before(batch.cache(group.first).key_rows(), group.rows);
     const Index d = keys.head_dim, kv_heads = batch.heads.kv_heads, n = q_.rows();
     for (Index s = group.first; s < group.last; ++s) positions_[s - group.first] = batch.first_position(s);
@@ -146,16 +145,14 @@ class PrefixStates {
     const Stacked stacked{batch.row_offsets.subspan(static_cast<std::size_t>(group.first),
                                                     static_cast<std::size_t>(group.last - group.first) + 1),
                           positions_, group_, group.first, batch.size()};
-    const StackedMask<M> stacked_mask{mask, stacked};
-    const auto f = stacked_score(score, stacked);
     // Positions are the mask's business; 0 keeps the kernel's own away from overflow.
     Options<T> options = batch.options;
     options.first_position = 0;
-    const auto rule = rule_of<T, typename C::Storage>(stacked_mask, f);
-    const auto task = make_task(ConstView<T>(q_.data(), n, q_.cols(), Eigen::OuterStride<>(q_.outerStride())), keys,
-                                {kv_heads, kv_heads}, rule, options, 0);
-    launch(choose_kernel<T>(options.kernel, n, decode_max_stacked_queries), task, rule, state_, workspace, executor,
-           nothing_more);
+    rules.of_prefix(stacked, [&](const Rule<T, typename C::Storage>& rule) {
+      const auto task = make_task(view(q_), keys, {kv_heads, kv_heads}, rule, options, 0);
+      launch(choose_kernel<T>(options.kernel, n, decode_max_stacked_queries), task, rule, state_, workspace, executor,
+             nothing_more);
+    });
   }
 
   /// Copies the states of query rows [row, row + to's rows) of the batch and some heads: what their own rows merge into.
@@ -172,23 +169,21 @@ class PrefixStates {
 
  private:
   template <class C>
-  std::size_t carve(const Batch<T, C>& batch, const SharedPrefix& group, std::byte* base) {
+  void lay_out(Carver& carver, const Batch<T, C>& batch, const SharedPrefix& group) {
     const auto& cache = batch.cache(group.first);
     const Index n = (batch.first(group.last) - first_row_) * group_, kv_heads = batch.heads.kv_heads;
-    Carver carver(base);
     carve_matrix(carver, q_, n, kv_heads * cache.head_dim());
     carve_matrix(carver, state_.weighted, n, kv_heads * cache.v_head_dim());
     state_.maximum = carver.take<T>(n * kv_heads);
     state_.sum = carver.take<T>(n * kv_heads);
     positions_ = carver.take<Index>(group.last - group.first);
-    return carver.used();
   }
 
   Index first_row_, group_;
-  View<T> q_{nullptr, 0, 0, Eigen::OuterStride<>(0)};  // [rows·group, kv_heads·head_dim]
-  kernel::StateView<T> state_;                         // heads: kv_heads
+  View<T> q_ = no_view<T>();    // [rows·group, kv_heads·head_dim]
+  kernel::StateView<T> state_;  // heads: kv_heads
   Index* positions_ = nullptr;
-  Workspace::Lease lease_;
+  Scratch scratch_;
 };
 
 }}}  // namespace qkv::QKV_ABI::detail
