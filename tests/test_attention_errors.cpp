@@ -200,6 +200,17 @@ TEST_CASE("options that do not fit are refused, with the rule and the numbers", 
   CHECK(of_double(1e300).empty());
   CHECK(contains(of_double(1e308), "scale must be 0"));
 
+  constexpr Index far = std::numeric_limits<Index>::max() / 4;
+  for (const Index wrong : {Index(-1), far + 1, std::numeric_limits<Index>::max()})
+    CHECK(contains(error_with({.first_key_position = wrong}), "first_key_position must lie within 0 ... "));
+  CHECK(max_error(attention(q, k, v, heads, causal, {.first_key_position = far}), attention(q, k, v, heads, causal)) <=
+        tolerance<float>);
+  const PagedKeys<float> cache(k, v, 2, consecutive_pages(n_keys, {2, 3}));
+  const Options<float> elsewhere{.first_key_position = 3};
+  const std::string own = "the rows of a cache stand at positions of their own: first_key_position must be 0; given 3";
+  CHECK(message_of([&] { attention(q, cache, heads, elsewhere); }) == own);
+  CHECK(message_of([&] { attention_weights(q, cache, heads, full, plain, {}, elsewhere); }) == own);
+
   const auto offsets = [](const std::vector<Index>& queries, const std::vector<Index>& keys) {
     return error_with({.query_offsets = queries, .key_offsets = keys});
   };
@@ -251,6 +262,13 @@ TEST_CASE("a user's mask is told the shape of each sequence of the call", "[atte
   attention(q, k, v, heads, Recorder{&calls} & causal, plain, {.first_position = 30});
   REQUIRE(calls.size() == 1);
   CHECK(calls[0].first_position == 30);
+  // Keys that stand elsewhere, and queries that are the last of them; or of none.
+  attention(q, k, v, heads, Recorder{&calls}, {.first_key_position = 40});
+  attention_state(q, k.topRows(0), v.topRows(0), heads, Recorder{&calls}, {.first_key_position = 40});
+  REQUIRE(calls.size() == 3);
+  CHECK(calls[1].first_position == 40 + n_keys - n);
+  CHECK(calls[1].last_key_position == 40 + n_keys - 1);
+  CHECK(calls[2].first_position == 40 - n);
 }
 
 TEST_CASE("an output that shares an element with an input is refused", "[attention][errors]") {

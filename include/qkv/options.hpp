@@ -100,10 +100,13 @@ class LastingSpan : public std::span<const X> {
   LastingSpan(R&&) = delete;  // a view: give the vector a name, and let it outlive the call
 };
 
+/// Everything that a call can do without: what goes in as a value or a view, what comes out as a pointer to where it goes.
+/// Positions of a batch are the same for each of its sequences.
 template <class T>
 struct Options {
-  double scale = 0;                               // 0: 1/√head_dim; else normal in T
+  std::optional<double> scale = {};               // none, or 0: 1/√head_dim; else normal in T
   std::optional<Index> first_position = {};       // of the first query; default: the queries are the last valid tokens
+  Index first_key_position = 0;                   // of the first row of k and v; a cache knows where its rows stand
   LastingSpan<T> sinks = {};                      // none, or one learned logit per head
   Kernel kernel = Kernel::automatic;              // force one
   Arithmetic arithmetic = Arithmetic::automatic;  // of the fast kernels
@@ -113,5 +116,31 @@ struct Options {
   LastingSpan<Index> query_offsets = {};
   LastingSpan<Index> key_offsets = {};
 };
+
+namespace detail {
+
+/// Stands where a call names no mask or score, or `{}`: `full`, `plain`. A scalar, so that `{}` is converted to it rather than
+/// to Options, where both are possible.
+enum class Omitted {};
+
+template <class X>
+inline constexpr bool is_options = false;
+template <class T>
+inline constexpr bool is_options<Options<T>> = true;
+
+/// What may stand where a mask or a score is expected: options there belong to a shorter form of the call.
+template <class X>
+concept MaskOrScore = !is_options<X>;
+
+/// x, or what it stands for where it was omitted.
+template <class X, class Default>
+constexpr const auto& given_or(const X& x, const Default& otherwise) {
+  if constexpr (std::is_same_v<X, Omitted>)
+    return otherwise;
+  else
+    return x;
+}
+
+}  // namespace detail
 
 }}  // namespace qkv::QKV_ABI

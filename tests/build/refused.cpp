@@ -47,6 +47,8 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   attention_into(out, columns, x, x);                 // refused: need row-major memory with unit inner stride
   attention(x, x, x, {}, soft_cap(5));                // refused: qkv: a score stands where the mask is expected
   attention(x, x, x, {}, full, causal);               // refused: qkv: a mask stands where the score is expected
+  attention(x, x, x, {}, {.scale = 1}, causal);       // refused: no match
+  attention(x, x, x, {}, Options<float>{}, plain);    // refused: no match
   attention(x, x, x, {}, Misspelt{});                 // refused: a member is spelt almost like one of them
   attention(x, x, x, {}, Mistyped{});      // refused: a mask's cover must be `Cover cover(const Block&) const`
   attention(x, x, x, {}, Unanswered{});    // refused: a mask's keys_seen must be
