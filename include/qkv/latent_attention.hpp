@@ -13,7 +13,7 @@
 // see call/latent_forms.hpp. `automatic` chooses by numbers of queries and keys only: latent_form.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //
-// Before: paged_latent_cache.hpp   Next: checkpoint.hpp
+// Before: absorbed_attention.hpp   Next: checkpoint.hpp
 #pragma once
 
 #include <algorithm>

@@ -9,7 +9,7 @@
 //
 // The pool owns the bytes and must outlive its sequences (page_pool.hpp); it and they belong to one thread at a time.
 //
-// Before: latent_cache.hpp   Next: latent_attention.hpp
+// Before: latent_cache.hpp   Next: absorbed_attention.hpp
 #pragma once
 
 #include <utility>

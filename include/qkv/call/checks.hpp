@@ -226,9 +226,9 @@ void check_runs(std::span<const Run> runs, Index rows) {
   require(held == rows, "key rows must be as many as their runs hold; given ", rows, " for runs of ", held);
 }
 
-/// Position one past logical row `rows - 1`: where the next token would stand.
-template <StorageType S>
-Index end_position(const KeyRows<S>& keys, Index rows) {
+/// Position one past logical row `rows - 1`: where the next token would stand. Of key rows or of latent rows.
+template <class Rows>
+Index end_position(const Rows& keys, Index rows) {
   for (const auto& run : keys.runs) {
     if (rows <= run.rows && rows > 0) return run.position + rows;
     rows -= run.rows;
@@ -236,8 +236,8 @@ Index end_position(const KeyRows<S>& keys, Index rows) {
   return 0;
 }
 
-template <class T, StorageType S>
-Index first_position(const Rule<T, S>& rule, const KeyRows<S>& keys, Index sequence, Index n_queries,
+template <class T, StorageType S, class Rows>
+Index first_position(const Rule<T, S>& rule, const Rows& keys, Index sequence, Index n_queries,
                      const Options<T>& options) {
   if (options.first_position) return *options.first_position;
   const Index valid = rule.valid_keys(sequence, keys.rows);

@@ -204,6 +204,14 @@ void check_disjoint(const View<T>& out, const Options<T>& options, const X& in, 
   if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, in, name_log_sum_exp);
 }
 
+/// … with q, a sink, or each other.
+template <class T>
+void check_outputs(const View<T>& out, const Options<T>& options, const ConstView<T>& q) {
+  check_sinks_unwritten(out, options);
+  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
+  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+}
+
 /// attention_into of matrices, for all masks, scores and executors. with_rule(s, n, use) calls use(rule of sequence s of n).
 template <class T, StorageType S>
 void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v,
@@ -214,11 +222,9 @@ void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<
   check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
   check_out(out, q.rows(), checked_product(heads.heads, v.cols() / heads.kv_heads));
   check_options(options, heads);
-  check_sinks_unwritten(out, options);
-  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
+  check_outputs(out, options, q);
   check_disjoint(out, options, k, "k", "k (log_sum_exp)");
   check_disjoint(out, options, v, "v", "v (log_sum_exp)");
-  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
   const Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
@@ -257,9 +263,7 @@ void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& ro
   check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
   check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
   check_options(options, heads);
-  check_sinks_unwritten(out, options);
-  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
-  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+  check_outputs(out, options, q);
   check_one_sequence(options, "a cache holds");
   check_own_positions(options);
   check_call(rule, rows,
