@@ -1,4 +1,5 @@
 #include <qkv/attention.hpp>
+#include <qkv/kv_cache.hpp>
 
 #include "support/attention_case.hpp"
 #include "support/key_source.hpp"
@@ -178,6 +179,20 @@ TEST_CASE("runs of rows that do not stand at ascending positions from 0 on are r
   for (const Kernel kernel : kernels)
     CHECK(attention(query, Runs({{0, -7}, {3, 5}, {0, 2}, {2, 197}, {1, far / 8}}), {}, full, plain,
                     {.kernel = kernel}) == Matrix<float>::Ones(3, 2));
+}
+
+/// A cache of the library with rows of somebody else.
+struct Disguised : KvCache<float> {
+  const Runs& rows;
+  explicit Disguised(const Runs& of) : KvCache<float>({.head_dim = 2, .v_head_dim = 2, .capacity = 1}), rows(of) {}
+  KeyRows<float> key_rows() const { return rows.key_rows(); }
+};
+static_assert(detail::owns_rows<KvCache<float>> && !detail::owns_rows<Disguised> && !detail::owns_rows<Runs>);
+
+TEST_CASE("a cache that is derived from one of the library's is looked at like any other", "[attention][errors]") {
+  const Runs twice({{3, 0}, {3, 0}});
+  const Matrix<float> query = Matrix<float>::Ones(3, 2);
+  CHECK(contains(message_of([&] { attention(query, Disguised(twice)); }), "in ascending order and none twice"));
 }
 
 TEST_CASE("options that do not fit are refused, with the rule and the numbers", "[attention][errors]") {

@@ -81,10 +81,10 @@ inline void check_absorbed_query(Index q_cols, Index heads, Index latent_dim, In
 
 template <class T, StorageType S, class M, class F>
 void attend_latents(const View<T>& out, const ConstView<T>& q, const LatentRows<S>& rows, Index n_heads, const M& mask,
-                    const F& score, const Options<T>& options, const AnyExecutor& executor) {
+                    const F& score, const Options<T>& options, const AnyExecutor& executor, bool own) {
   const Heads heads{n_heads, 1};
   const Index n = q.rows(), width = checked_sum(rows.latent_dim, rows.rope_dim);
-  check_runs(rows.runs, rows.rows);
+  if (!own) check_runs(rows.runs, rows.rows);
   check_absorbed_query(q.cols(), n_heads, rows.latent_dim, rows.rope_dim);
   check_sizes(n, rows.rows, heads, width, rows.latent_dim);
   check_out(out, n, checked_product(n_heads, rows.latent_dim));
@@ -104,7 +104,7 @@ void attend_latents(const View<T>& out, const ConstView<T>& q, const LatentRows<
                        .last_key_position = end_position(rows, rows.rows) - 1,
                        .output = footprint(out),
                        .log_sum_exp = log_sum_exp_footprint(options)};
-  require(!lies_in(call.output, rows) && !lies_in(call.log_sum_exp, rows),
+  require(own || (!lies_in(call.output, rows) && !lies_in(call.log_sum_exp, rows)),
           "the output (and the log-sum-exp) must not share elements with the latent rows");
   rule.check(call);
 
@@ -133,7 +133,7 @@ void absorbed_attention_into(Out&& out, const Q& q, const C& latents, Index head
   detail::check_functions<M, F, ScalarOf<Q>>();
   const auto& m = detail::as_mask(detail::given_or(mask, full));
   detail::attend_latents(writable_view(out), view(q), latents.latent_rows(), heads, m, detail::given_or(score, plain),
-                         options, executor);
+                         options, executor, detail::owns_rows<C>);
 }
 template <MatrixLike Out, MatrixLike Q, LatentSource C, Executor E = Serial>
 void absorbed_attention_into(Out&& out, const Q& q, const C& latents, Index heads, const Options<ScalarOf<Q>>& options,

@@ -134,7 +134,8 @@ void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, con
   const auto& m = detail::as_mask(detail::given_or(mask, full));
   const auto rows = cache.key_rows();
   detail::attend_rows(writable_view(out), view(q), rows, heads,
-                      detail::rule_for<T>(rows, m, detail::given_or(score, plain)), options, executor);
+                      detail::rule_for<T>(rows, m, detail::given_or(score, plain)), options, executor,
+                      detail::owns_rows<C>);
 }
 template <MatrixLike Out, MatrixLike Q, KeySource C, Executor E = Serial>
 void attention_into(Out&& out, const Q& q, const C& cache, Heads heads, const Options<ScalarOf<Q>>& options,

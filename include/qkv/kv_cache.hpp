@@ -279,4 +279,7 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   std::vector<KeyRun<S>> runs_;
 };
 
+template <StorageType S>
+inline constexpr bool detail::owns_rows<KvCache<S>> = true;
+
 }}  // namespace qkv::QKV_ABI

@@ -162,4 +162,7 @@ class LatentCache {
   Workspace workspace_;
 };
 
+template <StorageType S>
+inline constexpr bool detail::owns_rows<LatentCache<S>> = true;
+
 }}  // namespace qkv::QKV_ABI

@@ -99,4 +99,7 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
   }
 };
 
+template <StorageType S>
+inline constexpr bool detail::owns_rows<PagedCache<S>> = true;
+
 }}  // namespace qkv::QKV_ABI

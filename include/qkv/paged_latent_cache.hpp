@@ -194,4 +194,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   Workspace workspace_;
 };
 
+template <StorageType S>
+inline constexpr bool detail::owns_rows<PagedLatentCache<S>> = true;
+
 }}  // namespace qkv::QKV_ABI

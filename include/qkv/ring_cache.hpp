@@ -231,4 +231,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   std::size_t n_runs_ = 0;
 };
 
+template <StorageType S>
+inline constexpr bool detail::owns_rows<RingCache<S>> = true;
+
 }}  // namespace qkv::QKV_ABI

@@ -208,7 +208,7 @@ bool lies_in(const Footprint& output, const KeyRows<S>& keys) {
 }
 
 /// Kernels walk a grid of positions and write where a run says that its rows are: those of your own cache are looked at
-/// once a call. Runs [runs] of key rows or of latent rows.
+/// once a call (owns_rows: not the library's). Runs [runs] of key rows or of latent rows.
 template <class Run>
 void check_runs(std::span<const Run> runs, Index rows) {
   constexpr Index far = std::numeric_limits<Index>::max() / 4;
@@ -244,12 +244,13 @@ Index first_position(const Rule<T, S>& rule, const Rows& keys, Index sequence, I
   return (valid > 0 ? end_position(keys, valid) : options.first_key_position) - n_queries;
 }
 
+/// own: see owns_rows.
 template <class T, StorageType S>
-void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape& shape) {
+void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape& shape, bool own = false) {
   CallShape call = shape;
   call.n_keys = keys.rows;
   call.last_key_position = end_position(keys, keys.rows) - 1;
-  require(!lies_in(call.output, keys) && !lies_in(call.log_sum_exp, keys),
+  require(own || (!lies_in(call.output, keys) && !lies_in(call.log_sum_exp, keys)),
           "the output (and the log-sum-exp) must not share elements with the keys and values of the cache");
   rule.check(call);
 }

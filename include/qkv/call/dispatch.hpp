@@ -254,11 +254,11 @@ void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<
   }
 }
 
-/// attention_into against one sequence's rows, likewise.
+/// attention_into against one sequence's rows, likewise. own: see owns_rows.
 template <class T, StorageType S>
 void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& rows, Heads heads, const Rule<T, S>& rule,
-                 const Options<T>& options, const AnyExecutor& executor) {
-  check_runs(rows.runs, rows.rows);
+                 const Options<T>& options, const AnyExecutor& executor, bool own) {
+  if (!own) check_runs(rows.runs, rows.rows);
   check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
   check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
   check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
@@ -271,7 +271,8 @@ void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& ro
               .n_queries = q.rows(),
               .first_position = first_position(rule, rows, 0, q.rows(), options),
               .output = footprint(out),
-              .log_sum_exp = log_sum_exp_footprint(options)});
+              .log_sum_exp = log_sum_exp_footprint(options)},
+             own);
 
   Workspace local;
   Workspace& workspace = options.workspace ? *options.workspace : local;
