@@ -152,16 +152,16 @@ TEST_CASE("absorbed attention says what is wrong before it writes", "[absorbed]"
   // Rows in memory that anyone may write.
   Matrix<float> memory = numbers<float>(11, 3 * 19 + 25, 4);
   const Matrix<float> before_call = memory;
-  const auto rows = qkv::latent_rows(std::as_const(memory).rightCols(25), 19);
-  for (const Index column : {1, 20})
+  const auto rows = qkv::latent_rows(std::as_const(memory).leftCols(25), 19);
+  for (const Index column : {18, 24})  // latents, rope keys
     CHECK(contains(
         message_of([&] { qkv::absorbed_attention_into(memory.block(3, column, 2, 57), q, rows, 3, {.scale = 1}); }),
         "must not share elements with the latent rows"));
   CHECK(contains(message_of([&] {
-                   qkv::absorbed_attention_into(memory.block(3, 0, 2, 57), memory.block(4, 0, 2, 75), rows, 3,
+                   qkv::absorbed_attention_into(memory.block(3, 25, 2, 57), memory.block(4, 7, 2, 75), rows, 3,
                                                 {.scale = 1});
                  }),
                  "must not share elements with the input q"));
   CHECK(same_bits(memory, before_call));
-  qkv::absorbed_attention_into(memory.block(3, 0, 2, 57), q, rows, 3, {.scale = 1});
+  qkv::absorbed_attention_into(memory.block(3, 25, 2, 57), q, rows, 3, {.scale = 1});
 }
