@@ -184,25 +184,23 @@ void absorbed(benchmark::State& state, const Sizes& s, qkv::Arithmetic arithmeti
   Matrix<float> q = machine::normal(s.n_new, s.heads * width, 3);
   for (Index h = 0; h < s.heads; ++h)
     q.middleCols(h * width, latent_dim) *= std::sqrt(static_cast<float>(nope_dim) / latent_dim);
-  Matrix<float> out(s.n_new, s.heads * latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
+  Matrix<float> out(s.n_new, s.heads * latent_dim);
   qkv::Workspace workspace;
   const Pair pair(s.threads);
-  const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
-  const qkv::kernel::LatentTask<float, S> task{cache.latent_rows(),    s.heads,   scale, 0, s.n - s.n_new, rule,
-                                               qkv::Kernel::automatic, arithmetic};
-  const qkv::kernel::StateView<float> view{m.data(), l.data(), qkv::writable_view(out), s.heads};
+  const qkv::Options<float> options{
+      .scale = static_cast<double>(scale), .arithmetic = arithmetic, .workspace = &workspace};
   const auto call = [&] {
     if (s.threads == 1)
-      qkv::kernel::latent_absorbed(task, qkv::view(q), view, workspace, qkv::serial);
+      qkv::absorbed_attention_into(out, q, cache, s.heads, qkv::causal, options);
     else
-      qkv::kernel::latent_absorbed(task, qkv::view(q), view, workspace, pair);
+      qkv::absorbed_attention_into(out, q, cache, s.heads, qkv::causal, options, pair);
   };
   call();
   Errors errors;
   const Matrix<double> c = cache.template latent<double>(), k = beside(c, cache.template rope_keys<double>());
   for (const Index h : {Index(0), s.heads / 2, s.heads - 1})
     for (Index i = 0; i < s.n_new; i += std::max<Index>(1, s.n_new / 3))
-      errors.add(out.row(i).segment(h * latent_dim, latent_dim) / l(i, h),
+      errors.add(out.row(i).segment(h * latent_dim, latent_dim),
                  formula(q.row(i).segment(h * width, width).cast<double>(), k, c, s.n - s.n_new + i));
   if (!errors.report(state, tolerance<S>(arithmetic == qkv::Arithmetic::exact))) return;
   time_calls(state, 2 * pairs(s) * static_cast<double>(s.heads * (2 * latent_dim + rope_dim)),

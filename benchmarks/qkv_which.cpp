@@ -86,16 +86,11 @@ double decode(const Candidate& c, Index n, Index threads, Matrix<float>& out) {
     qkv::LatentCache<S> cache({.latent_dim = c.latent_dim, .rope_dim = c.rope_dim, .capacity = n});
     fill(cache, n, c.latent_dim, c.rope_dim);
     const Matrix<float> q = machine::normal(1, c.heads * (c.latent_dim + c.rope_dim), 3);
-    Matrix<float> m(1, c.heads), l(1, c.heads), weighted(1, c.heads * c.latent_dim);
-    const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim + c.rope_dim));
-    const auto rule = qkv::detail::rule_of<float, float>(qkv::causal, qkv::plain);
-    const qkv::kernel::LatentTask<float, S> task{cache.latent_rows(), c.heads, scale, 0, n - 1, rule};
-    const qkv::kernel::StateView<float> state{m.data(), l.data(), qkv::writable_view(weighted), c.heads};
-    const double time =
-        milliseconds_of([&] { qkv::kernel::latent_absorbed(task, qkv::view(q), state, workspace, executor); }, threads);
-    out = weighted;
-    for (Index h = 0; h < c.heads; ++h) out.middleCols(h * c.latent_dim, c.latent_dim) /= l(0, h);
-    return time;
+    out.resize(1, c.heads * c.latent_dim);
+    const qkv::Options<float> options{.scale = 1 / std::sqrt(static_cast<double>(c.head_dim + c.rope_dim)),
+                                      .workspace = &workspace};
+    return milliseconds_of(
+        [&] { qkv::absorbed_attention_into(out, q, cache, c.heads, qkv::causal, options, executor); }, threads);
   }
   const Matrix<float> q = machine::normal(1, c.heads * c.head_dim, 3);
   out.resize(1, c.heads * c.v_head_dim);

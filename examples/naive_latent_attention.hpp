@@ -56,7 +56,7 @@ class NaiveLatentAttention {
   template <qkv::MatrixLike X>
   qkv::Matrix<T> forward(const X& x) const {
     const qkv::Matrix<T> c = latents(x);
-    return output(qkv::attention(queries(x), keys(c), values(c), heads(), qkv::causal, qkv::plain, {.scale = scale()}));
+    return output(qkv::attention(queries(x), keys(c), values(c), heads(), qkv::causal, {.scale = scale()}));
   }
 
   /// The next tokens of the cache's sequence.
@@ -65,7 +65,7 @@ class NaiveLatentAttention {
     const qkv::Index position = cache.position();
     const qkv::Matrix<T> c = latents(x, position);
     cache.append(keys(c), values(c));
-    return output(qkv::attention(queries(x, position), cache, heads(), qkv::causal, qkv::plain,
+    return output(qkv::attention(queries(x, position), cache, heads(), qkv::causal,
                                  {.scale = scale(), .workspace = &cache.workspace()}));
   }
 

@@ -1,4 +1,4 @@
-#include <qkv/call/latent_forms.hpp>
+#include <qkv/absorbed_attention.hpp>
 
 #include <cfenv>
 #include <functional>
@@ -67,6 +67,7 @@ struct Rows {
   }
   Rows(const Rows&) = delete;
 
+  const qkv::LatentRows<S>& latent_rows() const { return all; }
   S* latent_of(Index row) {
     for (auto& run : runs) {
       if (row < run.rows) return const_cast<S*>(run.latent) + row * all.latent_row_stride;
@@ -89,18 +90,8 @@ template <class T, class S, class M = qkv::Window, class E = qkv::Serial>
 Matrix<T> absorbed(const Sizes& s, const Rows<S>& rows, const Matrix<T>& q, T scale, Index first,
                    const M& mask = qkv::causal, Arithmetic arithmetic = Arithmetic::exact,
                    const E& executor = qkv::serial) {
-  qkv::Workspace workspace;
-  Matrix<T> out(s.n_new, s.heads * s.latent_dim), m(s.n_new, s.heads), l(s.n_new, s.heads);
-  const auto& as_mask = qkv::detail::as_mask(mask);
-  const auto rule = qkv::detail::rule_of<T, T>(as_mask, qkv::plain);
-  const qkv::kernel::LatentTask<T, S> task{rows.all,  s.heads, scale, 0, first, rule, qkv::Kernel::automatic,
-                                           arithmetic};
-  const qkv::kernel::StateView<T> state{m.data(), l.data(), qkv::writable_view(out), s.heads};
-  qkv::kernel::latent_absorbed(task, qkv::view(q), state, workspace, executor);
-  for (Index i = 0; i < s.n_new; ++i)
-    for (Index h = 0; h < s.heads; ++h)
-      if (m(i, h) != -std::numeric_limits<T>::infinity()) out.row(i).segment(h * s.latent_dim, s.latent_dim) /= l(i, h);
-  return out;
+  return qkv::absorbed_attention(q, rows, s.heads, mask,
+                                 {.scale = scale, .first_position = first, .arithmetic = arithmetic}, executor);
 }
 
 template <class T, class S, class Sees>

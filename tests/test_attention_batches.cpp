@@ -98,6 +98,7 @@ TEST_CASE("a sequence gives the same bits in a batch as alone", "[attention][bat
     check_batch(unequal(), full, plain, {.kernel = kernel});
     check_batch(unequal(), causal, plain, {.sinks = sinks, .kernel = kernel});
     check_batch(unequal(), window(20, 3), soft_cap(2), {.scale = 0.3, .first_position = 2, .kernel = kernel});
+    check_batch(unequal(), window(20, 3), soft_cap(2), {.first_key_position = 77, .kernel = kernel});
   }
 }
 

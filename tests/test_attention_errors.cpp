@@ -1,4 +1,5 @@
 #include <qkv/attention.hpp>
+#include <qkv/kv_cache.hpp>
 
 #include "support/attention_case.hpp"
 #include "support/key_source.hpp"
@@ -180,6 +181,20 @@ TEST_CASE("runs of rows that do not stand at ascending positions from 0 on are r
                     {.kernel = kernel}) == Matrix<float>::Ones(3, 2));
 }
 
+/// A cache of the library with rows of somebody else.
+struct Disguised : KvCache<float> {
+  const Runs& rows;
+  explicit Disguised(const Runs& of) : KvCache<float>({.head_dim = 2, .v_head_dim = 2, .capacity = 1}), rows(of) {}
+  KeyRows<float> key_rows() const { return rows.key_rows(); }
+};
+static_assert(detail::owns_rows<KvCache<float>> && !detail::owns_rows<Disguised> && !detail::owns_rows<Runs>);
+
+TEST_CASE("a cache that is derived from one of the library's is looked at like any other", "[attention][errors]") {
+  const Runs twice({{3, 0}, {3, 0}});
+  const Matrix<float> query = Matrix<float>::Ones(3, 2);
+  CHECK(contains(message_of([&] { attention(query, Disguised(twice)); }), "in ascending order and none twice"));
+}
+
 TEST_CASE("options that do not fit are refused, with the rule and the numbers", "[attention][errors]") {
   const std::vector<float> three = {1, 2, 3};
   CHECK(contains(error_with({.sinks = three}), "sinks needs one logit per head; given 3 for 4 heads"));
@@ -199,6 +214,17 @@ TEST_CASE("options that do not fit are refused, with the rule and the numbers", 
   };
   CHECK(of_double(1e300).empty());
   CHECK(contains(of_double(1e308), "scale must be 0"));
+
+  constexpr Index far = std::numeric_limits<Index>::max() / 4;
+  for (const Index wrong : {Index(-1), far + 1, std::numeric_limits<Index>::max()})
+    CHECK(contains(error_with({.first_key_position = wrong}), "first_key_position must lie within 0 ... "));
+  CHECK(max_error(attention(q, k, v, heads, causal, {.first_key_position = far}), attention(q, k, v, heads, causal)) <=
+        tolerance<float>);
+  const PagedKeys<float> cache(k, v, 2, consecutive_pages(n_keys, {2, 3}));
+  const Options<float> elsewhere{.first_key_position = 3};
+  const std::string own = "the rows of a cache stand at positions of their own: first_key_position must be 0; given 3";
+  CHECK(message_of([&] { attention(q, cache, heads, elsewhere); }) == own);
+  CHECK(message_of([&] { attention_weights(q, cache, heads, full, plain, {}, elsewhere); }) == own);
 
   const auto offsets = [](const std::vector<Index>& queries, const std::vector<Index>& keys) {
     return error_with({.query_offsets = queries, .key_offsets = keys});
@@ -251,6 +277,13 @@ TEST_CASE("a user's mask is told the shape of each sequence of the call", "[atte
   attention(q, k, v, heads, Recorder{&calls} & causal, plain, {.first_position = 30});
   REQUIRE(calls.size() == 1);
   CHECK(calls[0].first_position == 30);
+  // Keys that stand elsewhere, and queries that are the last of them; or of none.
+  attention(q, k, v, heads, Recorder{&calls}, {.first_key_position = 40});
+  attention_state(q, k.topRows(0), v.topRows(0), heads, Recorder{&calls}, {.first_key_position = 40});
+  REQUIRE(calls.size() == 3);
+  CHECK(calls[1].first_position == 40 + n_keys - n);
+  CHECK(calls[1].last_key_position == 40 + n_keys - 1);
+  CHECK(calls[2].first_position == 40 - n);
 }
 
 TEST_CASE("an output that shares an element with an input is refused", "[attention][errors]") {

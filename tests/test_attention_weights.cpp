@@ -46,6 +46,15 @@ TEST_CASE("weights times values is what attention gives", "[attention][weights]"
                     out.middleCols(h * 3, 3)) <= 1e-14);
 }
 
+TEST_CASE("weights of a part of the keys are those of the whole before the softmax", "[attention][weights]") {
+  const Case c{.n_queries = 7, .n_keys = 31, .heads = {2, 1}, .head_dim = 5, .v_head_dim = 3};
+  const Inputs<float> in(c);
+  const auto all = attention_weights(in.q, in.k, c.heads, window(11, 0), plain, Stage::masked);
+  const auto part = attention_weights(in.q, in.k.middleRows(12, 15), c.heads, window(11, 0), plain, Stage::masked,
+                                      {.first_position = 24, .first_key_position = 12});
+  CHECK(same_bits(Matrix<float>(all.middleCols(12, 15)), part));
+}
+
 TEST_CASE("queries that see nothing have weights of zero at the last stage", "[attention][weights]") {
   const Matrix<float> q = normals<float>(5, 6, 1), k = normals<float>(2, 6, 2);
   const auto weights = attention_weights(q, k, {2, 2}, causal);  // the first three stand before all keys

@@ -12,6 +12,8 @@
 #include <memory>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 
 #include "support/allocations.hpp"
 #include "support/batches.hpp"
@@ -470,11 +472,15 @@ TEST_CASE("an owner cannot give up what the call is about", "[failures]") {
   owners_leave_the_call_alone(*crowded_mla());
 }
 
-TEST_CASE("a shift that finds no memory leaves pages as they were, shared ones shared", "[failures]") {
-  const qkv::Rope<float> rope(interleaved, 6);
+TEMPLATE_TEST_CASE("a shift that finds no memory leaves pages as they were, shared ones shared", "[failures]",
+                   PagedLatentCache<float>, PagedCache<float>) {
+  constexpr bool latent = std::is_same_v<TestType, PagedLatentCache<float>>;
+  using Pool = std::conditional_t<latent, LatentPagePool<float>, PagePool<float>>;
+  const auto& config = std::get < latent ? 1 : 0 > (std::tie(pages, latent_pages));
+  const qkv::Rope<float> rope(interleaved, latent ? 6 : 10);
   for (std::int64_t k = 0, failed = 1; failed > 0; ++k) {
-    LatentPagePool<float> pool(latent_pages);
-    PagedLatentCache<float> cache(pool);
+    Pool pool(config);
+    TestType cache(pool);
     fill(cache, 7);
     const auto fork = cache.fork();
     const auto state = [&] {

@@ -1,4 +1,4 @@
-// Ten thousand random operations on each cache (append, overwrite, go back, fork, copy, save and load), compared after every
+// Ten thousand random operations on each cache (append, overwrite, go back, drop, fork, copy, save and load), compared after every
 // one with a model that only knows what the words mean: rows in a list, rows by position, pages behind shared pointers.
 
 #include "support/cache_rows.hpp"
@@ -71,6 +71,7 @@ bool saved_and_loaded(const From& from, To& to, Index cut) {
 struct ListModel {
   std::vector<Index> rows;
 
+  void drop(Index first, Index n) { rows.erase(rows.begin() + first, rows.begin() + first + n); }
   std::vector<HeldRow> held() const {
     std::vector<HeldRow> all;
     for (std::size_t i = 0; i < rows.size(); ++i) all.push_back({static_cast<Index>(i), rows[i]});
@@ -126,6 +127,12 @@ struct PagedModel {
     (*table[page])[static_cast<std::size_t>(p % page_tokens)] = id;
     rows = std::max(rows, p + 1);
   }
+  void drop(Index first, Index n, Index page_tokens) {
+    const std::vector<HeldRow> before = held(page_tokens);
+    const Index left = rows - n;
+    for (Index p = first; p < left; ++p) write(p, before[static_cast<std::size_t>(p + n)].id, page_tokens);
+    truncate(left, page_tokens);
+  }
   void truncate(Index p, Index page_tokens) {
     table.resize(static_cast<std::size_t>((p + page_tokens - 1) / page_tokens));
     rows = p;
@@ -156,7 +163,7 @@ TEMPLATE_TEST_CASE("a contiguous cache is a list of rows", "", float, bfloat16, 
     ListModel model;
     for (int step = 0; step < operations / 2; ++step) {
       const Index held = static_cast<Index>(model.rows.size());
-      const Index kind = dice.roll(0, 19);
+      const Index kind = dice.roll(0, 20);
       bool refused = false, should_refuse = false;
       if (kind < 8) {
         const auto ids = dice.fresh_ids(dice.roll(0, 4));
@@ -177,6 +184,11 @@ TEMPLATE_TEST_CASE("a contiguous cache is a list of rows", "", float, bfloat16, 
           model.rows.resize(static_cast<std::size_t>(std::max(held, at + n)));
           std::copy(ids.begin(), ids.end(), model.rows.begin() + at);
         }
+      } else if (kind == 20) {  // without a rotation: as they are
+        const Index first = dice.roll(-1, held), n = dice.roll(-1, 5);
+        should_refuse = first < 0 || n < 0 || first + n > held;
+        refused = raises([&] { cache.drop_rows(first, n, std::nullopt); });
+        if (!should_refuse) model.drop(first, n);
       } else if (kind == 18) {
         KvCache<TestType> copy = cache;
         if (dice.roll(0, 1) == 0) {  // through a file and a cache of other blocks
@@ -276,9 +288,9 @@ TEMPLATE_TEST_CASE("paged sequences are tables of shared pages", "", float, half
   PagePool<TestType> pool({.kv_heads = 2, .head_dim = 3, .v_head_dim = 5, .page_tokens = page_tokens, .pages = pages});
   std::vector<PagedCache<TestType>> caches;
   std::vector<PagedModel> models;
-  int exhausted = 0;
+  int exhausted = 0, undroppable = 0;
   for (int step = 0; step < operations; ++step) {
-    const Index kind = dice.roll(0, 19);
+    const Index kind = dice.roll(0, 21);
     if (caches.empty() || (kind == 0 && static_cast<Index>(caches.size()) < most_sequences)) {
       caches.emplace_back(pool);
       models.emplace_back();
@@ -286,18 +298,18 @@ TEMPLATE_TEST_CASE("paged sequences are tables of shared pages", "", float, half
     const auto s = static_cast<std::size_t>(dice.roll(0, static_cast<Index>(caches.size()) - 1));
     const Index held = models[s].rows, free = pages - static_cast<Index>(pages_in_use(models).size());
     bool refused = false, should_refuse = false;
+    const auto missing = [&](Index at, Index n) {
+      Index needed = 0;  // pages that are not there yet, or that others hold too
+      const auto end_page = static_cast<std::size_t>((at + n + page_tokens - 1) / page_tokens);
+      for (auto page = static_cast<std::size_t>(at / page_tokens); page < end_page; ++page)
+        needed += page >= models[s].table.size() || models[s].table[page].use_count() > 1;
+      return needed > free;
+    };
     if (kind < 13) {
       const bool append = kind < 9;
       const auto ids = dice.fresh_ids(dice.roll(1, 5));
       const Index n = static_cast<Index>(ids.size()), at = append ? held : dice.roll(-1, held + 1);
-      should_refuse = at < 0 || at > held;
-      if (!should_refuse) {
-        Index needed = 0;  // pages that are not there yet, or that others hold too
-        const auto end_page = static_cast<std::size_t>((at + n + page_tokens - 1) / page_tokens);
-        for (auto page = static_cast<std::size_t>(at / page_tokens); page < end_page; ++page)
-          needed += page >= models[s].table.size() || models[s].table[page].use_count() > 1;
-        should_refuse = needed > free;
-      }
+      should_refuse = at < 0 || at > held || missing(at, n);
       exhausted += should_refuse && append;
       if (append && kind < 5)
         refused = !support::try_append_ids(caches[s], ids);
@@ -310,6 +322,12 @@ TEMPLATE_TEST_CASE("paged sequences are tables of shared pages", "", float, half
       should_refuse = to < 0 || to > held;
       refused = kind < 14 ? !caches[s].try_truncate(to) : raises([&] { caches[s].truncate(to); });
       if (!should_refuse) models[s].truncate(to, page_tokens);
+    } else if (kind > 19) {  // without a rotation: as they are
+      const Index first = dice.roll(-1, held), n = dice.roll(-1, 4), moved = held - n - first;
+      should_refuse = first < 0 || n < 0 || moved < 0;
+      if (!should_refuse && n > 0 && moved > 0 && missing(first, moved)) should_refuse = true, ++undroppable;
+      refused = raises([&] { caches[s].drop_rows(first, n, std::nullopt); });
+      if (!should_refuse && n > 0) models[s].drop(first, n, page_tokens);
     } else if (kind < 18) {
       if (static_cast<Index>(caches.size()) < most_sequences) {
         const Index to = dice.roll(0, 1) == 0 ? held : dice.roll(0, held);
@@ -357,6 +375,7 @@ TEMPLATE_TEST_CASE("paged sequences are tables of shared pages", "", float, half
     }
   }
   REQUIRE(exhausted > 50);
+  REQUIRE(undroppable > 3);
   caches.clear();
   REQUIRE(pool.free_pages() == pages);
 }
@@ -370,9 +389,14 @@ TEMPLATE_TEST_CASE("a latent cache is a list of latents and rope keys", "", floa
   const auto rope = [](const std::vector<Index>& ids) { return support::cache_rows<float>(ids, 1, 4, true); };
   for (int step = 0; step < operations; ++step) {
     const Index held = static_cast<Index>(model.rows.size());
-    const Index kind = dice.roll(0, 9);
+    const Index kind = dice.roll(0, 10);
     bool refused = false, should_refuse = false;
-    if (kind < 5) {
+    if (kind == 10) {
+      const Index first = dice.roll(-1, held), n = dice.roll(-1, 4);
+      should_refuse = first < 0 || n < 0 || first + n > held;
+      refused = raises([&] { cache.drop_rows(first, n, std::nullopt); });
+      if (!should_refuse) model.drop(first, n);
+    } else if (kind < 5) {
       const auto ids = dice.fresh_ids(dice.roll(0, 4));
       should_refuse = held + static_cast<Index>(ids.size()) > capacity;
       refused =

@@ -25,6 +25,10 @@ TEST_CASE("explain names the kernel that the rule picks, and why", "[explain]") 
   CHECK(e.why == "1000 queries > 8");
   CHECK(explain(q.topRows(3), k, v, heads).kernel == Kernel::decode);
   CHECK(explain(q.topRows(3), k, v, heads).why == "3 queries <= 8");
+  const auto later = explain(q.topRows(3), k.bottomRows(500), v.bottomRows(500), heads, causal, plain,
+                             {.first_position = 0, .first_key_position = k.rows() - 500});
+  CHECK(later.blocks_none > 0);
+  CHECK(later.blocks_all + later.blocks_some == 0);
   const auto asked = explain(q, k, v, heads, causal, plain, {.kernel = Kernel::reference});
   CHECK(asked.kernel == Kernel::reference);
   CHECK(asked.why == "asked for by options.kernel");

@@ -361,7 +361,8 @@ TEST_CASE("a context shift that cannot be leaves a cache as it was; one that can
     REQUIRE(support::contains(
         support::message_of<std::out_of_range>([&] { cache.drop_rows(drop.first, drop.second, rope); }),
         "rows held 9"));
-  REQUIRE(support::contains(support::message_of([&] { cache.drop_rows(0, 2, narrower); }), "head_dim 6; given 4"));
+  REQUIRE(support::contains(support::message_of([&] { cache.drop_rows(0, 2, narrower); }),
+                            "(of latents: rope_dim) 6; given 4"));
   REQUIRE(holds(cache.key_rows(), support::rows_until(9)));
   cache.drop_rows(0, 2, rope);
   REQUIRE(support::allocations_of([&] { cache.drop_rows(1, 3, rope); }).count == 0);

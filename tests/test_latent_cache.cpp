@@ -200,7 +200,7 @@ TEST_CASE("a context shift that cannot be leaves a latent cache as it was; one t
   for (const auto& drop : {std::pair<Index, Index>{-1, 2}, {0, 10}, {8, 2}, {3, -1}, {10, 0}})
     REQUIRE(contains(message_of<std::out_of_range>([&] { cache.drop_rows(drop.first, drop.second, rope); }),
                      "rows held 9"));
-  REQUIRE(contains(message_of([&] { cache.drop_rows(0, 2, wider); }), "rope_dim 6; given 8"));
+  REQUIRE(contains(message_of([&] { cache.drop_rows(0, 2, wider); }), "(of latents: rope_dim) 6; given 8"));
   REQUIRE(cache.rows() == 9);
   REQUIRE(max_error(cache.latent(), c) == 0);
   REQUIRE(max_error(cache.rope_keys(), r) == 0);

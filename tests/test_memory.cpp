@@ -1,12 +1,17 @@
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
+#include "support/numbers.hpp"
 
 #include <qkv/memory.hpp>
 #include <qkv/qkv.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <set>
 #include <stdexcept>
 
 using namespace qkv;
@@ -82,6 +87,108 @@ TEMPLATE_TEST_CASE("the figures are what the caches allocate", "", float, double
   REQUIRE(kv.bytes() == cache_bytes<TestType>(layer, tokens));
   REQUIRE(naive.bytes() == naive_cache_bytes<TestType>(mla, tokens));
   REQUIRE(latent.bytes() == cache_bytes<TestType>(mla, tokens));
+}
+
+namespace {
+
+constexpr MultiHeadAttentionConfig gqa{.model_dim = 66, .heads = 6, .kv_heads = 3, .head_dim = 10, .v_head_dim = 5};
+constexpr LatentAttentionConfig small_mla{.model_dim = 40,
+                                          .heads = 5,
+                                          .latent_dim = 19,
+                                          .nope_dim = 7,
+                                          .rope_dim = 10,
+                                          .v_head_dim = 11,
+                                          .rope = {.pairing = Pairing::interleaved}};
+
+template <class Cache>
+void append(Cache& cache, Index n) {
+  if constexpr (requires { cache.latent_dim(); })
+    cache.append(support::numbers<float>(n, 19, 1), support::numbers<float>(n, 10, 2));
+  else
+    cache.append(support::numbers<float>(n, 3 * 10, 1), support::numbers<float>(n, 3 * 5, 2));
+}
+
+/// Rows that a cache has memory for; most: that it has held, where it grows by blocks and keeps them.
+template <class Cache>
+Index rows_with_memory(const Cache& cache, Index block, Index most) {
+  if constexpr (requires { cache.pages(); })
+    return static_cast<Index>(cache.pages().size()) * cache.page_tokens();
+  else
+    return block == 0 ? cache.capacity() : (most + block - 1) / block * block;
+}
+
+/// What every cache offers, whatever is behind it: README's table.
+template <class Cache>
+void offers_what_all_do(Cache& cache, Index block = 0) {
+  using S = typename Cache::Storage;
+  Index most = 0;
+  const auto follows_the_rule = [&] {
+    const Index tokens = rows_with_memory(cache, block, most = std::max(most, cache.rows()));
+    if constexpr (requires { cache.latent_dim(); })
+      return cache.bytes() == cache_bytes<S>(small_mla, tokens);
+    else
+      return cache.bytes() == cache_bytes<S>(gqa, tokens);
+  };
+  CHECK(follows_the_rule());
+  CHECK((cache.make_room(7) && !cache.make_room(cache.capacity() + 1)));
+  append(cache, 7);
+  CHECK((cache.rows() == 7 && cache.position() == 7 && follows_the_rule()));
+  cache.workspace().lease(1000);
+  CHECK((cache.overhead_bytes() >= 1000 && follows_the_rule()));
+  if constexpr (requires { cache.drop_rows(0, 0, std::nullopt); }) {  // not a ring, which forgets by itself
+    const Rope<float> rope({.pairing = Pairing::half_split}, 10);
+    cache.drop_rows(1, 1, rope);
+    cache.drop_rows(1, 1, std::optional(rope));
+    cache.drop_rows(1, 1, std::nullopt);
+    CHECK((cache.rows() == 4 && follows_the_rule()));
+  }
+  CHECK((!cache.can_truncate(8) && cache.try_truncate(3) && cache.position() == 3 && follows_the_rule()));
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("bytes and overhead_bytes follow one rule in every cache, to the byte that is allocated", "", float,
+                   std::int8_t) {
+  using S = TestType;
+  const auto before = support::allocations();
+  const auto allocated = [&] { return (support::allocations() - before).new_bytes; };
+  const auto own = [](const auto& owner) { return owner.bytes() + owner.overhead_bytes(); };
+  for (const Index block : {0, 4}) {
+    KvCache<S> cache({.kv_heads = 3, .head_dim = 10, .v_head_dim = 5, .capacity = 12, .block = block});
+    offers_what_all_do(cache, block);
+    CHECK(allocated() == own(cache));
+  }
+  {
+    RingCache<S> cache({.kv_heads = 3, .head_dim = 10, .v_head_dim = 5, .window = 9, .pinned = 2, .slack = 8});
+    offers_what_all_do(cache);
+    CHECK(allocated() == own(cache));
+  }
+  {
+    LatentCache<S> cache({.latent_dim = 19, .rope_dim = 10, .capacity = 12});
+    offers_what_all_do(cache);
+    CHECK(allocated() == own(cache));
+  }
+  const auto pages = [&]<class Cache>(auto& pool, std::type_identity<Cache>) {
+    Cache cache(pool);
+    offers_what_all_do(cache);
+    append(cache, 4);
+    Cache fork = cache.fork(5);
+    append(fork, 9);
+    CHECK(allocated() == own(pool) + cache.overhead_bytes() + fork.overhead_bytes());
+    std::set<Index> used(cache.pages().begin(), cache.pages().end());
+    used.insert(fork.pages().begin(), fork.pages().end());
+    CHECK(used.size() == cache.pages().size() + fork.pages().size() - 1);  // one is shared
+    CHECK(pool.used_bytes() == static_cast<Index>(used.size()) * pool.page_bytes());
+    CHECK(cache.bytes() + fork.bytes() == pool.used_bytes() + pool.page_bytes());
+  };
+  {
+    PagePool<S> pool({.kv_heads = 3, .head_dim = 10, .v_head_dim = 5, .page_tokens = 4, .pages = 9});
+    pages(pool, std::type_identity<PagedCache<S>>());
+  }
+  {
+    LatentPagePool<S> pool({.latent_dim = 19, .rope_dim = 10, .page_tokens = 4, .pages = 9});
+    pages(pool, std::type_identity<PagedLatentCache<S>>());
+  }
 }
 
 TEST_CASE("a figure that does not fit is an error") {

@@ -68,9 +68,13 @@ TEST_CASE(
   MultiHeadAttentionConfig own = llama_2_7b;
   own.scale = 0.5;
   REQUIRE(softmax_scale(own) == 0.5);
+  own.scale = 0;  // as none
+  REQUIRE(softmax_scale(own) == softmax_scale(llama_2_7b));
   LatentAttentionConfig own_latent = deepseek_v3;
   own_latent.scale = 0.125;
   REQUIRE(softmax_scale(own_latent) == 0.125);
+  own_latent.scale = 0;
+  REQUIRE(softmax_scale(own_latent) == softmax_scale(deepseek_v3));
 }
 
 TEST_CASE("settings that make no sense are errors that show the numbers") {

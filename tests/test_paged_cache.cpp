@@ -506,6 +506,100 @@ TEMPLATE_TEST_CASE("pool and sequences account for every byte, and appending all
   REQUIRE(used.count == 0);
 }
 
+TEMPLATE_TEST_CASE("rows dropped from pages leave the bits of a contiguous cache, and forks as they were", "", float,
+                   half, std::int8_t) {
+  const Rope<float> rope({.pairing = Pairing::interleaved, .theta = 30}, 6);
+  const Matrix<float> k = support::numbers<float>(150, 3 * 6, 1), v = support::numbers<float>(150, 3 * 7, 2);
+  const PagePoolConfig config{.kv_heads = 3, .head_dim = 6, .v_head_dim = 7};
+  const auto same = [](const auto& a, const auto& b) {
+    return a.position() == b.position() && support::same_bits(a.keys(), b.keys()) &&
+           support::same_bits(a.values(), b.values());
+  };
+  for (const auto& [first, n] :
+       {std::pair<Index, Index>{0, 5}, {3, 70}, {13, 1}, {0, 150}, {149, 1}, {7, 0}, {20, 130}})
+    for (const Index page_tokens : {1, 7, 64}) {
+      CAPTURE(first, n, page_tokens);
+      PagePoolConfig of_pool = config;
+      of_pool.page_tokens = page_tokens, of_pool.pages = 400 / page_tokens + 2;
+      PagePool<TestType> pool(of_pool);
+      PagedCache<TestType> cache(pool);
+      KvCache<TestType> whole({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 200});
+      cache.append(k, v), whole.append(k, v);
+      const auto fork = cache.fork();
+      const KvCache<TestType> before = whole;
+      cache.drop_rows(first, n, rope), whole.drop_rows(first, n, std::optional(rope));
+      REQUIRE((same(cache, whole) && same(fork, before)));
+      cache.append(k.topRows(9), v.topRows(9)), whole.append(k.topRows(9), v.topRows(9));
+      cache.drop_rows(1, 2, rope), whole.drop_rows(1, 2, rope);
+      REQUIRE((same(cache, whole) && same(fork, before)));
+      Index position = 0;
+      for (const auto& run : cache.key_rows().runs)
+        REQUIRE(std::exchange(position, position + run.rows) == run.position);
+    }
+
+  // Forks that share pages, each shifted its own way, however often: as caches of their own.
+  PagePoolConfig of_pool = config;
+  of_pool.page_tokens = 5, of_pool.pages = 100;
+  PagePool<TestType> pool(of_pool);
+  const Index tables = pool.overhead_bytes();
+  std::vector<PagedCache<TestType>> paged;
+  std::vector<KvCache<TestType>> whole;
+  const auto add = [&](std::size_t s, Index n, Index seed) {
+    paged[s].append(k.middleRows(seed, n), v.middleRows(seed, n)),
+        whole[s].append(k.middleRows(seed, n), v.middleRows(seed, n));
+  };
+  const auto drop = [&](std::size_t s, Index first, Index n, const auto&... how) {
+    paged[s].drop_rows(first, n, rope, how...), whole[s].drop_rows(first, n, rope, how...);
+  };
+  const auto fork = [&](std::size_t s) { paged.push_back(paged[s].fork()), whole.push_back(whole[s]); };
+  paged.emplace_back(pool);
+  whole.emplace_back(KvCacheConfig{.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 90});
+  add(0, 50, 1);
+  drop(0, 3, 2, Shift::in_place);
+  REQUIRE(pool.overhead_bytes() == tables);
+  drop(0, 4, 3), drop(0, 20, 2);
+  const Index row = 3 * (6 * static_cast<Index>(sizeof(TestType)) + (has_row_scale<TestType> ? 4 : 0)) + 8;
+  REQUIRE(pool.overhead_bytes() == tables + 500 * row);  // of the keys only
+  fork(0), fork(0), fork(1);
+  for (Index round = 0; round < 30; ++round) {
+    drop(0, round % 7, 1), add(0, 1, round);
+    drop(1, 11, round % 3), add(1, round % 3, 2 * round);
+    if (round == 9) drop(2, 3, 2, Shift::in_place);
+    if (round == 10) paged[3].drop_rows(2, 1, std::nullopt), whole[3].drop_rows(2, 1, std::nullopt);
+    if (round == 11) paged[3].truncate(31), whole[3].truncate(31), add(3, 9, round);
+    if (round == 12) paged[2].clear(), whole[2].clear(), add(2, 40, round);  // pages whose rows had turned
+    if (round == 13)
+      paged[1].scatter_rows(12, k.topRows(3), v.topRows(3)), whole[1].scatter_rows(12, k.topRows(3), v.topRows(3));
+    if (round == 15) {  // a file begins anew, in pages whose rows had turned
+      std::stringstream file;
+      save_cache(file, paged[0]), save_cache(file, paged[0]);
+      load_cache(file, paged[2]), load_cache(file, whole[2]);
+      drop(2, 0, 2);
+    }
+    if (round == 20) paged[1] = paged[3].fork(), whole[1] = whole[3];
+    drop(3, 8, round % 2), add(3, round % 2, round);
+    for (std::size_t s = 0; s < 4; ++s) REQUIRE(same(paged[s], whole[s]));
+  }
+}
+
+TEST_CASE("a shift of pages that cannot be leaves them as they were; one that can allocates nothing when warm") {
+  const Rope<float> rope({Pairing::half_split}, 4), wider({Pairing::half_split}, 6);
+  PagePool<float> small({.kv_heads = 1, .head_dim = 4, .v_head_dim = 3, .page_tokens = 4, .pages = 3});
+  PagedCache<float> cache(small);
+  append_ids(cache, ids(0, 12));
+  PagedCache<float> fork = cache.fork();
+  REQUIRE(contains(message_of<std::length_error>([&] { cache.drop_rows(0, 1, rope); }), "0 free pages of 3"));
+  REQUIRE(contains(message_of<std::out_of_range>([&] { cache.drop_rows(8, 5, rope); }), "rows held 12"));
+  REQUIRE(contains(message_of([&] { cache.drop_rows(0, 1, wider); }), "4; given 6"));
+  REQUIRE((holds(cache.key_rows(), rows_until(12)) && holds(fork.key_rows(), rows_until(12))));
+  cache.drop_rows(10, 2, rope);  // nothing moves
+  REQUIRE((holds(cache.key_rows(), rows_until(10)) && small.references(2) == 2));
+  small.on_exhausted([&](Index) { fork.clear(); });
+  cache.drop_rows(0, 1, rope);
+  REQUIRE((cache.rows() == 9 && fork.rows() == 0));
+  REQUIRE(support::allocations_of([&] { cache.drop_rows(1, 3, rope); }).count == 0);
+}
+
 TEST_CASE("a pool counts its sequences: forks, those that hold no page, not what was moved from") {
   PagePool<float> pool(sizes);
   REQUIRE(pool.sequences() == 0);

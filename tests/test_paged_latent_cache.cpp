@@ -3,6 +3,7 @@
 #include <qkv/paged_latent_cache.hpp>
 #include <qkv/saved_cache.hpp>
 
+#include <optional>
 #include <sstream>
 
 #include "support/batches.hpp"
@@ -146,7 +147,7 @@ TEMPLATE_TEST_CASE("rows dropped from pages leave the bits of one block, and for
       cache.append(c, r), whole.append(c, r);
       const auto fork = cache.fork();
       const auto before = fork.latent();
-      cache.drop_rows(first, n, rope), whole.drop_rows(first, n, rope);
+      cache.drop_rows(first, n, std::optional(rope)), whole.drop_rows(first, n, rope);
       CHECK((cache.rows() == 150 - n && cache.position() == whole.position()));
       CHECK((same_bits(cache.latent(), whole.latent()) && same_bits(cache.rope_keys(), whole.rope_keys())));
       CHECK((fork.rows() == 150 && same_bits(fork.latent(), before)));

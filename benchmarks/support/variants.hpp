@@ -77,7 +77,7 @@ double error_of(const Variant& variant, const Matrix<float>& x, Index first, con
   const auto [k, v] = variant.keys_and_values(x.topRows(first + n).cast<double>());
   const Matrix<double> context =
       qkv::attention(variant.exact.queries(x.middleRows(first, n).cast<double>(), first), k, v, variant.exact.heads(),
-                     qkv::causal, qkv::plain, {.scale = variant.scale(), .kernel = qkv::Kernel::reference});
+                     qkv::causal, {.scale = variant.scale(), .kernel = qkv::Kernel::reference});
   return support::max_error(out, variant.exact.output(context));
 }
 

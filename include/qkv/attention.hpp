@@ -1,6 +1,6 @@
 // attention.hpp — the front door: softmax(score(scale · Q Kᵀ) under a mask) V, for all heads at once.
 //
-//     out = attention(q, k, v, {.heads = 8, .kv_heads = 2}, causal);
+//     out = attention(q, k, v, {.heads = 8, .kv_heads = 2}, causal, {.scale = 0.1});
 //
 //     q [n_queries, heads·head_dim]   k [n_keys, kv_heads·head_dim]   v [n_keys, kv_heads·v_head_dim]
 //     out [n_queries, heads·v_head_dim]                       cost 2·n_queries·n_keys·heads·(head_dim + v_head_dim) flops
@@ -9,6 +9,8 @@
 //     score     what happens to q·k      score.hpp    default: plain
 //     options   scale, positions, sinks, kernel, log-sum-exp, workspace, batches      options.hpp
 //     executor  who does the work        parallel.hpp default: serial
+//
+// They follow heads in this order; options may also follow heads or the mask at once: no score, or neither.
 //
 // Queries are the *last* tokens unless options.first_position says otherwise: with n_keys keys of which none is padding,
 // query i stands at position n_keys - n_queries + i. A query that sees nothing gives zeros.
@@ -35,7 +37,8 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
 /// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
 /// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
 /// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
-/// and values in T: for an int8 cache decode may hold more, and with heads of one feature prefill.
+/// and values in T, the keys at positions from 0 on: for an int8 cache decode may hold more, and with heads of one feature
+/// prefill.
 template <class T>
 Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim, Index v_head_dim) {
   check(heads);
@@ -62,115 +65,46 @@ Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, 
   }
 }
 
-namespace detail {
-
-/// Raises where the outputs of a call share an element with an input.
-template <class T, class X>
-void check_disjoint(const View<T>& out, const Options<T>& options, const X& in, const char* name,
-                    const char* name_log_sum_exp) {
-  require_disjoint(out, in, name);
-  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, in, name_log_sum_exp);
-}
-
-/// attention_into of matrices, for all masks, scores and executors. with_rule(s, n, use) calls use(rule of sequence s of n).
-template <class T, StorageType S>
-void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v,
-                     Heads heads, FunctionRef<void(Index, Index, FunctionRef<void(const Rule<T, S>&)>)> with_rule,
-                     const Options<T>& options, const AnyExecutor& executor) {
-  check_keys(k, v, heads);
-  check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
-  check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
-  check_out(out, q.rows(), checked_product(heads.heads, v.cols() / heads.kv_heads));
-  check_options(options, heads);
-  check_sinks_unwritten(out, options);
-  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
-  check_disjoint(out, options, k, "k", "k (log_sum_exp)");
-  check_disjoint(out, options, v, "v", "v (log_sum_exp)");
-  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
-  const Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
-  for (Index s = 0; s < sequences.count(); ++s) {
-    const auto rows = sequences.at(s);
-    const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads);
-    with_rule(s, sequences.count(), [&](const Rule<T, S>& rule) {
-      check_call(rule, source.rows,
-                 {.sequences = sequences.count(),
-                  .heads = heads.heads,
-                  .sequence = s,
-                  .n_queries = rows.n_queries,
-                  .first_position = first_position(rule, source.rows, s, rows.n_queries, options),
-                  .output = footprint(out),
-                  .log_sum_exp = log_sum_exp_footprint(options)});
-    });
-  }
-
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
-  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
-  for (Index s = 0; s < sequences.count(); ++s) {
-    const auto rows = sequences.at(s);
-    const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads);
-    with_rule(s, sequences.count(), [&](const Rule<T, S>& rule) {
-      attend(make_task(rows_of(q, rows.query, rows.n_queries), source.rows, heads, rule, options, s), rule,
-             rows_of(out, rows.query, rows.n_queries), rows.query, options, workspace, executor);
-    });
-  }
-}
-
-/// attention_into against one sequence's rows, likewise.
-template <class T, StorageType S>
-void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& rows, Heads heads, const Rule<T, S>& rule,
-                 const Options<T>& options, const AnyExecutor& executor) {
-  check_runs(rows.runs, rows.rows);
-  check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
-  check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
-  check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
-  check_options(options, heads);
-  check_sinks_unwritten(out, options);
-  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
-  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
-  check_one_sequence(options, "a cache holds");
-  check_call(rule, rows,
-             {.heads = heads.heads,
-              .n_queries = q.rows(),
-              .first_position = first_position(rule, rows, 0, q.rows(), options),
-              .output = footprint(out),
-              .log_sum_exp = log_sum_exp_footprint(options)});
-
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
-  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
-  attend(make_task(q, rows, heads, rule, options, 0), rule, out, 0, options, workspace, executor);
-}
-
-}  // namespace detail
-
 /// out [n_queries, heads·v_head_dim] must have its shape and share no element with an input; all operands are row-major
 /// with unit inner stride. Throws std::invalid_argument before anything is written. Allocates nothing with the serial
 /// executor and a warm options.workspace.
-template <MatrixLike Out, MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain,
-          Executor E = Serial>
-void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full,
-                    const F& score = plain, const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
+template <MatrixLike Out, MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted,
+          detail::MaskOrScore F = detail::Omitted, Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = {},
+                    const F& score = {}, const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
   using T = ScalarOf<Q>;
   using S = ScalarOf<K>;
-  detail::check_functions<M, F, T>();
-  detail::check_scalars<T, S, ScalarOf<V>>();
-  const auto& m = detail::as_mask(mask);
   using Rule = detail::Rule<T, S>;
+  detail::check_scalars<T, S, ScalarOf<V>>();
+  detail::check_functions<M, F, T>();
+  const auto& m = detail::as_mask(detail::given_or(mask, full));
+  const auto& f = detail::given_or(score, plain);
   detail::attend_matrices<T, S>(
       writable_view(out), view(q), view(k), view(v), heads,
       [&](Index s, Index n, detail::FunctionRef<void(const Rule&)> use) {
         decltype(auto) own_mask = detail::of_sequence(m, s, n);
-        decltype(auto) own_score = detail::of_sequence(score, s, n);
+        decltype(auto) own_score = detail::of_sequence(f, s, n);
         use(detail::rule_of<T, S>(own_mask, own_score));
       },
       options, executor);
 }
+template <MatrixLike Out, MatrixLike Q, MatrixLike K, MatrixLike V, Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads, const Options<ScalarOf<Q>>& options,
+                    const E& executor = serial) {
+  attention_into(out, q, k, v, heads, full, plain, options, executor);
+}
+template <MatrixLike Out, MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted,
+          Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads, const M& mask,
+                    const Options<ScalarOf<Q>>& options, const E& executor = serial) {
+  attention_into(out, q, k, v, heads, mask, plain, options, executor);
+}
 
 /// Takes any Eigen expressions; what is not row-major in memory is copied first.
-template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
-Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full,
-                              const F& score = plain, const Options<ScalarOf<Q>>& options = {},
+template <MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted,
+          detail::MaskOrScore F = detail::Omitted, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = {},
+                              const F& score = {}, const Options<ScalarOf<Q>>& options = {},
                               const E& executor = serial) {
   detail::check_keys(k, v, heads);
   detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
@@ -178,64 +112,118 @@ Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads = 
   attention_into(out, viewable(q), viewable(k), viewable(v), heads, mask, score, options, executor);
   return out;
 }
-
-/// Queries against what a cache holds. By default the queries are the last tokens of the cache.
-template <MatrixLike Out, MatrixLike Q, KeySource C, class M = Full, class F = Plain, Executor E = Serial>
-void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
-                    const F& score = plain, const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
-  using T = ScalarOf<Q>;
-  detail::check_functions<M, F, T>();
-  const auto& m = detail::as_mask(mask);
-  const auto rows = cache.key_rows();
-  detail::attend_rows(writable_view(out), view(q), rows, heads, detail::rule_for<T>(rows, m, score), options, executor);
+template <MatrixLike Q, MatrixLike K, MatrixLike V, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads, const Options<ScalarOf<Q>>& options,
+                              const E& executor = serial) {
+  return attention(q, k, v, heads, full, plain, options, executor);
+}
+template <MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads, const M& mask,
+                              const Options<ScalarOf<Q>>& options, const E& executor = serial) {
+  return attention(q, k, v, heads, mask, plain, options, executor);
 }
 
-template <MatrixLike Q, KeySource C, class M = Full, class F = Plain, Executor E = Serial>
-Matrix<ScalarOf<Q>> attention(const Q& q, const C& cache, Heads heads = {}, const M& mask = full,
-                              const F& score = plain, const Options<ScalarOf<Q>>& options = {},
-                              const E& executor = serial) {
+/// Queries against what a cache holds. By default the queries are the last tokens of the cache.
+template <MatrixLike Out, MatrixLike Q, KeySource C, detail::MaskOrScore M = detail::Omitted,
+          detail::MaskOrScore F = detail::Omitted, Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const C& cache, Heads heads = {}, const M& mask = {}, const F& score = {},
+                    const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
+  using T = ScalarOf<Q>;
+  detail::check_functions<M, F, T>();
+  const auto& m = detail::as_mask(detail::given_or(mask, full));
+  const auto rows = cache.key_rows();
+  detail::attend_rows(writable_view(out), view(q), rows, heads,
+                      detail::rule_for<T>(rows, m, detail::given_or(score, plain)), options, executor,
+                      detail::owns_rows<C>);
+}
+template <MatrixLike Out, MatrixLike Q, KeySource C, Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const C& cache, Heads heads, const Options<ScalarOf<Q>>& options,
+                    const E& executor = serial) {
+  attention_into(out, q, cache, heads, full, plain, options, executor);
+}
+template <MatrixLike Out, MatrixLike Q, KeySource C, detail::MaskOrScore M = detail::Omitted, Executor E = Serial>
+void attention_into(Out&& out, const Q& q, const C& cache, Heads heads, const M& mask,
+                    const Options<ScalarOf<Q>>& options, const E& executor = serial) {
+  attention_into(out, q, cache, heads, mask, plain, options, executor);
+}
+
+template <MatrixLike Q, KeySource C, detail::MaskOrScore M = detail::Omitted, detail::MaskOrScore F = detail::Omitted,
+          Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const C& cache, Heads heads = {}, const M& mask = {}, const F& score = {},
+                              const Options<ScalarOf<Q>>& options = {}, const E& executor = serial) {
   const auto rows = cache.key_rows();
   detail::check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
   Matrix<ScalarOf<Q>> out(q.rows(), detail::checked_product(heads.heads, rows.v_head_dim));
   attention_into(out, viewable(q), cache, heads, mask, score, options, executor);
   return out;
 }
+template <MatrixLike Q, KeySource C, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const C& cache, Heads heads, const Options<ScalarOf<Q>>& options,
+                              const E& executor = serial) {
+  return attention(q, cache, heads, full, plain, options, executor);
+}
+template <MatrixLike Q, KeySource C, detail::MaskOrScore M = detail::Omitted, Executor E = Serial>
+Matrix<ScalarOf<Q>> attention(const Q& q, const C& cache, Heads heads, const M& mask,
+                              const Options<ScalarOf<Q>>& options, const E& executor = serial) {
+  return attention(q, cache, heads, mask, plain, options, executor);
+}
 
-/// The mergeable state of q over these keys: states over disjoint keys merge, and finish() gives what attention gives.
-/// Keys of a later part stand at their own positions when options.first_position and the mask say so: give
-/// options.first_position relative to the first key of this part. Sinks are refused here; they join in finish().
-template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain, Executor E = Serial>
-SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full,
-                                          const F& score = plain, const Options<ScalarOf<Q>>& options = {},
+namespace detail {
+
+/// The state of one sequence's queries over the keys of these matrices.
+template <class T, StorageType S>
+SoftmaxState<T> state_of(const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v, Heads heads,
+                         const Rule<T, S>& rule, const Options<T>& options, const AnyExecutor& executor) {
+  check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
+  check_options(options, heads);
+  check_one_sequence(options, "a state is of");
+  require(options.sinks.empty() && !options.log_sum_exp,
+          "a state is of one sequence and without sinks: sinks and log_sum_exp must be empty");
+  const MatrixKeys<S> source(k, v, 0, k.rows(), heads.kv_heads, options.first_key_position);
+  const auto task = make_task(q, source.rows, heads, rule, options, 0);
+  check_call(rule, source.rows, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
+
+  auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim);
+  Workspace local;
+  launch(choose_kernel<T>(options.kernel, q.rows()), task, rule,
+         kernel::StateView<T>{state.maximum.data(), state.sum.data(), writable_view(state.weighted), heads.heads},
+         options.workspace ? *options.workspace : local, executor, nothing_more);
+  return state;
+}
+
+}  // namespace detail
+
+/// The mergeable state of q over these keys: states over disjoint keys merge, and finish() gives what attention gives. Of a
+/// part of the keys that begins with row r of all say .first_key_position = r: masks and scores then see the positions of the
+/// whole text (operands that go by rows, such as lengths and bias, are those of the part). Say .first_position too, unless the
+/// queries are the last tokens of this part. Sinks are refused here; they join in finish().
+template <MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted,
+          detail::MaskOrScore F = detail::Omitted, Executor E = Serial>
+SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = {},
+                                          const F& score = {}, const Options<ScalarOf<Q>>& options = {},
                                           const E& executor = serial) {
   using T = ScalarOf<Q>;
   using S = ScalarOf<K>;
-  detail::check_functions<M, F, T>();
   detail::check_scalars<T, S, ScalarOf<V>>();
   const auto& q_rows = viewable(q);
   const auto& k_rows = viewable(k);
   const auto& v_rows = viewable(v);
-  const auto& m = detail::as_mask(mask);
+  detail::check_functions<M, F, T>();
+  const auto& m = detail::as_mask(detail::given_or(mask, full));
   detail::check_keys(k, v, heads);
-  detail::check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
-  detail::check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
-  detail::check_options(options, heads);
-  detail::check_one_sequence(options, "a state is of");
-  detail::require(options.sinks.empty() && !options.log_sum_exp,
-                  "a state is of one sequence and without sinks: sinks and log_sum_exp must be empty");
-  const detail::MatrixKeys<S> source(view(k_rows), view(v_rows), 0, k.rows(), heads.kv_heads);
-  const auto rule = detail::rule_of<T, S>(m, score);
-  const auto task = detail::make_task<T, S>(view(q_rows), source.rows, heads, rule, options, 0);
-  detail::check_call(rule, source.rows,
-                     {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
-
-  auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim);
-  Workspace local;
-  detail::launch(
-      choose_kernel<T>(options.kernel, q.rows()), task, rule,
-      kernel::StateView<T>{state.maximum.data(), state.sum.data(), writable_view(state.weighted), heads.heads},
-      options.workspace ? *options.workspace : local, detail::AnyExecutor(executor), detail::nothing_more);
-  return state;
+  return detail::state_of<T, S>(view(q_rows), view(k_rows), view(v_rows), heads,
+                                detail::rule_of<T, S>(m, detail::given_or(score, plain)), options, executor);
+}
+template <MatrixLike Q, MatrixLike K, MatrixLike V, Executor E = Serial>
+SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, Heads heads,
+                                          const Options<ScalarOf<Q>>& options, const E& executor = serial) {
+  return attention_state(q, k, v, heads, full, plain, options, executor);
+}
+template <MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted, Executor E = Serial>
+SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, Heads heads, const M& mask,
+                                          const Options<ScalarOf<Q>>& options, const E& executor = serial) {
+  return attention_state(q, k, v, heads, mask, plain, options, executor);
 }
 
 namespace detail {
@@ -275,7 +263,8 @@ Matrix<ScalarOf<Q>> attention_weights(const Q& q, const K& k, Heads heads = {}, 
   const auto& q_rows = viewable(q);
   const auto& k_rows = viewable(k);
   detail::check_keys(k, k, heads);
-  const detail::MatrixKeys<S> source(view(k_rows), view(k_rows), 0, k.rows(), heads.kv_heads);
+  const detail::MatrixKeys<S> source(view(k_rows), view(k_rows), 0, k.rows(), heads.kv_heads,
+                                     options.first_key_position);
   return detail::weights_of(view(q_rows), source.rows, heads, detail::as_mask(mask), score, stage, options);
 }
 
@@ -286,6 +275,7 @@ Matrix<ScalarOf<Q>> attention_weights(const Q& q, const C& cache, Heads heads = 
                                       const Options<ScalarOf<Q>>& options = {}) {
   detail::check_functions<M, F, ScalarOf<Q>>();
   const auto& q_rows = viewable(q);
+  detail::check_own_positions(options);
   return detail::weights_of(view(q_rows), cache.key_rows(), heads, detail::as_mask(mask), score, stage, options);
 }
 

@@ -135,7 +135,7 @@ Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const 
   detail::check_functions<M, F, ScalarOf<Q>>();
   detail::check_scalars<ScalarOf<Q>, S, ScalarOf<V>>();
   detail::check_keys(k, v, heads);
-  const KeyRun<S> run{.rows = k.rows()};
+  const KeyRun<S> run{.rows = k.rows(), .position = options.first_key_position};
   const KeyRows<S> rows{.runs = {&run, 1},
                         .rows = k.rows(),
                         .kv_heads = heads.kv_heads,
@@ -149,6 +149,7 @@ template <MatrixLike Q, KeySource C, class M = Full, class F = Plain>
 Explanation explain(const Q& q, const C& cache, Heads heads = {}, const M& mask = full, const F& score = plain,
                     const Options<ScalarOf<Q>>& options = {}) {
   detail::check_functions<M, F, ScalarOf<Q>>();
+  detail::check_own_positions(options);
   return detail::explain_rows<ScalarOf<Q>>(q.rows(), q.cols(), cache.key_rows(), heads, detail::as_mask(mask), score,
                                            options);
 }

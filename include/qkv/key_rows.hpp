@@ -6,8 +6,8 @@
 //
 // Inside a run, row i of key/value head h begins at  keys + h·key_head_stride + i·key_row_stride  (elements), and its
 // position is  position + i. Plain matrices, contiguous, ring and paged caches all look like this; nobody copies.
-// Rows are given in ascending position from 0 on, none twice: a call refuses others. Scales (int8 only) follow the same
-// pattern with their own strides.
+// Rows are given in ascending position from 0 on, none twice: a call refuses others (it looks, but for the library's own
+// caches). Scales (int8 only) follow the same pattern with their own strides.
 //
 // Before: explain.hpp   Next: model_config.hpp
 #pragma once
@@ -59,6 +59,15 @@ struct KeyRows {
     return (first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride;
   }
 };
+
+namespace detail {
+
+/// Caches whose runs are known to be in order, and in memory that no output can share. All others are looked at once a call,
+/// also what is derived from one: 6 µs for 2,048 pages.
+template <class C>
+inline constexpr bool owns_rows = false;
+
+}  // namespace detail
 
 /// The one run of a plain k [n_keys, kv_heads·head_dim] and v [n_keys, kv_heads·v_head_dim], positions 0 … n_keys-1.
 template <StorageType S>

@@ -72,7 +72,7 @@ class CacheInterface {
     return true;
   }
 
-  /// Whether n more rows fit. (A paged cache asks its pool's owner for pages first.)
+  /// Whether n more rows fit. Every cache has it; paged ones ask their pool's owner for pages first.
   bool make_room(Index n) const { return n <= self().max_append(); }
 
   /// Goes back to `position`, forgetting the rows from there on: as if they had never been appended.
@@ -154,7 +154,7 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   KvCache(const KvCache& other) : Base(other), capacity_(other.capacity_), block_(other.block_) {
     reserve(static_cast<Index>(other.blocks_.size()) * block_);
     for (std::size_t b = 0; b < other.runs_.size(); ++b)
-      blocks_[b].copy_rows(other.blocks_[b], 0, 0, 0, other.runs_[b].rows);
+      blocks_[b].copy_rows(other.blocks_[b], 0, 0, 0, 0, other.runs_[b].rows);
     rewind(other.rows_);
   }
   /// What was moved from has capacity 0.
@@ -174,34 +174,24 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   void clear() { rewind(0); }
 
   /// Context shift: forgets rows first … first+n-1; those behind them move n positions down, values as they are, keys
-  /// turned by -n (`rope`: the layer's, always the same). Equal to a cache built without those rows, but for one more
-  /// rounding of each key to S (int8: half a step of its scale), however many shifts there were: the first one takes memory
-  /// for the keys once more and 8 bytes a row of the blocks that turn; Shift::in_place takes none, and rounds at every shift.
-  /// A copied cache keeps that, a loaded one begins with the keys of the file. std::out_of_range unless 0 <= first and
-  /// first + n <= rows(). Later shifts allocate nothing once the workspace is warm.
-  template <class T>
-  void drop_rows(Index first, Index n, const Rope<T>& rope, Shift how = Shift::exact) {
-    detail::check_drop(first, n, rows_);
-    const Index heads = this->kv_heads(), head_dim = this->head_dim();
-    detail::require(rope.head_dim() == head_dim, "the rope of a cache must have its head_dim ", head_dim, "; given ",
-                    rope.head_dim());
-    const auto scratch = this->workspace_.lease(detail::shift_bytes<S, T>(heads * head_dim));
+  /// turned by -n. `rope`: the layer's rope(), always the same; std::nullopt: keys know no position and stay as they are.
+  /// Equal to a cache built without those rows, but for one more rounding of each key to S (int8: half a step of its scale),
+  /// however many shifts there were: the first one takes memory for the keys once more and 8 bytes a row of the blocks that
+  /// turn; Shift::in_place takes none, and rounds at every shift. A copied cache keeps that, a loaded one begins with the
+  /// keys of the file. std::out_of_range unless 0 <= first and first + n <= rows(). Later shifts allocate nothing once the
+  /// workspace is warm.
+  template <class R>
+  void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
+    const auto* const rotation = detail::rope_of(rope);
+    detail::check_shift(first, n, rows_, rotation, this->head_dim());
+    const auto scratch = this->workspace_.lease(detail::shift_bytes<S>(rotation, this->kv_heads() * this->head_dim()));
     const Index left = rows_ - n;
-    if (how == Shift::exact && n > 0)
+    const auto unturned = [](const auto& block) { return static_cast<bool>(block.unturned()); };
+    if (n > 0 && (rotation ? how == Shift::exact : std::any_of(blocks_.begin(), blocks_.end(), unturned)))
       for (Index row = first; row < left; row += block_ - row % block_) block_of(row).keep_unturned();
-    struct Rows {
-      KvCache& cache;
-      KeyRows<S> all;
-      const detail::UnturnedKeys<S>& unturned(Index row) const { return cache.block_of(row).unturned(); }
-      Index place(Index row) const { return row % cache.block_; }
-      const KeyRun<S>& run(Index row) const { return all.runs[static_cast<std::size_t>(row / cache.block_)]; }
-      const S* key(Index row, Index head) const { return all.key(run(row), head, place(row)); }
-      float scale(Index row, Index head) const { return all.key_scale(run(row), head, place(row)); }
-      void move(Index row, Index to, const detail::ShiftScalar<S, T>* keys) const {
-        cache.block_of(to).store_keys(place(to), keys, cache.block_of(row), place(row));
-      }
-    };
-    detail::shift_keys<S>(first, n, rows_, heads, rope, how, scratch.data(), Rows{*this, key_rows()});
+    detail::shift_blocks<S>(first, n, rows_, this->shape_, rotation, how, scratch.data(), [&](Index row) {
+      return detail::BlockRow<S>{block_of(row), 0, row % block_};
+    });
     rewind(left);
   }
 
@@ -238,14 +228,13 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     while (blocks_.size() < blocks) blocks_.emplace_back(this->shape_, block_, 1);
   }
 
-  /// Bytes of keys, values and scales: of all capacity, or of the blocks so far where the cache grows.
+  /// Bytes of keys, values and scales: of all capacity, or of the blocks so far where the cache grows. memory.hpp has the rule.
   Index bytes() const {
     Index sum = 0;
     for (const auto& block : blocks_) sum += block.bytes();
     return sum;
   }
-  /// Bytes beside them: tables, workspace, and what context shifts keep. bytes() + overhead_bytes() is everything the cache
-  /// has allocated.
+  /// Bytes beside them: tables, workspace, and what context shifts keep.
   Index overhead_bytes() const {
     Index sum = static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0])) +
                 this->workspace_.bytes();
@@ -289,5 +278,8 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   std::vector<detail::CacheBlocks<S>> blocks_;
   std::vector<KeyRun<S>> runs_;
 };
+
+template <StorageType S>
+inline constexpr bool detail::owns_rows<KvCache<S>> = true;
 
 }}  // namespace qkv::QKV_ABI

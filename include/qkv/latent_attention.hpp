@@ -14,7 +14,7 @@
 // layer/forward.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //
-// Before: paged_latent_cache.hpp   Next: explain_layer.hpp
+// Before: absorbed_attention.hpp   Next: explain_layer.hpp
 #pragma once
 
 #include <algorithm>

@@ -56,6 +56,8 @@ class LatentCache {
   Index latent_dim() const { return config_.latent_dim; }
   Index rope_dim() const { return config_.rope_dim; }
   Index max_append() const { return config_.capacity - rows_; }
+  /// Whether n more rows fit.
+  bool make_room(Index n) const { return n <= max_append(); }
 
   /// Scratch memory for attention over this cache, kept between calls. A cache that was copied or moved starts with none.
   Workspace& workspace() { return workspace_; }
@@ -74,7 +76,7 @@ class LatentCache {
   template <MatrixLike C, MatrixLike R>
   [[nodiscard]] bool try_append(const C& latent, const R& rope_key) {
     detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
-    if (latent.rows() > max_append()) return false;
+    if (!make_room(latent.rows())) return false;
     write(latent, rope_key);
     return true;
   }
@@ -94,24 +96,24 @@ class LatentCache {
   void clear() { hold(0); }
 
   /// Context shift: forgets rows first … first+n-1, and those behind them move n positions down. A latent knows no
-  /// position and is moved as it is; only the rope keys turn, by -n (`rope`: the layer's, of head_dim rope_dim). Equal to
+  /// position and is moved as it is; only the rope keys turn, by -n (`rope`: as for KvCache, of head_dim rope_dim). Equal to
   /// a cache built without those rows, but for one more rounding of each rope key to S, however many shifts there were: as
   /// KvCache::drop_rows. The first one takes memory for the rope keys once more and 8 bytes a row; Shift::in_place takes
   /// none, and rounds at every shift. std::out_of_range unless 0 <= first and first + n <= rows(). Later shifts allocate
   /// nothing once the workspace is warm.
-  template <class T>
-  void drop_rows(Index first, Index n, const Rope<T>& rope, Shift how = Shift::exact) {
-    detail::check_shift(first, n, rows_, rope, rope_dim());
-    const auto scratch = workspace_.lease(detail::shift_bytes<WideStorage<S>, T>(rope_dim()));
-    if (how == Shift::exact && n > 0 && first + n < rows_) memory_.keep_unturned();
-    memory_.shift(first, n, rows_, rope, how, scratch.data(), [](Index row) { return row; });
+  template <class R>
+  void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
+    const auto* const rotation = detail::rope_of(rope);
+    detail::check_shift(first, n, rows_, rotation, rope_dim());
+    const auto scratch = workspace_.lease(detail::shift_bytes<WideStorage<S>>(rotation, rope_dim()));
+    if (rotation && how == Shift::exact && n > 0 && first + n < rows_) memory_.keep_unturned();
+    memory_.shift(first, n, rows_, rotation, how, scratch.data(), [](Index row) { return row; });
     hold(rows_ - n);
   }
 
   /// Bytes of latents, rope keys and scales at capacity.
   Index bytes() const { return memory_.bytes(); }
-  /// Bytes beside them: of the workspace, and what context shifts keep. bytes() + overhead_bytes() is everything the cache
-  /// has allocated.
+  /// Bytes beside them: of the workspace, and what context shifts keep.
   Index overhead_bytes() const { return memory_.unturned().bytes() + workspace_.bytes(); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
@@ -159,5 +161,8 @@ class LatentCache {
   detail::LatentMemory<S> memory_;
   Workspace workspace_;
 };
+
+template <StorageType S>
+inline constexpr bool detail::owns_rows<LatentCache<S>> = true;
 
 }}  // namespace qkv::QKV_ABI

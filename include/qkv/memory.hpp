@@ -7,8 +7,14 @@
 //     MLA naive   heads·(nope_dim + rope_dim + v_head_dim)                   128·(192 + 128) = 40960     71.1
 //     MLA         latent_dim + rope_dim                                      512 + 64        =   576      1
 //
-// Bytes follow from the storage: int8 adds a float per row, and keeps MLA's rope key as floats. The caches' bytes() are
-// these figures exactly: nothing is padded. DeepSeek-V2, arXiv:2405.04434, table 1.
+// Bytes follow from the storage: int8 adds a float per row, and keeps MLA's rope key as floats. DeepSeek-V2, arXiv:2405.04434,
+// table 1.
+//
+// Of every cache   bytes()            these figures, exactly, times the rows that it has memory for: its capacity, the blocks so
+//                                     far, or the pages in its table. Nothing is padded.
+//                  overhead_bytes()   what it has allocated beside rows: tables, workspace, copies of keys for context shifts
+// The two add up to what a cache or a pool has allocated. A paged sequence has allocated its overhead only: its pages are
+// the pool's, whose bytes() are all pages and used_bytes() those in use, one that sequences share counted once.
 //
 // Before: model_config.hpp   Next: kv_cache.hpp
 #pragma once
@@ -46,7 +52,7 @@ constexpr Index naive_bytes_per_token(const LatentAttentionConfig& c) {
   return detail::checked_product(c.heads, detail::checked_sum(key, row_bytes<S>(c.v_head_dim)));
 }
 
-/// Bytes of the caches of `layers` layers that hold `tokens` tokens each: what bytes() of the caches add up to.
+/// Bytes of the caches of `layers` layers with memory for `tokens` tokens each: what bytes() of the caches add up to.
 template <StorageType S, class Config>
 constexpr Index cache_bytes(const Config& config, Index tokens, Index layers = 1) {
   return detail::checked_product(layers, detail::checked_product(tokens, bytes_per_token<S>(config)));

@@ -31,7 +31,7 @@ struct MultiHeadAttentionConfig {
   bool qk_norm = false;                              // RMSNorm of every query and key head before RoPE
   double norm_eps = 1e-6;                            // of qk_norm
   std::optional<RopeConfig> rope = {};               // none: positions come from elsewhere
-  double scale = 0;                                  // 0: 1/√head_dim
+  std::optional<double> scale = {};                  // none, or 0: 1/√head_dim
   Index key_dim = model_dim, value_dim = model_dim;  // features of what keys and values are made from: cross-attention
 
   friend constexpr bool operator==(const MultiHeadAttentionConfig&, const MultiHeadAttentionConfig&) = default;
@@ -46,10 +46,10 @@ struct LatentAttentionConfig {
   Index latent_dim = 0;
   Index nope_dim = 0, rope_dim = 0;
   Index v_head_dim = nope_dim;
-  double norm_eps = 1e-6;   // of the latents' RMSNorm
-  bool latent_norm = true;  // false: the latent is cached as projected (models converted by compress.hpp)
-  RopeConfig rope;          // of the rope_dim features; DeepSeek's own weights pair them interleaved
-  double scale = 0;         // 0: 1/√(nope_dim + rope_dim), times yarn_mscale² under YaRN
+  double norm_eps = 1e-6;            // of the latents' RMSNorm
+  bool latent_norm = true;           // false: the latent is cached as projected (models converted by compress.hpp)
+  RopeConfig rope;                   // of the rope_dim features; DeepSeek's own weights pair them interleaved
+  std::optional<double> scale = {};  // none, or 0: 1/√(nope_dim + rope_dim), times yarn_mscale² under YaRN
 
   constexpr Index head_dim() const { return nope_dim + rope_dim; }
   friend constexpr bool operator==(const LatentAttentionConfig&, const LatentAttentionConfig&) = default;
@@ -64,7 +64,8 @@ inline void check(const MultiHeadAttentionConfig& c) {
                   c.model_dim, ", ", c.head_dim, ", ", c.v_head_dim, ", ", c.key_dim, ", ", c.value_dim,
                   " (head_dim has no default where heads ", c.heads, " do not divide model_dim)");
   detail::checked_product(c.heads, detail::checked_sum(c.head_dim, c.v_head_dim));
-  detail::require(std::isfinite(c.scale), "scale must be finite (0: 1/sqrt(head_dim)); given ", c.scale);
+  detail::require(std::isfinite(c.scale.value_or(0)), "scale must be finite (0: 1/sqrt(head_dim)); given ",
+                  c.scale.value_or(0));
   detail::require(c.norm_eps >= 0 && std::isfinite(c.norm_eps), "norm_eps must be finite and >= 0; given ", c.norm_eps);
   if (c.rope) check(*c.rope, c.head_dim);
 }
@@ -76,7 +77,8 @@ inline void check(const LatentAttentionConfig& c) {
                   "q_latent_dim >= 0; given ",
                   c.model_dim, ", ", c.heads, ", ", c.latent_dim, ", ", c.nope_dim, ", ", c.v_head_dim, ", ",
                   c.rope_dim, ", ", c.q_latent_dim);
-  detail::require(std::isfinite(c.scale), "scale must be finite (0: 1/sqrt(nope_dim + rope_dim)); given ", c.scale);
+  detail::require(std::isfinite(c.scale.value_or(0)), "scale must be finite (0: 1/sqrt(nope_dim + rope_dim)); given ",
+                  c.scale.value_or(0));
   detail::require(c.norm_eps >= 0 && std::isfinite(c.norm_eps), "norm_eps must be finite and >= 0; given ", c.norm_eps);
   check(c.rope, c.rope_dim);
   const Index head = detail::checked_sum(detail::checked_sum(c.nope_dim, c.rope_dim), c.v_head_dim);
@@ -85,11 +87,12 @@ inline void check(const LatentAttentionConfig& c) {
 
 /// What q·k is multiplied with.
 inline double softmax_scale(const MultiHeadAttentionConfig& c) {
-  return c.scale != 0 ? c.scale : 1 / std::sqrt(static_cast<double>(c.head_dim));
+  const double scale = c.scale.value_or(0);
+  return scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(c.head_dim));
 }
 /// YaRN sharpens the softmax by m², m = 0.1·mscale·ln(factor) + 1: DeepSeek-V2's and V3's code, not in the papers.
 inline double softmax_scale(const LatentAttentionConfig& c) {
-  if (c.scale != 0) return c.scale;
+  if (const double scale = c.scale.value_or(0); scale != 0) return scale;
   const RopeScaling& s = c.rope.scaling;
   const double m = s.kind == RopeScaling::Kind::yarn ? yarn_mscale(s.factor, s.mscale) : 1;
   return m * m / std::sqrt(static_cast<double>(c.head_dim()));

@@ -116,10 +116,13 @@ class LastingSpan : public std::span<const X> {
   LastingSpan(R&&) = delete;  // a view: give the vector a name, and let it outlive the call
 };
 
+/// Everything that a call can do without: what goes in as a value or a view, what comes out as a pointer to where it goes.
+/// Positions of a batch are the same for each of its sequences.
 template <class T>
 struct Options {
-  double scale = 0;                               // 0: 1/√head_dim; else normal in T
+  std::optional<double> scale = {};               // none, or 0: 1/√head_dim; else normal in T
   std::optional<Index> first_position = {};       // of the first query; default: the queries are the last valid tokens
+  Index first_key_position = 0;                   // of the first row of k and v; a cache knows where its rows stand
   LastingSpan<T> sinks = {};                      // none, or one learned logit per head
   Kernel kernel = Kernel::automatic;              // force one
   Arithmetic arithmetic = Arithmetic::automatic;  // of the fast kernels

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cache/blocks.hpp"
+#include "cache/context_shift.hpp"
 
 namespace qkv { inline namespace QKV_ABI {
 
@@ -45,7 +46,7 @@ class PageUse {
   Index free_pages() const { return static_cast<Index>(free_.size()); }
   /// How many sequences there are that take pages from here, also those that hold none at present.
   Index sequences() const { return sequences_; }
-  /// Bytes of the tables. A pool's bytes() + overhead_bytes() is everything it has allocated.
+  /// Bytes of the tables.
   Index overhead_bytes() const {
     return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
   }
@@ -165,6 +166,8 @@ class PagePool : public PageUse {
   /// … and in those that are in use; a shared page counts once.
   Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
   Index page_bytes() const { return bytes() / pages(); }
+  /// Bytes of the tables, and of what context shifts keep.
+  Index overhead_bytes() const { return PageUse::overhead_bytes() + pages_.unturned().bytes(); }
 
  private:
   friend PagedCache<S>;
@@ -172,7 +175,22 @@ class PagePool : public PageUse {
   using Run = KeyRun<S>;
   detail::CacheShape shape() const { return {config_.kv_heads, config_.head_dim, config_.v_head_dim}; }
   Run run(Index page, Index rows, Index position) const { return pages_.run(page, 0, rows, position); }
-  void copy_page(Index from, Index to, Index rows) { pages_.copy_rows(pages_, from, to, 0, rows); }
+  void copy_page(Index from, Index to, Index rows) { pages_.copy_rows(pages_, from, 0, to, 0, rows); }
+
+  Index turned_dim() const { return head_dim(); }
+  template <class T>
+  std::size_t shift_bytes(const Rope<T>* rope) const {
+    return detail::shift_bytes<S>(rope, kv_heads() * head_dim());
+  }
+  void keep_unturned() { pages_.keep_unturned(); }
+  void forget_unturned(Index page, Index rows) const { pages_.unturned().forget(pages_.unturned_row(page, 0), rows); }
+  template <class T, class At>
+  void shift(Index first, Index n, Index rows, const Rope<T>* rope, Shift how, std::byte* scratch, const At& at) {
+    detail::shift_blocks<S>(first, n, rows, shape(), rope, how, scratch, [&](Index row) {
+      const auto [page, place] = at(row);
+      return detail::BlockRow<S>{pages_, page, place};
+    });
+  }
 
   PagePoolConfig config_;
   detail::CacheBlocks<S> pages_;

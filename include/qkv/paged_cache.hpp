@@ -75,6 +75,14 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
     this->hold(std::max(this->rows(), position + n), position / page_tokens());
   }
 
+  /// Context shift, as KvCache::drop_rows: the same bits. Pages from row `first` on that other sequences read are copied
+  /// first; std::length_error where the pool has none for that: nothing has changed then. It is the pool that takes memory for
+  /// the keys of all its pages once more, at the first exact shift of any sequence.
+  template <class R>
+  void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
+    this->shift_rows(first, n, detail::rope_of(rope), how, this->workspace_);
+  }
+
   /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
   Index overhead_bytes() const { return this->table_bytes() + this->workspace_.bytes(); }
 
@@ -90,5 +98,8 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
     this->swap_pages(other);
   }
 };
+
+template <StorageType S>
+inline constexpr bool detail::owns_rows<PagedCache<S>> = true;
 
 }}  // namespace qkv::QKV_ABI

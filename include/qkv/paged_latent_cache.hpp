@@ -9,7 +9,7 @@
 //
 // The pool owns the bytes and must outlive its sequences (page_pool.hpp); it and they belong to one thread at a time.
 //
-// Before: latent_cache.hpp   Next: latent_attention.hpp
+// Before: latent_cache.hpp   Next: absorbed_attention.hpp
 #pragma once
 
 #include <utility>
@@ -49,7 +49,7 @@ class LatentPagePool : public PageUse {
   /// … and in those that are in use; a shared page counts once.
   Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
   Index page_bytes() const { return bytes() / pages(); }
-  /// Bytes of the tables, and of what context shifts keep. bytes() + overhead_bytes() is everything the pool has allocated.
+  /// Bytes of the tables, and of what context shifts keep.
   Index overhead_bytes() const { return PageUse::overhead_bytes() + memory_.unturned().bytes(); }
 
  private:
@@ -59,6 +59,20 @@ class LatentPagePool : public PageUse {
   Run run(Index page, Index rows, Index position) const { return memory_.run(page * page_tokens(), rows, position); }
   void copy_page(Index from, Index to, Index rows) {
     memory_.copy_rows(memory_, from * page_tokens(), to * page_tokens(), rows);
+  }
+  Index turned_dim() const { return rope_dim(); }
+  template <class T>
+  std::size_t shift_bytes(const Rope<T>* rope) const {
+    return detail::shift_bytes<WideStorage<S>>(rope, rope_dim());
+  }
+  void keep_unturned() { memory_.keep_unturned(); }
+  void forget_unturned(Index page, Index rows) const { memory_.unturned().forget(page * page_tokens(), rows); }
+  template <class T, class At>
+  void shift(Index first, Index n, Index rows, const Rope<T>* rope, Shift how, std::byte* scratch, const At& at) {
+    memory_.shift(first, n, rows, rope, how, scratch, [&](Index row) {
+      const auto [page, place] = at(row);
+      return page * page_tokens() + place;
+    });
   }
 
   detail::LatentMemory<S> memory_;
@@ -137,23 +151,9 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   /// Context shift, as LatentCache::drop_rows: the same bits. Pages from row `first` on that other sequences read are
   /// copied first; std::length_error where the pool has none for that: nothing has changed then. It is the pool that takes
   /// memory for the rope keys of all its pages once more, at the first exact shift of any sequence.
-  template <class T>
-  void drop_rows(Index first, Index n, const Rope<T>& rope, Shift how = Shift::exact) {
-    detail::check_shift(first, n, rows(), rope, rope_dim());
-    const Index left = rows() - n, moved = left - first;
-    if (n == 0) return;
-    if (moved > 0) {
-      this->ask_for([&] { return this->missing_pages(first, moved); });
-      this->require_pages(first, moved);
-      auto& memory = this->pool_->memory_;
-      const auto scratch =
-          workspace_.lease(detail::shift_bytes<WideStorage<S>, T>(rope_dim()));  // what may fail comes before copies
-      if (how == Shift::exact) memory.keep_unturned();
-      this->own(first, moved);
-      memory.shift(first, n, rows(), rope, how, scratch.data(), [&](Index row) { return slot(row); });
-    }
-    this->rewind(left);
-    this->hold(left, first / page_tokens());
+  template <class R>
+  void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
+    this->shift_rows(first, n, detail::rope_of(rope), how, workspace_);
   }
 
   /// Bytes of its own table and workspace: everything that the sequence itself has allocated.
@@ -178,10 +178,6 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   friend detail::CacheFile;
   PagedLatentCache() = default;
 
-  void restore(Index position, Index n) {
-    Pages::restore(position, n);
-    for (Index row = 0; row < n; ++row) this->pool_->memory_.unturned().forget(slot(row), 1);
-  }
   Index slot(Index row) const { return this->page(row / page_tokens()) * page_tokens() + row % page_tokens(); }
   template <class C, class R>
   void write(const C& latent, const R& rope_key) {
@@ -197,5 +193,8 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
 
   Workspace workspace_;
 };
+
+template <StorageType S>
+inline constexpr bool detail::owns_rows<PagedLatentCache<S>> = true;
 
 }}  // namespace qkv::QKV_ABI

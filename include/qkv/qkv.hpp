@@ -134,6 +134,7 @@
 #include "kernel/absorbed/absorbed.hpp"       // absorbed latent attention: all heads share a row
 #include "kernel/absorbed/splits.hpp"         // its keys in splits, its heads in groups
 #include "call/latent_forms.hpp"              // latent attention, restored and absorbed
+#include "absorbed_attention.hpp"             // latent attention on matrices: absorbed queries, latent rows
 #include "latent_weights.hpp"                 // the matrices of MLA
 #include "latent_form.hpp"                    // restore keys and values, or never
 #include "latent_attention.hpp"               // MLA

@@ -70,8 +70,10 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
         oldest_(other.oldest_),
         positions_in_cache_(other.positions_in_cache_),
         block_(this->shape_, capacity(), 1) {
-    for (std::size_t r = 0; r < other.n_runs_; ++r)
-      block_.copy_rows(other.block_, 0, 0, slot(other.runs_[r].position), other.runs_[r].rows);
+    for (std::size_t r = 0; r < other.n_runs_; ++r) {
+      const Index row = slot(other.runs_[r].position);
+      block_.copy_rows(other.block_, 0, row, 0, row, other.runs_[r].rows);
+    }
     update_runs();
   }
   /// What was moved from has capacity 0.
@@ -123,7 +125,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
 
   /// Bytes of keys, values and scales at capacity.
   Index bytes() const { return block_.bytes(); }
-  /// Bytes of the workspace beside them. bytes() + overhead_bytes() is everything the cache has allocated.
+  /// Bytes of the workspace beside them.
   Index overhead_bytes() const { return this->workspace_.bytes(); }
 
   /// For layers, whose calls may fail (layer/appended.hpp): n more rows overwrite old ones, which are kept until then.
@@ -228,5 +230,8 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   std::array<KeyRun<S>, 3> runs_;
   std::size_t n_runs_ = 0;
 };
+
+template <StorageType S>
+inline constexpr bool detail::owns_rows<RingCache<S>> = true;
 
 }}  // namespace qkv::QKV_ABI

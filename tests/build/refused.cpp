@@ -1,5 +1,6 @@
 // What must not compile, one case a line: `refused` is expected at the line, and what follows it in the compiler's output.
 // refused.cmake compiles this and reads the comments.
+#include <qkv/absorbed_attention.hpp>
 #include <qkv/attention.hpp>
 #include <qkv/norm.hpp>
 #include <qkv/position.hpp>
@@ -47,6 +48,8 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   attention_into(out, columns, x, x);                 // refused: need row-major memory with unit inner stride
   attention(x, x, x, {}, soft_cap(5));                // refused: qkv: a score stands where the mask is expected
   attention(x, x, x, {}, full, causal);               // refused: qkv: a mask stands where the score is expected
+  attention(x, x, x, {}, {.scale = 1}, causal);       // refused: no match
+  attention(x, x, x, {}, Options<float>{}, plain);    // refused: no match
   attention(x, x, x, {}, Misspelt{});                 // refused: a member is spelt almost like one of them
   attention(x, x, x, {}, Mistyped{});      // refused: a mask's cover must be `Cover cover(const Block&) const`
   attention(x, x, x, {}, Unanswered{});    // refused: a mask's keys_seen must be
@@ -60,6 +63,7 @@ void cases(const Matrix<float>& x, Matrix<float>& out, const Eigen::MatrixXf& co
   boolean(Matrix<bool>(2, 2).topRows(1));  // refused: write boolean(m), boolean(std::as_const
   boolean_per_head(Matrix<bool>(2, 2).topRows(1), 1);      // refused: boolean_per_head(std::as_const(m).topRows
   alibi(RowVector<float>(4).head(2));                      // refused: write alibi(x), alibi(std::as_const(x).head(n))
+  latent_rows(Matrix<float>(2, 3), 2);                     // refused: delete
   alibi(alibi_slopes<float>(4));                           // refused: delete
   alibi(x.col(0));                                         // refused: qkv: alibi(slopes) needs a vector in memory
   head_columns(Matrix<float>(2, 2), Index{0}, Index{1});   // refused: delete

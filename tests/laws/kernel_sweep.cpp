@@ -104,19 +104,18 @@ void check_attention(std::uint64_t cases, const std::function<F(Draw&, const std
     const CutKeys<S> source(cache.key_rows(), pieces);
     const Index first = pieces.positions.back() + 1 - (draw.one_in(3) ? draw.from(0, 90) : s.queries);
 
-    Options<T> options{.scale = draw.one_of({0.0, 0.3, -0.2, 1.0}), .first_position = first, .arithmetic = arithmetic};
-    if (size.q * size.k != 1) {
-      if (options.scale == 0) options.scale = 1 / std::sqrt(static_cast<double>(d));
-      options.scale /= size.q * size.k;
-    }
+    const double given = draw.one_of({0.0, 0.3, -0.2, 1.0}),
+                 scale = (given != 0 ? given : 1 / std::sqrt(static_cast<double>(d))) / (size.q * size.k);
+    Options<T> options{.first_position = first, .arithmetic = arithmetic};
+    if (given != 0 || size.q * size.k != 1) options.scale = scale;
     if (draw.one_in(4)) {
       for (Index h = 0; h < heads; ++h) sinks.push_back(static_cast<T>(draw.from(-20, 20)) / 10);
       options.sinks = sinks;
     }
     text << storage_name<S> << ", heads " << heads << "/" << kv_heads << ", " << s.queries << " queries, " << s.keys
          << " keys in " << source.runs.size() << " runs, dims " << d << "/" << dv << ", arithmetic "
-         << static_cast<int>(arithmetic) << ", scale " << options.scale << ", q " << size.q << ", k " << size.k
-         << ", v " << size.v << ", first position " << first << ", holes " << mask.holes << ", sinks " << sinks.size();
+         << static_cast<int>(arithmetic) << ", scale " << scale << ", q " << size.q << ", k " << size.k << ", v "
+         << size.v << ", first position " << first << ", holes " << mask.holes << ", sinks " << sinks.size();
 
     const Matrix<double> queries = q.template cast<double>(), keys = cache.template keys<double>(),
                          values = cache.template values<double>();
@@ -127,7 +126,7 @@ void check_attention(std::uint64_t cases, const std::function<F(Draw&, const std
         const auto at = [&](Index j) {
           return At{0, h, i, j, first + i, pieces.positions[static_cast<std::size_t>(j)]};
         };
-        OneQuery one{&queries(i, h * d), d, options.scale != 0 ? options.scale : 1 / std::sqrt(static_cast<double>(d))};
+        OneQuery one{&queries(i, h * d), d, scale};
         one.run(
             &keys(0, s.heads.kv_head(h) * d), keys.cols(), &values(0, s.heads.kv_head(h) * dv), values.cols(), dv,
             s.keys, sinks.empty() ? -INFINITY : static_cast<double>(sinks[static_cast<std::size_t>(h)]),

@@ -1,5 +1,6 @@
 // laws/merge.cpp — the softmax state is a commutative monoid, and every bracketing of the keys gives the same attention.
 #include <qkv/attention.hpp>
+#include <qkv/position.hpp>
 
 #include <random>
 
@@ -35,6 +36,25 @@ bool identical(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
 template <class T>
 double difference(const SoftmaxState<T>& a, const SoftmaxState<T>& b) {
   return std::max(max_error(a.finish(), b.finish()), max_error_with_infinities(a.log_sum_exp(), b.log_sum_exp()));
+}
+
+/// 0 … rows in parts, which may be empty.
+std::vector<Index> random_cuts(Index rows, std::mt19937& random) {
+  std::vector<Index> cuts = {0, rows};
+  for (int i = 0; i < 5; ++i) cuts.push_back(std::uniform_int_distribution<Index>(0, rows)(random));
+  std::sort(cuts.begin(), cuts.end());
+  return cuts;
+}
+
+/// All of them, in a random bracketing.
+template <class T>
+SoftmaxState<T> merged(std::vector<SoftmaxState<T>> parts, std::mt19937& random) {
+  while (parts.size() > 1) {
+    std::shuffle(parts.begin(), parts.end(), random);
+    parts[parts.size() - 2].merge(parts.back());
+    parts.pop_back();
+  }
+  return parts[0];
 }
 
 template <class T>
@@ -99,21 +119,57 @@ TEMPLATE_TEST_CASE("any split of the keys, merged in any order, gives the same a
   std::mt19937 random(3);
   for (const Kernel kernel : kernels)
     for (int trial = 0; trial < 6; ++trial) {
-      std::vector<Index> cuts = {0, c.n_keys};
-      for (int i = 0; i < 5; ++i) cuts.push_back(std::uniform_int_distribution<Index>(0, c.n_keys)(random));
-      std::sort(cuts.begin(), cuts.end());  // parts may be empty
+      const std::vector<Index> cuts = random_cuts(c.n_keys, random);
       std::vector<SoftmaxState<T>> parts;
       for (std::size_t i = 1; i < cuts.size(); ++i) {
         const Index at = cuts[i - 1], count = cuts[i] - at;
         parts.push_back(qkv::attention_state(in.q, rows(in.k, at, count), rows(in.v, at, count), c.heads, qkv::causal,
                                              qkv::plain, {.first_position = first - at, .kernel = kernel}));
       }
-      while (parts.size() > 1) {  // a random bracketing
-        std::shuffle(parts.begin(), parts.end(), random);
-        parts[parts.size() - 2].merge(parts.back());
-        parts.pop_back();
-      }
-      CHECK(max_error(parts[0].finish(sinks), whole) <= tolerance<T>);
-      CHECK(max_error(parts[0].log_sum_exp(sinks), log_sum_exp) <= 5 * tolerance<T>);
+      const SoftmaxState<T> all = merged(parts, random);
+      CHECK(max_error(all.finish(sinks), whole) <= tolerance<T>);
+      CHECK(max_error(all.log_sum_exp(sinks), log_sum_exp) <= 5 * tolerance<T>);
     }
+}
+
+TEMPLATE_TEST_CASE("parts that say where their keys stand merge to the whole, under masks and scores of positions",
+                   "[softmax][laws]", float, double) {
+  using T = TestType;
+  std::mt19937 random(5);
+  for (const Case& c : {Case{.n_queries = 13, .n_keys = 419, .heads = {6, 2}, .head_dim = 19, .v_head_dim = 11},
+                        Case{.n_queries = 3, .n_keys = 203, .heads = {3, 3}, .head_dim = 8, .v_head_dim = 5}}) {
+    const Inputs<T> in(c);
+    std::vector<Index> ids(static_cast<std::size_t>(c.n_keys));
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<Index>(i * i % 97 / 40);
+    const qkv::RowVector<T> slopes = qkv::alibi_slopes<T>(c.heads.heads);
+    const AnyMask masks[] = {AnyMask::of(qkv::full), AnyMask::of(qkv::causal), AnyMask::of(qkv::window(150, 0)),
+                             AnyMask::of((qkv::window(37, 5) | qkv::prefix(9)) & qkv::documents(ids))};
+    for (const AnyMask& mask : masks)
+      for (const Kernel kernel : kernels)
+        for (const bool last : {true, false}) {  // the default position of the queries, and another
+          const Index first = last ? c.n_keys - c.n_queries : c.n_keys / 2 - 7;
+          const auto score = qkv::alibi(slopes);
+          Options<T> options{.kernel = kernel};
+          if (!last) options.first_position = first;
+          const SoftmaxState<T> whole = qkv::attention_state(in.q, in.k, in.v, c.heads, mask, score, options);
+          const std::vector<Index> cuts = random_cuts(c.n_keys, random);
+          std::vector<SoftmaxState<T>> parts;
+          options.first_position = first;
+          for (std::size_t i = 1; i < cuts.size(); ++i) {
+            const Index at = cuts[i - 1], count = cuts[i] - at;
+            options.first_key_position = at;
+            parts.push_back(qkv::attention_state(in.q, rows(in.k, at, count), rows(in.v, at, count), c.heads, mask,
+                                                 score, options));
+            // The same from the output and the log-sum-exp of this part alone.
+            Matrix<T> log_sum_exp;
+            Options<T> of_part = options;
+            of_part.log_sum_exp = &log_sum_exp;
+            const Matrix<T> out =
+                qkv::attention(in.q, rows(in.k, at, count), rows(in.v, at, count), c.heads, mask, score, of_part);
+            CHECK(max_error(out, parts.back().finish()) <= tolerance<T>);
+            CHECK(max_error_with_infinities(log_sum_exp, parts.back().log_sum_exp()) <= 30 * tolerance<T>);
+          }
+          CHECK(difference(merged(parts, random), whole) <= 30 * tolerance<T>);
+        }
+  }
 }

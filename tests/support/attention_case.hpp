@@ -107,7 +107,7 @@ void check_kernels(const Case& c, const M& mask, const F& score, const Sees& see
     const Index first = first_position(c, valid_keys.value_or(c.n_keys));
     const Expected expected = attention_by_formula(in.q, in.k, in.v,
                                                    {.heads = c.heads,
-                                                    .scale = options.scale,
+                                                    .scale = options.scale.value_or(0),
                                                     .first_position = first,
                                                     .sinks = {options.sinks.begin(), options.sinks.end()}},
                                                    sees, score_by_formula);

@@ -107,8 +107,9 @@ Wide multi_head_by_formula(const MultiHeadAttention<T>& layer, const Wide& query
     q = turn(q, c.heads, 0, dim, *c.rope);
     k = turn(k, c.kv_heads, 0, dim, *c.rope);
   }
-  const Setting setting{
-      .heads = {c.heads, c.kv_heads}, .scale = c.scale, .sinks = {w.sinks.data(), w.sinks.data() + w.sinks.size()}};
+  const Setting setting{.heads = {c.heads, c.kv_heads},
+                        .scale = c.scale.value_or(0),
+                        .sinks = {w.sinks.data(), w.sinks.data() + w.sinks.size()}};
   return project(attention_by_formula(q, k, v, setting, sees, score).out, w.output);
 }
 template <class T, class X, class Sees = bool (*)(const At&), class Score = long double (*)(long double, const At&)>
@@ -142,7 +143,7 @@ Wide latent_by_formula(const LatentAttention<T>& layer, const X& x, const Sees& 
     const double m = 0.1 * s.mscale * std::log(s.factor) + 1;
     scale *= m * m;
   }
-  if (c.scale != 0) scale = c.scale;
+  if (c.scale.value_or(0) != 0) scale = *c.scale;
   return project(attention_by_formula(q, k, v, {.heads = {c.heads, c.heads}, .scale = scale}, sees, score).out,
                  w.output);
 }

@@ -121,7 +121,8 @@ template <StorageType S>
 class CacheBlocks {
  public:
   CacheBlocks() = default;
-  CacheBlocks(const CacheShape& shape, Index block_rows, Index blocks) : shape_(shape), block_rows_(block_rows) {
+  CacheBlocks(const CacheShape& shape, Index block_rows, Index blocks)
+      : shape_(shape), block_rows_(block_rows), blocks_(blocks) {
     const Index rows = checked_product(shape.kv_heads, checked_product(block_rows, blocks));  // of one head
     keys_ = Numbers<S>(checked_product(rows, shape.head_dim));
     values_ = Numbers<S>(checked_product(rows, shape.v_head_dim));
@@ -131,16 +132,25 @@ class CacheBlocks {
 
   Index bytes() const { return keys_.bytes() + values_.bytes() + key_scales_.bytes() + value_scales_.bytes(); }
 
-  /// The keys of block 0 as they came, once memory for that has been taken.
+  const CacheShape& shape() const { return shape_; }
+  const S* key(Index block, Index row, Index head) const {
+    return keys_.data() + (head_row(block, head) + row) * shape_.head_dim;
+  }
+  float key_scale(Index block, Index row, Index head) const {
+    return has_row_scale<S> ? key_scales_.data()[head_row(block, head) + row] : 1.0F;
+  }
+
+  /// Keys as they came, once memory for that has been taken; where those of a row are.
   const UnturnedKeys<S>& unturned() const { return unturned_; }
+  Index unturned_row(Index block, Index row) const { return block * block_rows_ + row; }
   void keep_unturned() {
-    if (!unturned_) unturned_ = UnturnedKeys<S>(shape_.kv_heads, shape_.head_dim, block_rows_);
+    if (!unturned_) unturned_ = UnturnedKeys<S>(shape_.kv_heads, shape_.head_dim, blocks_ * block_rows_);
   }
 
   /// Writes row `row` of block `block` from k [kv_heads·head_dim] and v [kv_heads·v_head_dim].
   template <class K, class V>
   void store(Index block, Index row, const K* k, const V* v) {
-    unturned_.forget(row, 1);
+    unturned_.forget(unturned_row(block, row), 1);
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index at = head_row(block, head) + row;
       store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + at * shape_.head_dim,
@@ -150,12 +160,12 @@ class CacheBlocks {
     }
   }
 
-  /// Row `row` of block 0 gets the keys k [kv_heads·head_dim] and the values of row `from` of block 0 of `other`, which
-  /// may be *this: same bytes.
+  /// Row `row` of a block gets the keys k [kv_heads·head_dim] and the values of row `from` of a block of `other`, which may
+  /// be *this: same bytes.
   template <class K>
-  void store_keys(Index row, const K* k, const CacheBlocks& other, Index from) {
+  void store_keys(Index block, Index row, const K* k, const CacheBlocks& other, Index from_block, Index from) {
     for (Index head = 0; head < shape_.kv_heads; ++head) {
-      const Index to = head_row(0, head) + row, source = other.head_row(0, head) + from;
+      const Index to = head_row(block, head) + row, source = other.head_row(from_block, head) + from;
       store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + to * shape_.head_dim,
                 scale(key_scales_, to));
       std::copy_n(other.values_.data() + source * shape_.v_head_dim, shape_.v_head_dim,
@@ -164,12 +174,13 @@ class CacheBlocks {
     }
   }
 
-  /// Copies rows `first` … first+rows-1 of a block of `other`, which may be *this, to the same place in a block of this
-  /// one: same bytes.
-  void copy_rows(const CacheBlocks& other, Index from_block, Index to_block, Index first, Index rows) {
-    unturned_.copy_rows(other.unturned_, first, first, rows);
+  /// Copies `rows` rows of a block of `other`, which may be *this, from its row from_row on to a block of this one, from its
+  /// row to_row on: same bytes.
+  void copy_rows(const CacheBlocks& other, Index from_block, Index from_row, Index to_block, Index to_row, Index rows) {
+    unturned_.copy_rows(other.unturned_, other.unturned_row(from_block, from_row), unturned_row(to_block, to_row),
+                        rows);
     for (Index head = 0; head < shape_.kv_heads; ++head) {
-      const Index from = other.head_row(from_block, head) + first, to = head_row(to_block, head) + first;
+      const Index from = other.head_row(from_block, head) + from_row, to = head_row(to_block, head) + to_row;
       const auto copy = [&](auto* out, const auto* in, Index width) {
         std::copy_n(in + from * width, rows * width, out + to * width);
       };
@@ -214,7 +225,7 @@ class CacheBlocks {
   Index head_row(Index block, Index head) const { return (block * shape_.kv_heads + head) * block_rows_; }
 
   CacheShape shape_;
-  Index block_rows_ = 0;
+  Index block_rows_ = 0, blocks_ = 0;
   Numbers<S> keys_, values_;
   Numbers<float> key_scales_, value_scales_;
   UnturnedKeys<S> unturned_;

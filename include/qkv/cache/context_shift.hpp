@@ -3,6 +3,7 @@
 //     as it came      k                        turned by 0
 //     shifted by n    round(R₋ₙ k)             turned by n           k is kept: UnturnedKeys
 //     … and by m      round(R₋₍ₙ₊ₘ₎ k)         turned by n + m       one rounding, however many shifts there were
+//     no rotation     k                        a model whose keys know no position: rows move as they are
 //
 // Angles are taken in double, and so are products where numbers are stored with an exponent of their own: then the storage's
 // rounding is the only one that counts, of the smaller number of a pair too.
@@ -11,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "../rope.hpp"
@@ -38,16 +40,32 @@ inline constexpr Index shift_rows = 64;
 template <class S, class T>
 using ShiftScalar = std::conditional_t<std::is_same_v<T, float> && !has_row_scale<S>, double, T>;
 
-inline void check_drop(Index first, Index n, Index rows) {
+/// The rotation of a layer, which may have none.
+template <class T>
+const Rope<T>* rope_of(const Rope<T>& rope) {
+  return &rope;
+}
+template <class T>
+const Rope<T>* rope_of(const std::optional<Rope<T>>& rope) {
+  return rope ? &*rope : nullptr;
+}
+inline const Rope<float>* rope_of(std::nullopt_t) { return nullptr; }
+
+/// width: of the keys that turn; head_dim, or rope_dim of latents.
+template <class T>
+void check_shift(Index first, Index n, Index rows, const Rope<T>* rope, Index width) {
   require<std::out_of_range>(first >= 0 && n >= 0 && first <= rows && n <= rows - first,
                              "drop_rows(first, n) needs first >= 0, n >= 0 and first + n <= rows held ", rows,
                              "; given ", first, " and ", n);
+  require(rope == nullptr || rope->head_dim() == width,
+          "the rope of a cache must be of its head_dim (of latents: rope_dim) ", width, "; given ",
+          rope == nullptr ? 0 : rope->head_dim());
 }
 
-/// The scratch memory of a shift.
+/// The scratch memory of a shift; width of all heads that turn.
 template <class S, class T>
-std::size_t shift_bytes(Index width) {
-  return static_cast<std::size_t>(checked_product(shift_rows, width)) * sizeof(ShiftScalar<S, T>);
+std::size_t shift_bytes(const Rope<T>* rope, Index width) {
+  return rope == nullptr ? 0 : static_cast<std::size_t>(checked_product(shift_rows, width)) * sizeof(ShiftScalar<S, T>);
 }
 
 /// Turns row i of x [n, heads·head_dim] back by turned(i) positions. Neighbours that turn alike share their cosines.
@@ -69,11 +87,17 @@ void turn_back(const View<X>& x, Index heads, const Rope<T>& rope, const Turned&
 ///     unturned(row), place(row)           the copies among which the row's is or would be, and its place there
 ///     key(row, head), scale(row, head)    as they are now
 ///     move(row, to, keys)                 all of the row, but with these keys [heads·width]
+///     move(row, to)                       all of the row, and its copy
 template <class S, class T, class Rows>
-void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>& rope, Shift how, std::byte* scratch,
+void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>* rotation, Shift how, std::byte* scratch,
                 const Rows& all) {
   using X = ShiftScalar<S, T>;
   if (n == 0) return;
+  if (rotation == nullptr) {
+    for (Index row = first + n; row < rows; ++row) all.move(row, row - n);
+    return;
+  }
+  const Rope<T>& rope = *rotation;
   const bool exact = how == Shift::exact;
   const Index head_dim = rope.head_dim(), width = heads * head_dim;
   X* const keys = reinterpret_cast<X*>(scratch);
@@ -102,6 +126,44 @@ void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>& ro
       all.move(row, to, keys + i * width);
     }
   }
+}
+
+/// A row of keys and values: in which block of which memory.
+template <StorageType S>
+struct BlockRow {
+  CacheBlocks<S>& memory;
+  Index block, row;
+};
+
+/// The same for keys and values in blocks; at(row) is the BlockRow of a row.
+template <StorageType S, class T, class At>
+void shift_blocks(Index first, Index n, Index rows, const CacheShape& shape, const Rope<T>* rope, Shift how,
+                  std::byte* scratch, const At& at) {
+  struct Rows {
+    const At& of;
+    const UnturnedKeys<S>& unturned(Index row) const { return of(row).memory.unturned(); }
+    Index place(Index row) const {
+      const BlockRow<S> r = of(row);
+      return r.memory.unturned_row(r.block, r.row);
+    }
+    const S* key(Index row, Index head) const {
+      const BlockRow<S> r = of(row);
+      return r.memory.key(r.block, r.row, head);
+    }
+    float scale(Index row, Index head) const {
+      const BlockRow<S> r = of(row);
+      return r.memory.key_scale(r.block, r.row, head);
+    }
+    void move(Index row, Index to, const ShiftScalar<S, T>* keys) const {
+      const BlockRow<S> from = of(row), target = of(to);
+      target.memory.store_keys(target.block, target.row, keys, from.memory, from.block, from.row);
+    }
+    void move(Index row, Index to) const {
+      const BlockRow<S> from = of(row), target = of(to);
+      target.memory.copy_rows(from.memory, from.block, from.row, target.block, target.row, 1);
+    }
+  };
+  shift_keys<S>(first, n, rows, shape.kv_heads, rope, how, scratch, Rows{at});
 }
 
 }  // namespace detail

@@ -107,10 +107,9 @@ class LatentMemory {
   /// Context shift: rows first + n … rows - 1 go n down, their rope keys turned by -n; at(i) is the place of row i. Memory is
   /// there: scratch of shift_bytes, and for an exact shift the unturned keys.
   template <class T, class At>
-  void shift(Index first, Index n, Index rows, const Rope<T>& rotation, Shift how, std::byte* scratch,
-             const At& at) const {
+  void shift(Index first, Index n, Index rows, const Rope<T>* rotation, Shift how, std::byte* scratch, const At& at) {
     struct Rows {
-      const LatentMemory& memory;
+      LatentMemory& memory;
       const At& place;
       const UnturnedKeys<WideStorage<S>>& unturned(Index) const { return memory.unturned_; }
       const WideStorage<S>* key(Index row, Index) const { return memory.rope(place(row)); }
@@ -121,6 +120,7 @@ class LatentMemory {
         if constexpr (!one_row) *memory.scale(target) = *memory.scale(row);
         store_row(keys, memory.rope_dim_, memory.rope(target), nullptr);
       }
+      void move(Index from, Index to) const { memory.copy_rows(memory, place(from), place(to), 1); }
     };
     shift_keys<WideStorage<S>>(first, n, rows, 1, rotation, how, scratch, Rows{*this, at});
   }
@@ -141,12 +141,6 @@ void check_latents(Index latent_dim, Index rope_dim, const C& latent, const R& r
           "a latent cache takes latent [n, latent_dim] and rope_key [n, rope_dim]; given latent ",
           Shape{latent.rows(), latent.cols()}, ", rope_key ", Shape{rope_key.rows(), rope_key.cols()},
           " for latent_dim ", latent_dim, ", rope_dim ", rope_dim);
-}
-template <class T>
-void check_shift(Index first, Index n, Index rows, const Rope<T>& rope, Index rope_dim) {
-  check_drop(first, n, rows);
-  require(rope.head_dim() == rope_dim, "the rope of a latent cache must have head_dim = rope_dim ", rope_dim,
-          "; given ", rope.head_dim());
 }
 
 /// Latents (or rope keys) of all rows.

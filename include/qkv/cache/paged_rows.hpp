@@ -2,7 +2,8 @@
 //
 //     table    3, 0, 4      page i holds rows i·page_tokens …; what other sequences use too is copied before it is written
 //
-// A pool has pages (PageUse), `Run`, run(page, rows, position), and copy_page(from, to, rows).
+// A pool has pages (PageUse), `Run`, run(page, rows, position), copy_page(from, to, rows), and for context shifts turned_dim(),
+// shift_bytes(rope), keep_unturned(), forget_unturned(page, rows) and shift(…, at), at(row) being {page, place in it}.
 //
 // Before: cache/latent_memory.hpp   Next: cache/file.hpp
 #pragma once
@@ -76,7 +77,7 @@ class PagedRows {
   /// Forgets all rows and gives the pages back.
   void clear() { rewind(0); }
 
-  /// Bytes of the pages in its table, shared or not. They are the pool's: add up the pool's bytes(), not these.
+  /// Bytes of the pages in its table, shared or not. They are the pool's: memory.hpp has the rule.
   Index bytes() const { return pool_ ? static_cast<Index>(table_.size()) * pool_->page_bytes() : 0; }
 
  protected:
@@ -134,7 +135,27 @@ class PagedRows {
   void restore(Index, Index rows) {
     rewind(0);
     own(0, rows);
+    for (const Index page : table_) pool_->forget_unturned(page, page_tokens());
     hold(rows, 0);
+  }
+
+  /// Context shift: forgets rows first … first+n-1. Pages that the rows behind them go into become its own first.
+  template <class T>
+  void shift_rows(Index first, Index n, const Rope<T>* rope, Shift how, Workspace& workspace) {
+    check_shift(first, n, rows_, rope, pool_ ? pool_->turned_dim() : 0);
+    const Index left = rows_ - n, moved = left - first;
+    if (n == 0) return;
+    if (moved > 0) {
+      ask_for([&] { return missing_pages(first, moved); });
+      require_pages(first, moved);
+      const auto scratch = workspace.lease(pool_->shift_bytes(rope));  // what may fail comes before copies
+      if (rope && how == Shift::exact) pool_->keep_unturned();
+      own(first, moved);
+      pool_->shift(first, n, rows_, rope, how, scratch.data(),
+                   [&](Index row) { return std::pair(page(row / page_tokens()), row % page_tokens()); });
+    }
+    rewind(left);
+    hold(left, first / page_tokens());
   }
 
   /// Asks the pool's owner while missing() > 0 and that helps. Whoever changes rows asks first, and so is told here, before

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <span>
 #include <type_traits>
 
@@ -19,8 +20,10 @@
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
 /// Misplaced or unusable operands, in words rather than in a page of templates.
-template <class M, class F, class T>
+template <class GivenMask, class GivenScore, class T>
 constexpr void check_functions() {
+  using M = std::conditional_t<std::is_same_v<GivenMask, Omitted>, Full, GivenMask>;
+  using F = std::conditional_t<std::is_same_v<GivenScore, Omitted>, Plain, GivenScore>;
   static_assert(Mask<M> || MaskFunction<M> || !Score<M, T>,
                 "qkv: a score stands where the mask is expected: attention(q, k, v, heads, mask, score, options); use "
                 "`full` for no mask");
@@ -92,7 +95,8 @@ class Sequences {
 
 /// Kernels multiply with the scale and with log2(e) times it: both must be normal numbers of T.
 template <class T>
-void check_scale(double scale) {
+void check_scale(std::optional<double> given_scale) {
+  const double scale = given_scale.value_or(0);
   require(scale == scale, "scale must be a number; given NaN");
   require(std::abs(scale) <= std::numeric_limits<double>::max(), "scale must be finite; given ", scale);
   if constexpr (std::is_floating_point_v<T>) {
@@ -112,6 +116,8 @@ void check_options(const Options<T>& options, Heads heads) {
   constexpr Index far = std::numeric_limits<Index>::max() / 4;  // positions are added up without overflow
   require(!options.first_position || (*options.first_position >= -far && *options.first_position <= far),
           "first_position must lie within ", -far, " ... ", far, "; given ", options.first_position.value_or(0));
+  require(options.first_key_position >= 0 && options.first_key_position <= far,
+          "first_key_position must lie within 0 ... ", far, "; given ", options.first_key_position);
 }
 
 template <class T>
@@ -143,6 +149,15 @@ inline void check_sizes(Index n_queries, Index n_keys, Heads heads, Index head_d
                              "n_queries ",
                              n_queries, ", n_keys ", n_keys, ", heads ", heads.heads, ", head_dim ", head_dim,
                              ", v_head_dim ", v_head_dim);
+}
+
+/// A cache knows where its rows stand.
+template <class T>
+void check_own_positions(const Options<T>& options) {
+  require(options.first_key_position == 0,
+          "the rows of a cache stand at positions of their own: first_key_position must "
+          "be 0; given ",
+          options.first_key_position);
 }
 
 /// What is of one sequence takes no offsets.
@@ -193,7 +208,7 @@ bool lies_in(const Footprint& output, const KeyRows<S>& keys) {
 }
 
 /// Kernels walk a grid of positions and write where a run says that its rows are: those of your own cache are looked at
-/// once a call. Runs [runs] of key rows or of latent rows.
+/// once a call (owns_rows: not the library's). Runs [runs] of key rows or of latent rows.
 template <class Run>
 void check_runs(std::span<const Run> runs, Index rows) {
   constexpr Index far = std::numeric_limits<Index>::max() / 4;
@@ -211,9 +226,9 @@ void check_runs(std::span<const Run> runs, Index rows) {
   require(held == rows, "key rows must be as many as their runs hold; given ", rows, " for runs of ", held);
 }
 
-/// Position one past logical row `rows - 1`: where the next token would stand.
-template <StorageType S>
-Index end_position(const KeyRows<S>& keys, Index rows) {
+/// Position one past logical row `rows - 1`: where the next token would stand. Of key rows or of latent rows.
+template <class Rows>
+Index end_position(const Rows& keys, Index rows) {
   for (const auto& run : keys.runs) {
     if (rows <= run.rows && rows > 0) return run.position + rows;
     rows -= run.rows;
@@ -221,19 +236,21 @@ Index end_position(const KeyRows<S>& keys, Index rows) {
   return 0;
 }
 
-template <class T, StorageType S>
-Index first_position(const Rule<T, S>& rule, const KeyRows<S>& keys, Index sequence, Index n_queries,
+template <class T, StorageType S, class Rows>
+Index first_position(const Rule<T, S>& rule, const Rows& keys, Index sequence, Index n_queries,
                      const Options<T>& options) {
   if (options.first_position) return *options.first_position;
-  return end_position(keys, rule.valid_keys(sequence, keys.rows)) - n_queries;
+  const Index valid = rule.valid_keys(sequence, keys.rows);
+  return (valid > 0 ? end_position(keys, valid) : options.first_key_position) - n_queries;
 }
 
+/// own: see owns_rows.
 template <class T, StorageType S>
-void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape& shape) {
+void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape& shape, bool own = false) {
   CallShape call = shape;
   call.n_keys = keys.rows;
   call.last_key_position = end_position(keys, keys.rows) - 1;
-  require(!lies_in(call.output, keys) && !lies_in(call.log_sum_exp, keys),
+  require(own || (!lies_in(call.output, keys) && !lies_in(call.log_sum_exp, keys)),
           "the output (and the log-sum-exp) must not share elements with the keys and values of the cache");
   rule.check(call);
 }
@@ -241,19 +258,18 @@ void check_call(const Rule<T, S>& rule, const KeyRows<S>& keys, const CallShape&
 template <class T>
 T scale_of(const Options<T>& options, Index head_dim) {
   using std::sqrt;
-  return options.scale != 0 ? static_cast<T>(options.scale)
-         : head_dim > 0     ? T(1) / sqrt(static_cast<T>(head_dim))
-                            : T(1);
+  const double scale = options.scale.value_or(0);
+  return scale != 0 ? static_cast<T>(scale) : head_dim > 0 ? T(1) / sqrt(static_cast<T>(head_dim)) : T(1);
 }
 
-/// k and v as one run; a sequence's rows of them.
+/// k and v as one run; a sequence's rows of them, the first at `position`.
 template <StorageType S>
 struct MatrixKeys {
   KeyRun<S> run;
   KeyRows<S> rows;
 
-  MatrixKeys(const ConstView<S>& k, const ConstView<S>& v, Index first, Index count, Index kv_heads)
-      : run{count, 0, k.data() + first * k.outerStride(), v.data() + first * v.outerStride(), nullptr, nullptr},
+  MatrixKeys(const ConstView<S>& k, const ConstView<S>& v, Index first, Index count, Index kv_heads, Index position)
+      : run{count, position, k.data() + first * k.outerStride(), v.data() + first * v.outerStride(), nullptr, nullptr},
         rows(key_rows(run, k, v, kv_heads)) {
     rows.rows = count;
   }

@@ -194,4 +194,88 @@ kernel::Task<T, S> make_task(const ConstView<T>& q, const KeyRows<S>& keys, Head
   return task;
 }
 
+/// Raises where the outputs of a call share an element with an input.
+template <class T, class X>
+void check_disjoint(const View<T>& out, const Options<T>& options, const X& in, const char* name,
+                    const char* name_log_sum_exp) {
+  require_disjoint(out, in, name);
+  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, in, name_log_sum_exp);
+}
+
+/// … with q, a sink, or each other.
+template <class T>
+void check_outputs(const View<T>& out, const Options<T>& options, const ConstView<T>& q) {
+  check_sinks_unwritten(out, options);
+  check_disjoint(out, options, q, "q", "q (log_sum_exp)");
+  if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
+}
+
+/// attention_into of matrices, for all masks, scores and executors. with_rule(s, n, use) calls use(rule of sequence s of n).
+template <class T, StorageType S>
+void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v,
+                     Heads heads, FunctionRef<void(Index, Index, FunctionRef<void(const Rule<T, S>&)>)> with_rule,
+                     const Options<T>& options, const AnyExecutor& executor) {
+  check_keys(k, v, heads);
+  check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
+  check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
+  check_out(out, q.rows(), checked_product(heads.heads, v.cols() / heads.kv_heads));
+  check_options(options, heads);
+  check_outputs(out, options, q);
+  check_disjoint(out, options, k, "k", "k (log_sum_exp)");
+  check_disjoint(out, options, v, "v", "v (log_sum_exp)");
+  const Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const auto rows = sequences.at(s);
+    const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads, options.first_key_position);
+    with_rule(s, sequences.count(), [&](const Rule<T, S>& rule) {
+      check_call(rule, source.rows,
+                 {.sequences = sequences.count(),
+                  .heads = heads.heads,
+                  .sequence = s,
+                  .n_queries = rows.n_queries,
+                  .first_position = first_position(rule, source.rows, s, rows.n_queries, options),
+                  .output = footprint(out),
+                  .log_sum_exp = log_sum_exp_footprint(options)});
+    });
+  }
+
+  Workspace local;
+  Workspace& workspace = options.workspace ? *options.workspace : local;
+  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const auto rows = sequences.at(s);
+    const MatrixKeys<S> source(k, v, rows.key, rows.n_keys, heads.kv_heads, options.first_key_position);
+    with_rule(s, sequences.count(), [&](const Rule<T, S>& rule) {
+      attend(make_task(rows_of(q, rows.query, rows.n_queries), source.rows, heads, rule, options, s), rule,
+             rows_of(out, rows.query, rows.n_queries), rows.query, options, workspace, executor);
+    });
+  }
+}
+
+/// attention_into against one sequence's rows, likewise. own: see owns_rows.
+template <class T, StorageType S>
+void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& rows, Heads heads, const Rule<T, S>& rule,
+                 const Options<T>& options, const AnyExecutor& executor, bool own) {
+  if (!own) check_runs(rows.runs, rows.rows);
+  check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
+  check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
+  check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
+  check_options(options, heads);
+  check_outputs(out, options, q);
+  check_one_sequence(options, "a cache holds");
+  check_own_positions(options);
+  check_call(rule, rows,
+             {.heads = heads.heads,
+              .n_queries = q.rows(),
+              .first_position = first_position(rule, rows, 0, q.rows(), options),
+              .output = footprint(out),
+              .log_sum_exp = log_sum_exp_footprint(options)},
+             own);
+
+  Workspace local;
+  Workspace& workspace = options.workspace ? *options.workspace : local;
+  if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
+  attend(make_task(q, rows, heads, rule, options, 0), rule, out, 0, options, workspace, executor);
+}
+
 }}}  // namespace qkv::QKV_ABI::detail
