@@ -71,8 +71,9 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
   e.heads = heads, e.n_queries = n_queries, e.n_keys = keys.rows;
   e.head_dim = keys.head_dim, e.v_head_dim = keys.v_head_dim, e.storage = storage_name<S>;
   using Narrow = kernel::NarrowArithmetic<T, S>;
-  if (e.kernel == Kernel::decode && kernel::decode_is_narrow<T, S>(options.arithmetic, heads.group_size()))
-    e.arithmetic = kernel::NarrowDot<T, S>::name;
+  if (e.kernel == Kernel::decode)
+    e.arithmetic = kernel::with_decode_dot<T, S>(options.arithmetic, heads.group_size(),
+                                                 []<class D>(std::type_identity<D>) { return D::name; });
   if (e.kernel == Kernel::tiled && options.arithmetic != Arithmetic::exact)
     e.arithmetic = Narrow::int8_keys && options.arithmetic == Arithmetic::int8 ? kernel::Int8::name : Narrow::name;
 

@@ -138,11 +138,9 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
         return launch_tiled<Narrow>(task, state, workspace, executor, done, start);
     launch_tiled<kernel::Exact<T>>(task, state, workspace, executor, done, start);
   } else {
-    using Narrow = kernel::NarrowDot<T, S>;
-    if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
-      if (kernel::decode_is_narrow<T, S>(task.arithmetic, task.heads.group_size()))
-        return launch_decode<Narrow>(task, state, workspace, executor, done, start);
-    launch_decode<kernel::WidenedDot<T, S>>(task, state, workspace, executor, done, start);
+    kernel::with_decode_dot<T, S>(task.arithmetic, task.heads.group_size(), [&]<class D>(std::type_identity<D>) {
+      launch_decode<D>(task, state, workspace, executor, done, start);
+    });
   }
 }
 
