@@ -5,8 +5,8 @@
 //     prefill/<mask>/eigen_naive|eigen_tiled|eigen_gemm/…                    what Eigen products give
 //
 // mask: causal, full, window (255 keys back), chunk (512 queries on 4096 keys), softcap, alibi, lambda (causal with that
-// score). storage: f32, f64, f16, bf16, int8 (q·k in int8, values in bfloat16; with AVX2 and SSE2 both in int16),
-// int8_throughout (both in int8, where there are such products), and *_exact (widened to float).
+// score). storage: f32, f64, f16, bf16, int8 (q·k in int8, values in bfloat16; with AVX-VNNI in int16; with AVX2 and SSE2
+// both in int16), int8_throughout (both in int8, where there are such products), and *_exact (widened to float).
 // peak_fraction: useful flops over the FMA peak (f64: the f64 peak), each call beside a peak sample; the median of all.
 // Several threads: over the sum of their peaks, all running at once. max_abs_error and rms_error are against kernel::reference in
 // double on the stored keys and values, for some of the queries, taken before anything is timed.

@@ -75,8 +75,9 @@ KernelChoice explain_kernel(Kernel forced, Arithmetic arithmetic, Index n_querie
           : kernel == Kernel::decode    ? std::to_string(n_queries) + " queries <= " + most
                                         : std::to_string(n_queries) + " queries > " + most,
           kernel == Kernel::tiled ? arithmetic_name<T, S>(arithmetic)
-          : kernel == Kernel::decode && kernel::decode_is_narrow<T, S>(arithmetic, heads.group_size())
-              ? kernel::NarrowDot<T, S>::name
+          : kernel == Kernel::decode
+              ? kernel::with_decode_dot<T, S>(arithmetic, heads.group_size(),
+                                              []<class D>(std::type_identity<D>) { return D::name; })
               : ""};
 }
 

@@ -46,7 +46,10 @@ NarrowErrors narrow_errors(qkv::Arithmetic arithmetic, qkv::Index head_dim, qkv:
 template <class S>
 NarrowErrors decode_errors(qkv::Arithmetic arithmetic, qkv::Index head_dim, qkv::Index group) {
   if (!qkv::kernel::decode_is_narrow<float, S>(arithmetic, group)) return {};
-  if (!qkv::kernel::Isa::int8_products) return narrow_errors<S>(arithmetic, head_dim, 256);
+  using qkv::kernel::Isa;
+  const bool in_int16 = Isa::int16_products && !Isa::bf16_products;  // a single query head too
+  if (in_int16 && (group == 1 || !Isa::int8_products))
+    return {.query_step = 0.5 / static_cast<double>(qkv::kernel::largest_int16(head_dim)), .steps = 32767};
   return {.query_step = 0.5 / 127, .steps = 32767, .block = 256};
 }
 

@@ -191,7 +191,8 @@ Rounding tiled_rounding(qkv::Arithmetic arithmetic, Index n) {
 template <class T, class S>
 Rounding decode_rounding(qkv::Arithmetic arithmetic, Index group, Index n) {
   if (!qkv::kernel::decode_is_narrow<T, S>(arithmetic, group)) return {};
-  const double steps = qkv::kernel::Isa::int8_products ? 127 : static_cast<double>(qkv::kernel::largest_int16(n));
+  const bool in_int8 = qkv::kernel::Isa::int8_products && group > 1;
+  const double steps = in_int8 ? 127 : static_cast<double>(qkv::kernel::largest_int16(n));
   return {.query_step = 0.5 / steps, .weight_step = 0.5 / 32767};
 }
 

@@ -135,11 +135,9 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
         if (task.arithmetic != Arithmetic::exact) return tiled(Narrow{});
       tiled(kernel::Exact<T>{});
     } else {
-      using Narrow = kernel::NarrowDot<T, S>;
-      if constexpr (!std::is_same_v<Narrow, kernel::WidenedDot<T, S>>)
-        if (kernel::decode_is_narrow<T, S>(task.arithmetic, task.heads.group_size()))
-          return decode(kernel::decode_source<Narrow>(task, rows));
-      decode(kernel::decode_source<kernel::WidenedDot<T, S>>(task, rows));
+      kernel::with_decode_dot<T, S>(task.arithmetic, task.heads.group_size(), [&]<class D>(std::type_identity<D>) {
+        decode(kernel::decode_source<D>(task, rows));
+      });
     }
   });
 }

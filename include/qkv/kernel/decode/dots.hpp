@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../../options.hpp"
 #include "../../product/register_tile.hpp"
@@ -39,7 +40,6 @@ struct WidenedDot {
   static constexpr Index width = V::width;  // elements in a register of a row
   static constexpr Index lanes = V::width;  // sums that one tree adds up
   static constexpr Index parts = 1;         // registers that those of a row become
-  static constexpr Index least_group = 1;   // query heads of a group from which on it pays
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
   template <Index>
@@ -76,7 +76,6 @@ requires(std::is_same_v<S, bfloat16>&& Isa::splits_bf16) struct WidenedDot<float
   using Query = float;
   static constexpr const char* name = "";
   static constexpr Index width = 2 * V::width, lanes = V::width, parts = 2;
-  static constexpr Index least_group = 1;
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
   template <Index Part>
@@ -114,7 +113,7 @@ struct Int8RowDot {
   using Query = std::int8_t;
   static constexpr const char* name = " multiplied in int8, values in int16";
   static constexpr Index width = 4 * Isa::lanes, lanes = Isa::lanes, parts = 1;
-  static constexpr Index least_group = 2;  // one query waits for memory anyway
+  static constexpr Index least_group = 2;  // query heads of a group from which on it pays: one waits for memory anyway
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return Isa::broadcast_sum(0); }
   template <Index>
@@ -147,7 +146,7 @@ struct Int8RowDot {
   }
 };
 /// q·k of int8 rows in int16 (simd/narrow.hpp): queries with one scale each, keys widened once for all of them: 1.7 times
-/// as fast as widened to float (Zen 3, four queries of 128).
+/// as fast as widened to float (Zen 3, four queries of 128), which takes longer than memory even for one query.
 struct Int16RowDot {
   using V = Simd<float>;
   using Vec = Isa::Sums;
@@ -156,7 +155,6 @@ struct Int16RowDot {
   using Query = std::int16_t;
   static constexpr const char* name = " multiplied in int16";
   static constexpr Index width = 2 * Isa::lanes, lanes = Isa::lanes, parts = 1;
-  static constexpr Index least_group = 1;  // widening to float takes longer than memory even for one query
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return Isa::broadcast_sum(0); }
   template <Index>
@@ -185,18 +183,33 @@ struct Int16RowDot {
   }
 };
 
-/// What Arithmetic::automatic multiplies in. Groups of less than NarrowDot::least_group query heads are exact all the same.
+/// What Arithmetic::automatic multiplies in, for groups of NarrowDot::least_group query heads and more, and for fewer: int8
+/// is then no faster than int16, and where registers are wide neither is faster than float.
 template <class T, class S>
-using NarrowDot =
-    std::conditional_t<std::is_same_v<T, float> && has_row_scale<S> && Isa::int8_products, Int8RowDot,
-                       std::conditional_t<std::is_same_v<T, float> && has_row_scale<S> && Isa::int16_products,
-                                          Int16RowDot, WidenedDot<T, S>>>;
+inline constexpr bool multiplies_int8 = std::is_same_v<T, float>&& has_row_scale<S>;
+template <class T, class S>
+using FewDot = std::conditional_t<multiplies_int8<T, S> && Isa::int16_products && !TileShape<float>::wide, Int16RowDot,
+                                  WidenedDot<T, S>>;
+template <class T, class S>
+using NarrowDot = std::conditional_t<multiplies_int8<T, S> && Isa::int8_products, Int8RowDot, FewDot<T, S>>;
 
-/// Whether decode multiplies q·k in narrower numbers than the scalar's for groups of so many query heads.
+/// f(std::type_identity<D>) of the D in which decode multiplies q·k for groups of so many query heads.
+template <class T, class S, class F>
+constexpr auto with_decode_dot(Arithmetic arithmetic, Index group_size, F&& f) {
+  using Narrow = NarrowDot<T, S>;
+  using Few = FewDot<T, S>;
+  using Widened = WidenedDot<T, S>;
+  if constexpr (!std::is_same_v<Narrow, Few>)
+    if (arithmetic != Arithmetic::exact && group_size >= Narrow::least_group) return f(std::type_identity<Narrow>{});
+  if constexpr (!std::is_same_v<Few, Widened>)
+    if (arithmetic != Arithmetic::exact) return f(std::type_identity<Few>{});
+  return f(std::type_identity<Widened>{});
+}
+/// Whether that is narrower than the scalar.
 template <class T, class S>
 constexpr bool decode_is_narrow(Arithmetic arithmetic, Index group_size) {
-  using D = NarrowDot<T, S>;
-  return !std::is_same_v<D, WidenedDot<T, S>> && arithmetic != Arithmetic::exact && group_size >= D::least_group;
+  return with_decode_dot<T, S>(arithmetic, group_size,
+                               []<class D>(std::type_identity<D>) { return !std::is_same_v<D, WidenedDot<T, S>>; });
 }
 
 }}}  // namespace qkv::QKV_ABI::kernel

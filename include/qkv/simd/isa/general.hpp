@@ -5,9 +5,10 @@
 //     Sums     the same as a register of sums in int32; a type of its own where a compiler needs that
 //     Bytes    `lanes` bytes
 //
-// What is declared without a body exists on instruction sets whose constant says so: code under `if constexpr` of that
-// constant compiles everywhere. An instruction set is a struct that derives from General, or from one that it extends, in a
-// file of its own; simd/isa.hpp chooses. An overload for its registers takes precedence over a general form.
+// What is declared without a body is defined by instruction sets whose constant says so: code under `if constexpr` of that
+// constant compiles everywhere, and a definition that is missing is an error of the linker. An instruction set is a struct
+// that derives from General, or from one that it extends, in a file of its own; simd/isa.hpp chooses. An overload for its
+// registers takes precedence over a general form.
 //
 // Before: simd/isa.hpp   Next: simd/isa/sse2.hpp
 #pragma once
@@ -167,7 +168,7 @@ struct General {
   static Sums add_int8_products(Sums sum, Words a, Words b);  // + Σ₄ aᵢ·bᵢ; a signed, b unsigned: exact in 32 bits
   static Sums add_int16_products(Sums sum, Words a, Words b);  // + a₀b₀ + a₁b₁ of int16, exact in 32 bits
 
-  // ---- of all of these ----
+  // Where there is one of them:
   static Words load_words(const void* p);
   static Words load_words_n(const void* p, Index n);  // the first n bytes, zeros after them, and no access past them
   static void store_words(void* p, Words v);
@@ -180,43 +181,44 @@ struct General {
   static Float int32_to_float(Words v);
   static Float sums_to_float(Sums v);
 
-  // ---- of int16 and int8 ----
+  // Where there is one of whole numbers:
   static Sums load_sums(const std::int32_t* p);
   static void store_sums(std::int32_t* p, Sums v);
   static Sums broadcast_sum(std::int32_t x);
   static Sums subtract(Sums a, Sums b);
   static Sums sum_each(Sums (&rows)[static_cast<std::size_t>(lanes)]);  // as of float; rows are lost
-  static Words truncate_to_int32(Float v);
-  static Words widen_int8(const std::int8_t* p);             // 2·lanes of them, to int16
-  static Words widen_int8_n(const std::int8_t* p, Index n);  // the first n, zeros after them
-  static Words pack_int16(Words a, Words b);                 // int32 to int16, those of a first, saturated
-  static Words pair_int16(Words low, Words high);            // lane by lane, of int32 from 0 to 32767
-  static Bytes load_int8(const std::int8_t* p);              // `lanes` of them
-  static Bytes load_int8_n(const std::int8_t* p, Index n);   // the first n, zeros after them; n may be past `lanes`
-  static Words pair_int8(Bytes a, Bytes b);                  // lane i: aᵢ and bᵢ as int16
-  /// Bytes of two rows side by side; n is a multiple of 16.
-  static void interleave_rows(const std::int8_t* a, const std::int8_t* b, Index n, std::uint16_t* to);
-
-  // ---- decode's sums of rows in int16: kernel/decode/int8_row_pairs.hpp ----
-  static Words unpack_low_int16(Words a,
-                                Words b);  // the low halves of each 128 bits of a and b, 16 bits of each in turns
-  static Words unpack_high_int16(Words a, Words b);  // the high halves
-  static Words low_int8(Words v);                    // of every 16 bits the low byte, as int16
+  static Bytes load_int8(const std::int8_t* p);                         // `lanes` of them
+  static Bytes load_int8_n(const std::int8_t* p, Index n);  // the first n, zeros after them; n may be past `lanes`
+  // Decode's sums of rows in int16, kernel/decode/int8_row_pairs.hpp. Unpacked: of every 128 bits of a and b the low, or the
+  // high, half, 16 bits of each in turn.
+  static Words unpack_low_int16(Words a, Words b);
+  static Words unpack_high_int16(Words a, Words b);
+  static Words low_int8(Words v);  // of every 16 bits the low byte, as int16
   static Words high_int8(Words v);
   static void order_unpacked(Words (&v)[4]);  // int32 of 4·lanes features, from the order of these vectors to ascending
   static void store_int16(std::int16_t* to, Float a, Float b);  // rounded, saturated
   static Float positive(Float x);                               // max(0, x); NaN stays NaN
 
-  // ---- where int8_products ----
+  // Where int16 is what panels are multiplied in, keys (without int8_products) or values (without bf16_products):
+  static Words truncate_to_int32(Float v);
+  static Words widen_int8(const std::int8_t* p);             // 2·lanes of them, to int16
+  static Words widen_int8_n(const std::int8_t* p, Index n);  // the first n, zeros after them
+  static Words pack_int16(Words a, Words b);                 // int32 to int16, those of a first, saturated
+  static Words pair_int16(Words low, Words high);            // lane by lane, of int32 from 0 to 32767
+  static Words pair_int8(Bytes a, Bytes b);                  // lane i: aᵢ and bᵢ as int16
+  /// Bytes of two rows side by side; n is a multiple of 16.
+  static void interleave_rows(const std::int8_t* a, const std::int8_t* b, Index n, std::uint16_t* to);
+
+  // Where int8_products:
   template <Index Parts>
   static Sums broadcast_first(std::int32_t x);  // in every Parts-th lane from 0 on, zeros elsewhere
   static Words plus_128(Words int8);            // of 4·lanes int8, as unsigned
-  static Words round_plus_128(Float a, Float b, Float c,
-                              Float d);                        // 4·lanes numbers in order as bytes of round(x) + 128
+  /// 4·lanes numbers in order as bytes of round(x) + 128.
+  static Words round_plus_128(Float a, Float b, Float c, Float d);
   static Words to_uint8(Words a, Words b, Words c, Words d);   // lane i: aᵢ, bᵢ, cᵢ, dᵢ; above 255 it is 255
   static Words quad_int8(Bytes a, Bytes b, Bytes c, Bytes d);  // lane i: aᵢ, bᵢ, cᵢ, dᵢ
 
-  // ---- where bf16_products: to nearest even ----
+  // Where bf16_products, rounded to nearest even:
   static Words pair_bf16(Float low, Float high);        // lane by lane
   static Words round_to_bf16(Float a, Float b);         // 2·lanes numbers in order
   static Words round_to_finite_bf16(Float a, Float b);  // what is finite stays finite: at most the largest
