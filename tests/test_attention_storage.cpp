@@ -96,8 +96,8 @@ class StoredAsInt8 {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8", "[attention][storage]", half,
-                   bfloat16, std::int8_t, float) {
+TEMPLATE_LIST_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8", "[attention][storage]",
+                        qkv::StorageTypes) {
   for (const Case& c : some_shapes()) {
     const Inputs<float> in(c);
     const PagedKeys<TestType> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));

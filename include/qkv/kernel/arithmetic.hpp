@@ -69,9 +69,10 @@ using OfInt8 = std::conditional_t<Isa::int8_products, std::conditional_t<Isa::bf
 
 /// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
 template <class T, StorageType S>
-using NarrowArithmetic = std::conditional_t<!std::is_same_v<T, float>, Exact<T>,
-                                            std::conditional_t<Isa::bf16_products && std::is_same_v<S, bfloat16>, Bf16,
-                                                               std::conditional_t<has_row_scale<S>, OfInt8, Exact<T>>>>;
+using NarrowArithmetic =
+    std::conditional_t<!std::is_same_v<T, float>, Exact<T>,
+                       std::conditional_t<Isa::bf16_products && std::is_same_v<S, bfloat16>, Bf16,
+                                          std::conditional_t<std::is_same_v<S, std::int8_t>, OfInt8, Exact<T>>>>;
 
 /// How numbers are multiplied: T by T, as the words of simd/narrow.hpp.
 template <class T>

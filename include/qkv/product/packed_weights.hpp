@@ -55,8 +55,8 @@ class PackedWeights {
             for (Index j = 0; j < width; ++j)
               columns[static_cast<std::size_t>(j * in_ + k)] = static_cast<T>(w.coeff(k, first + j));
           for (Index j = 0; j < width; ++j) {
-            scales_[static_cast<std::size_t>(first + j)] =
-                static_cast<T>(quantize_row(columns.data() + j * in_, in_, quantized.data()));
+            scales_[static_cast<std::size_t>(first + j)] = static_cast<T>(
+                quantize_row(columns.data() + j * in_, in_, quantized.data(), storage_traits<S>.largest));
             for (Index k = 0; k < in_; ++k) to[k * panel + j] = quantized[static_cast<std::size_t>(k)];
           }
         } else {

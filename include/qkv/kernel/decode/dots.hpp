@@ -188,9 +188,9 @@ struct Int16RowDot {
 /// What Arithmetic::automatic multiplies in. Groups of less than NarrowDot::least_group query heads are exact all the same.
 template <class T, class S>
 using NarrowDot =
-    std::conditional_t<std::is_same_v<T, float> && has_row_scale<S> && Isa::int8_products, Int8RowDot,
-                       std::conditional_t<std::is_same_v<T, float> && has_row_scale<S> && Isa::int16_products,
-                                          Int16RowDot, WidenedDot<T, S>>>;
+    std::conditional_t<!std::is_same_v<T, float> || !std::is_same_v<S, std::int8_t>, WidenedDot<T, S>,
+                       std::conditional_t<Isa::int8_products, Int8RowDot,
+                                          std::conditional_t<Isa::int16_products, Int16RowDot, WidenedDot<T, S>>>>;
 
 /// Whether decode multiplies q·k in narrower numbers than the scalar's for groups of so many query heads.
 template <class T, class S>
