@@ -1,7 +1,7 @@
 // kernel/byte_rows.hpp — the rows of one sequence without their storage type.
 //
-// What goes through the keys (the grid, splits, prefetches) needs addresses and distances, not the type of a number; so it
-// is compiled once for all storages. Only what multiplies rows knows their type.
+// Loops over keys (grid, splits, prefetches) need addresses and strides, not the type of a number: they are compiled once for
+// all storages. Only the code that multiplies rows knows their type.
 //
 // Before: kernel/position_grid.hpp   Next: kernel/task.hpp
 #pragma once
@@ -48,7 +48,7 @@ struct ByteRows {
   }
 };
 
-/// use(ByteRows) of these rows, whose runs are listed meanwhile: on the stack where they are few.
+/// Calls use(ByteRows) with these rows. The list of runs lives as long: on the stack where they are few.
 template <StorageType S, class Use>
 void with_byte_rows(const KeyRows<S>& keys, Workspace& workspace, const Use& use) {
   const auto list = [&](ByteRun* runs) {

@@ -9,7 +9,7 @@
 //     int16    rows   int8 latents and float rope keys, likewise       values  int16: [pair of keys][latent_dim] pairs of bytes
 //     keys                                                                     as stored, and their scales
 //
-// Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
+// Columns that hold no row are zeros; the caller hides them. A block is prepared once for all heads of a work item.
 //
 // Before: kernel/absorbed/grid.hpp   Next: kernel/absorbed/pack_rows.hpp
 #pragma once
@@ -55,18 +55,18 @@ class BlockRows {
   using RopeNumber = RopeDot::Number;
   static constexpr bool narrow = A::narrow;
   static constexpr Index n_rows = block_rows<narrow>;
-  static constexpr Index unit = A::int8_keys ? 64
-                                : narrow     ? 32
-                                             : Simd<T>::width;  // rows are read up to a multiple of it
+  static constexpr Index row_multiple = A::int8_keys ? 64
+                                        : narrow     ? 32
+                                                     : Simd<T>::width;  // rows are read up to a multiple of it
 
  public:
   BlockRows(detail::Carver& carver, const LatentRows<S>& rows, Index parts) : rows_(rows), parts_(parts) {
     copy_ = carver.take<Element>(n_rows * copy_step());
     if constexpr (narrow) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
-    if constexpr (A::scaled)
+    if constexpr (A::integer_keys)
       rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
     if constexpr (A::int8_keys) offsets_ = carver.take<std::int32_t>(n_rows);
-    if constexpr (A::steps) value_scales_ = carver.take<float>(n_rows);
+    if constexpr (A::integer_weights) value_scales_ = carver.take<float>(n_rows);
   }
 
   void prepare(const Place& place) {
@@ -81,7 +81,7 @@ class BlockRows {
     } else {
       copy();
     }
-    if constexpr (A::scaled) take_scales(), take_rope();
+    if constexpr (A::integer_keys) gather_scales(), gather_rope();
     if constexpr (narrow) pack_values(A{}, columns(), scales_, packed_, packed_step());
   }
 
@@ -110,13 +110,13 @@ class BlockRows {
   }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
-  /// Weights in steps: scales of the values, zero where a row is not finite.
+  /// Integer weights: scales of the values, zero where a row is not finite.
   const float* value_scales() const { return value_scales_; }
 
   /// False: a value is not finite as it is multiplied, though the scores of its row may be.
   bool values_finite() const { return values_finite_; }
   /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
-  /// Asked for where a score is not finite, as every score of such a row is, or a value.
+  /// Only needed where a score is not finite, as every score of such a row is, or a value.
   std::pair<const Index*, Index> dropped() {
     if (!inspected_) inspect();
     return {dropped_.data(), n_dropped_};
@@ -134,8 +134,8 @@ class BlockRows {
  private:
   GridPieces<LatentRun<S>> pieces() const { return {rows_.runs, n_rows, place_.cell}; }
   ColumnRows<Element> columns() const { return {first_, step_, place_.begin, place_.count, rows_.latent_dim}; }
-  Index copied_dim() const { return A::scaled ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
-  Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
+  Index copied_dim() const { return A::integer_keys ? rows_.latent_dim : rows_.latent_dim + rows_.rope_dim; }
+  Index copy_step() const { return round_up(copied_dim(), row_multiple) + row_multiple; }
   Index rope_step() const { return round_up(rows_.rope_dim, 32) / rope_features; }
   Index packed_step() const {
     return round_up(rows_.latent_dim, 32) + 16;
@@ -143,13 +143,13 @@ class BlockRows {
   const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
 
   /// Rope keys of float are multiplied where they lie, where parts of a lane end with them.
-  static constexpr bool float_rope = A::scaled && std::is_same_v<RopeNumber, float>;
+  static constexpr bool float_rope = A::integer_keys && std::is_same_v<RopeNumber, float>;
   bool rope_in_place() const { return float_rope && place_.whole && rows_.rope_dim % parts_ == 0; }
 
   bool in_place(const Place& place) const {
-    if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
-    if constexpr (A::scaled || has_row_scale<S>)
-      return A::scaled;
+    if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % row_multiple != 0) return false;
+    if constexpr (A::integer_keys || has_row_scale<S>)
+      return A::integer_keys;
     else
       return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
              rows_.rope(rows_.runs[place.cell.run], 0) ==
@@ -177,7 +177,7 @@ class BlockRows {
         if constexpr (!narrow) {
           widen_row(c, latent, rows_.scale(run, piece.row + i), to);
           widen_row(r, rope, 1.0F, to + latent);
-        } else if constexpr (A::scaled) {
+        } else if constexpr (A::integer_keys) {
           std::copy_n(c, latent, to);
         } else {
           std::copy_n(c, latent, to);
@@ -196,12 +196,12 @@ class BlockRows {
       for (Index i = 0; i < piece.count; ++i) {
         const S* const c = rows_.latent(run, piece.row + i);
         const T scale = static_cast<T>(rows_.scale(run, piece.row + i));
-        bool finite = !A::scaled || std::isfinite(scale * A::restored);
-        for (Index x = 0; !A::scaled && x < rows_.latent_dim; ++x)
+        bool finite = !A::integer_keys || std::isfinite(scale * A::restored);
+        for (Index x = 0; !A::integer_keys && x < rows_.latent_dim; ++x)
           finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = piece.column + i;
-        if constexpr (narrow && !A::steps)  // whose scale is zero there
+        if constexpr (narrow && !A::integer_weights)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
             packed_[(piece.column + i) / A::keys * packed_step() + x] &=
                 ~(key_bits << (32 / A::keys * ((piece.column + i) % A::keys)));
@@ -209,17 +209,17 @@ class BlockRows {
     }
   }
 
-  /// Scales of the rows, and what follows from them and from the latents.
-  void take_scales() {
+  /// Scales of the rows, and offsets and value scales computed from them.
+  void gather_scales() {
     std::fill_n(scales_, n_rows, 0.0F);
     for (const GridPiece& piece : pieces()) {
       const LatentRun<S>& run = rows_.runs[piece.run];
       for (Index i = 0; i < piece.count; ++i) scales_[piece.column + i] = rows_.scale(run, piece.row + i);
     }
     values_finite_ = true;
-    if constexpr (!A::steps)
+    if constexpr (!A::integer_weights)
       for (Index c = 0; c < n_rows; ++c) values_finite_ = values_finite_ && std::isfinite(scales_[c] * A::restored);
-    if constexpr (A::steps)
+    if constexpr (A::integer_weights)
       for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
     if constexpr (A::int8_keys) {
       std::fill_n(offsets_, n_rows, 0);
@@ -227,7 +227,7 @@ class BlockRows {
     }
   }
   /// Rope keys as they are multiplied: where they lie, or without gaps in a copy.
-  void take_rope() {
+  void gather_rope() {
     if (rope_in_place()) return;
     std::fill_n(rope_, n_rows * rope_step(), RopeNumber(0));
     for (const GridPiece& piece : pieces()) {

@@ -35,14 +35,14 @@ void merge_lanes(const Task<T, S>& task, const LaneState<T>& from, Index first, 
   }
 }
 
-/// Lanes of one work item, in panels: they share a prepared block, which costs more where rows are packed or widened than
-/// in place. Few splits are shared out in smaller items. (A state has the same bits in any group.)
+/// Lanes of one work item. They share a prepared block: more lanes where preparing packs or widens rows, fewer where few splits
+/// would leave threads idle. (A state has the same bits in any group.)
 template <class A, class T, class S>
 constexpr Index group_lanes(Index n_splits) {
   constexpr bool prepared = A::narrow || (!Shape<float>::wide && !std::is_same_v<T, S>);
   return prepared && n_splits >= 4 ? 128 : 64;
 }
-/// One thread goes through the splits with up to so many groups beside each other.
+/// One thread goes through the splits with up to so many groups at once.
 inline constexpr Index most_groups_at_once = 4;
 /// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.
 inline constexpr Index most_partial_bytes = Index(64) << 20;
@@ -139,7 +139,7 @@ void run(const Task<T, S>& task, const StateView<T>& state, Workspace& workspace
   });
 }
 
-/// What it covers: numbers that fill registers.
+/// Whether absorbed attention exists for T: numbers that fill registers.
 template <class T>
 inline constexpr bool serves = (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2;
 

@@ -22,8 +22,8 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-/// What queries leave off where keys are whole numbers, up to 127 for a key of 1: sums of products would overflow long
-/// before scores do. It comes back with the scale of the key.
+/// Queries are divided by it, and the scale of a key multiplied, where keys are integers: otherwise sums of products would
+/// overflow long before scores do.
 template <StorageType S>
 inline constexpr float headroom = has_row_scale<S> ? 64 : 1;
 
@@ -38,7 +38,7 @@ struct WidenedDot {
   static constexpr const char* name = "";
   static constexpr Index width = V::width;  // elements in a register of a row
   static constexpr Index lanes = V::width;  // sums that one tree adds up
-  static constexpr Index parts = 1;         // registers that those of a row become
+  static constexpr Index parts = 1;         // registers into which one of a row is split
   static constexpr Index least_group = 1;   // query heads of a group from which on it pays
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
@@ -104,8 +104,8 @@ requires(std::is_same_v<S, bfloat16>&& Isa::splits_bf16) struct WidenedDot<float
   }
 };
 
-/// q·k of int8 rows in integers (simd/narrow.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
-/// a sum, 128·Σq, is taken off at the end.
+/// q·k of int8 rows in integers (simd/narrow.hpp): queries as int8 with one scale each, keys as k + 128. The
+/// excess of a sum, 128·Σq, is subtracted at the end.
 struct Int8RowDot {
   using V = Simd<float>;
   using Vec = Isa::Sums;
@@ -156,7 +156,7 @@ struct Int16RowDot {
   using Query = std::int16_t;
   static constexpr const char* name = " multiplied in int16";
   static constexpr Index width = 2 * Isa::lanes, lanes = Isa::lanes, parts = 1;
-  static constexpr Index least_group = 1;  // widening to float takes longer than memory even for one query
+  static constexpr Index least_group = 1;  // widening to float is slower than memory even for one query
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return Isa::broadcast_sum(0); }
   template <Index>

@@ -1,4 +1,4 @@
-// simd/isa/general.hpp — what kernels ask of an instruction set beyond Eigen's packets: the interface, and its general forms.
+// simd/isa/general.hpp — what kernels use of an instruction set beyond Eigen's packets: the interface, and its general forms.
 //
 //     P        a packet of Eigen's: of float or double          Float    that of float: `lanes` numbers
 //     Words    a register of `lanes` words of 32 bits: each an int32, two int16 or bfloat16, or four int8
@@ -198,10 +198,10 @@ struct General {
   static void interleave_rows(const std::int8_t* a, const std::int8_t* b, Index n, std::uint16_t* to);
 
   // ---- decode's sums of rows in int16: kernel/decode/int8_row_pairs.hpp ----
-  static Words unpack_low_int16(Words a,
-                                Words b);  // the low halves of each 128 bits of a and b, 16 bits of each in turns
-  static Words unpack_high_int16(Words a, Words b);  // the high halves
-  static Words low_int8(Words v);                    // of every 16 bits the low byte, as int16
+  /// The low (high) halves of each 128 bits of a and b, interleaved by 16 bits.
+  static Words unpack_low_int16(Words a, Words b);
+  static Words unpack_high_int16(Words a, Words b);
+  static Words low_int8(Words v);  // of every 16 bits the low byte, as int16
   static Words high_int8(Words v);
   static void order_unpacked(Words (&v)[4]);  // int32 of 4·lanes features, from the order of these vectors to ascending
   static void store_int16(std::int16_t* to, Float a, Float b);  // rounded, saturated
