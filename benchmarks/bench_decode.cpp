@@ -310,7 +310,7 @@ void add(const Sizes& s, qkv::Arithmetic arithmetic = qkv::Arithmetic::automatic
   // Where an output is one chain of sums over all keys (tiled), its error grows as the root of their number.
   const double f32 =
       kernel == qkv::Kernel::tiled ? std::max(5e-6, 0x1p-24 * std::sqrt(static_cast<double>(s.n))) : 5e-6;
-  const double tolerance = exact || sizeof(S) == 4 ? f32 : std::is_same_v<S, std::int8_t> ? 1e-2 : 3e-3;
+  const double tolerance = exact || sizeof(S) == 4 ? f32 : qkv::has_row_scale<S> ? 1e-2 : 3e-3;
   const std::string row = std::string("decode/") + Holder<S>::name + "/" + qkv::storage_name<S> +
                           (exact ? "_exact" : "") + (kernel == qkv::Kernel::tiled ? "_tiled" : "") + s.text();
   add_row(row, [=](benchmark::State& state) { decode<S, Holder<S>>(state, row, s, arithmetic, tolerance, kernel); });
@@ -327,12 +327,9 @@ void add_caches(const Sizes& s) {
   using qkv::Arithmetic;
   constexpr Sizes gqa{.n = 32768, .heads = 32, .kv_heads = 8, .d = 128};
   constexpr Sizes mha{.n = 8192, .heads = 32, .kv_heads = 32, .d = 128};
-  for (const Sizes& s : {gqa, mha}) {
-    add_caches<float>(s);
-    add_caches<qkv::half>(s);
-    add_caches<qkv::bfloat16>(s);
-    add_caches<std::int8_t>(s);
-  }
+  [&]<class... S>(std::type_identity<std::tuple<S...>>) {
+    for (const Sizes& s : {gqa, mha}) (add_caches<S>(s), ...);
+  }(std::type_identity<qkv::StorageTypes>{});
   add<qkv::bfloat16>(gqa, Arithmetic::exact);
   add<std::int8_t>(gqa, Arithmetic::exact);
   add<std::int8_t>(mha, Arithmetic::exact);

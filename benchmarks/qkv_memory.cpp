@@ -155,7 +155,7 @@ void answer(const Settings& s) {
   const Index context = size_of(s.context, false, "--context"),
               memory = s.fits.empty() ? 0 : size_of(s.fits, true, "--fits");
   std::vector<Row> rows;
-  for (const std::string storage : cache_costs::storages) {
+  for (const std::string& storage : cache_costs::storages) {
     if (s.dtype != "all" && s.dtype != storage) continue;
     for (const Form& form : cache_costs::forms(model, storage)) {
       Row row{form, storage, checked_product(form.bytes, model.layers), 0, 0};
@@ -188,9 +188,9 @@ int main(int argc, char** argv) {
   app.add_option("-m,--model", s.model, "A model by name; --list names all");
   app.add_option("-c,--context", s.context, "Tokens of a sequence: 8192, 128k")->capture_default_str();
   size("-b,--batch", s.batch, 1, "Sequences")->capture_default_str();
-  app.add_option("-t,--dtype", s.dtype, "Numbers of the cache")
-      ->check(CLI::IsMember({"f32", "f16", "bf16", "int8", "all"}))
-      ->capture_default_str();
+  std::vector<std::string> dtypes = cache_costs::storages;
+  dtypes.emplace_back("all");
+  app.add_option("-t,--dtype", s.dtype, "Numbers of the cache")->check(CLI::IsMember(dtypes))->capture_default_str();
   app.add_option("--fits", s.fits, "How many tokens and sequences this memory holds: 16GB, 80GiB");
   size("--layers", s.layers, 1, "Layers (own sizes: 1)");
   size("--heads", s.heads, 1, "Own sizes: query heads");

@@ -141,8 +141,12 @@ std::pair<double, double> prompt_forms(const Candidate& c, Index n, Index thread
   return {time(qkv::LatentForm::naive), time(qkv::LatentForm::absorbed)};
 }
 
-const char* cpp_storage(const std::string& storage) {
-  return storage == "f32" ? "float" : storage == "f16" ? "half" : storage == "bf16" ? "bfloat16" : "std::int8_t";
+std::string cpp_storage(const std::string& storage) {
+  return storage == "f32"    ? "float"
+         : storage == "f16"  ? "half"
+         : storage == "bf16" ? "bfloat16"
+         : storage == "int8" ? "std::int8_t"
+                             : storage;
 }
 
 /// A whole program that makes the layer and the cache and decodes a token.
@@ -248,7 +252,7 @@ std::vector<Candidate> candidates(const Settings& s, Index context, Index memory
   }
   std::vector<Candidate> list;
   for (const Variant& v : variants)
-    for (const std::string storage : cache_costs::storages) {
+    for (const std::string& storage : cache_costs::storages) {
       Candidate c{v.name, storage, "contiguous", 0, 0, 0, 0, 0, 0, context, 0, 0};
       cache_costs::with_storage(storage, [&]<class S>(S) {
         if (v.latent) {

@@ -10,6 +10,7 @@
 #include "support/narrow_errors.hpp"
 #include "support/numbers.hpp"
 #include "support/oracle.hpp"
+#include "support/storages.hpp"
 
 using namespace support;
 using qkv::Arithmetic, qkv::At, qkv::Matrix;
@@ -206,8 +207,8 @@ TEMPLATE_TEST_CASE("masks reach the absorbed kernel: windows, lambdas, queries t
   }
 }
 
-TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, pieces nor runs", "[absorbed]", float,
-                   double, qkv::half, qkv::bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("bits of the absorbed kernel depend on neither threads, pieces nor runs", "[absorbed]",
+                        support::AllStorages) {
   using T = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
   for (const Sizes& s : {Sizes{16, 9, 64, 32}, Sizes{5, 31, 33, 5}, Sizes{2, 19, 64, 8}, Sizes{130, 2, 32, 2}}) {
     const Rows<TestType> rows(s, {1801});
@@ -230,8 +231,8 @@ TEMPLATE_TEST_CASE("bits of the absorbed kernel depend on neither threads, piece
   }
 }
 
-TEMPLATE_TEST_CASE("pieces of any length, on rows that come one after another, give the bits of the whole",
-                   "[absorbed]", float, qkv::half, qkv::bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("pieces of any length, on rows that come one after another, give the bits of the whole",
+                        "[absorbed]", qkv::StorageTypes) {
   Draw draw(18);
   for (int round = 0; round < rounds(12); ++round) {
     const Index n_new = draw.whole(2, 25), n = n_new + (round % 3 == 0 ? 0 : draw.whole(0, 400));

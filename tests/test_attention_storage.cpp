@@ -96,8 +96,8 @@ class StoredAsInt8 {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8", "[attention][storage]", half,
-                   bfloat16, std::int8_t, float) {
+TEMPLATE_LIST_TEST_CASE("attention is exact on rows stored as half, bfloat16 or int8", "[attention][storage]",
+                        qkv::StorageTypes) {
   for (const Case& c : some_shapes()) {
     const Inputs<float> in(c);
     const PagedKeys<TestType> cache(in.k, in.v, c.heads.kv_heads, consecutive_pages(c.n_keys, {50, 3}));
@@ -221,7 +221,8 @@ TEST_CASE("the largest weights times the largest int8 values do not overflow, no
   constexpr bool in_integers = kernel::ValueSums<kernel::NarrowDot<float, std::int8_t>>::integers;
   const double widened = double(c.n_keys) * std::numeric_limits<float>::epsilon() / 2;
   const auto bound = [&](Kernel kernel) {
-    if (kernel == Kernel::tiled) return kernel::OfInt8::steps ? 2e-6 : kernel::OfInt8::narrow ? 4e-3 : widened;
+    if (kernel == Kernel::tiled)
+      return kernel::OfInt8::integer_weights ? 2e-6 : kernel::OfInt8::narrow ? 4e-3 : widened;
     return in_integers ? 2e-6 : widened;
   };
   for (const float value : {1.0F, -1.0F, 1e30F, 1e-30F, -1e-36F}) {
@@ -229,7 +230,7 @@ TEST_CASE("the largest weights times the largest int8 values do not overflow, no
     const PagedKeys<std::int8_t> cache(in.k, in.v, 1, consecutive_pages(c.n_keys, {50, 3}));
     for (const Kernel kernel : fast_kernels) {
       // Weights times scales are counted in steps of 2^-126 and more there.
-      if (kernel == Kernel::tiled && kernel::OfInt8::steps && std::abs(value) < 1e-31F) continue;
+      if (kernel == Kernel::tiled && kernel::OfInt8::integer_weights && std::abs(value) < 1e-31F) continue;
       const Matrix<float> out = attention(in.q, cache, c.heads, causal, plain, {.kernel = kernel});
       INFO("kernel " << name(kernel) << ": " << value << " became " << out(0, 0));
       CHECK(max_error(out / value, Matrix<float>::Ones(1, out.cols())) <= bound(kernel));

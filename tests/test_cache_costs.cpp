@@ -10,7 +10,7 @@ using namespace qkv;
 TEST_CASE("what qkv-memory says of a model is what its caches allocate, in every form and storage") {
   constexpr Index tokens = 37;
   for (const auto& model : cache_costs::models)
-    for (const std::string storage : cache_costs::storages)
+    for (const std::string& storage : cache_costs::storages)
       for (const auto& form : cache_costs::forms(model, storage)) {
         const Index bytes = cache_costs::with_storage(storage, [&]<class S>(S) {
           const auto* heads = std::get_if<MultiHeadAttentionConfig>(&model.attention);

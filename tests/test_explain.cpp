@@ -182,7 +182,7 @@ TEST_CASE("explain says of a layer what it projects, in which form, by which ker
              naive = explain(mla, 1, latents, {.form = LatentForm::naive});
   CHECK(absorbed.projections == "29 -> 8 -> 51, 29 -> 25, 27 -> 29");
   CHECK(absorbed.kernel == (kernel::absorbed::serves<float> ? "absorbed" : "tiled"));
-  CHECK(contains(absorbed.text(), "bf16 rows multiplied in bf16") == kernel::words_available);
+  CHECK(contains(absorbed.text(), "bf16 rows multiplied in bf16") == kernel::Isa::bf16_products);
   CHECK(std::string(explain(mla, 1, latents, {.arithmetic = Arithmetic::exact}).arithmetic).empty());
   CHECK(contains(naive.text(), "naive form (asked for by options.form); decode kernel (1 queries <= 8)"));
   CHECK(std::string(naive.arithmetic).empty());  // restored rows are in the layer's scalar

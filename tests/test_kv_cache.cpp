@@ -2,6 +2,7 @@
 #include "support/cache_rows.hpp"
 #include "support/cache_shift.hpp"
 #include "support/catch.hpp"
+#include "support/storages.hpp"
 
 #include <qkv/kv_cache.hpp>
 #include <qkv/memory.hpp>
@@ -45,21 +46,9 @@ static_assert(!KeyValueCache<WithoutTryAppend> && !KeyValueCache<WithoutWorkspac
 
 constexpr KvCacheConfig sizes{.kv_heads = 3, .head_dim = 5, .v_head_dim = 7, .capacity = 12};
 
-template <class S>
-constexpr double half_step = 0;  // relative to the largest number of a row
-template <>
-constexpr double half_step<float> = 1.0 / (1 << 24);
-template <>
-constexpr double half_step<half> = 1.0 / (1 << 11);
-template <>
-constexpr double half_step<bfloat16> = 1.0 / (1 << 8);
-template <>
-constexpr double half_step<std::int8_t> = 0.5 / 127 * (1 + 1e-5);
-
 }  // namespace
 
-TEMPLATE_TEST_CASE("rows come back within the rounding of their storage", "", float, double, half, bfloat16,
-                   std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("rows come back within the rounding of their storage", "", support::AllStorages) {
   KvCache<TestType> cache(sizes);
   const auto k = support::numbers<double>(9, 15, 1), v = support::numbers<double>(9, 21, 2);
   cache.append(k.topRows(4), v.topRows(4));
@@ -67,8 +56,8 @@ TEMPLATE_TEST_CASE("rows come back within the rounding of their storage", "", fl
   REQUIRE(cache.rows() == 9);
   REQUIRE(cache.position() == 9);
   REQUIRE(cache.max_append() == 3);
-  REQUIRE(max_error(cache.template keys<double>(), k) <= half_step<TestType>);
-  REQUIRE(max_error(cache.template values<double>(), v) <= half_step<TestType>);
+  REQUIRE(max_error(cache.template keys<double>(), k) <= support::rounding<TestType>);
+  REQUIRE(max_error(cache.template values<double>(), v) <= support::rounding<TestType>);
 }
 
 TEMPLATE_TEST_CASE("whole numbers come back exactly, whatever scalar they came in", "", float, double, half, bfloat16,
@@ -282,8 +271,8 @@ TEMPLATE_TEST_CASE("copies do not see each other, and what was moved from is an 
   }
 }
 
-TEMPLATE_TEST_CASE("bytes and overhead_bytes are what the allocator sees, and the figure of memory.hpp", "", float,
-                   double, half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("bytes and overhead_bytes are what the allocator sees, and the figure of memory.hpp", "",
+                        support::AllStorages) {
   constexpr MultiHeadAttentionConfig layer{.model_dim = 30, .heads = 6, .kv_heads = 3, .head_dim = 5, .v_head_dim = 7};
   const auto before = support::allocations();
   {
@@ -329,8 +318,8 @@ TEST_CASE("the rows of a head lie one after another, from a 64-byte boundary on"
   REQUIRE(reinterpret_cast<std::uintptr_t>(rows.runs[0].values) % 64 == 0);
 }
 
-TEMPLATE_TEST_CASE("after a context shift a cache is what it would be without the dropped rows", "", float, half,
-                   bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("after a context shift a cache is what it would be without the dropped rows", "",
+                        qkv::StorageTypes) {
   const Matrix<float> k = support::numbers<float>(131, 3 * 6, 1), v = support::numbers<float>(131, 3 * 7, 2);
   for (const RopeConfig& config : support::shifted_ropes) {
     const Rope<float> rope(config, 6);
@@ -345,8 +334,8 @@ TEMPLATE_TEST_CASE("after a context shift a cache is what it would be without th
         REQUIRE(cache.position() == 131 - n);
         REQUIRE(support::same_bits(cache.values(), rebuilt.values()));
         // int8: half a step of the largest key each time; the turn takes √2 of the first.
-        const double tolerance =
-            has_row_scale<TestType> ? 3.5 * 1.7 / 127 / 2 : support::shift_tolerance<WideStorage<TestType>>;
+        const double tolerance = has_row_scale<TestType> ? 3.5 * 1.7 * support::rounding<TestType>
+                                                         : support::shift_tolerance<WideStorage<TestType>>;
         REQUIRE(support::max_error(cache.keys(), rebuilt.keys()) <= tolerance);
         REQUIRE(support::same_bits(cache.keys().topRows(first), rebuilt.keys().topRows(first)));
       }
@@ -379,8 +368,7 @@ void append_numbers(KvCache<S>& cache, Index n) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("however often a cache is shifted, its keys are rounded once", "", float, double, half, bfloat16,
-                   std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("however often a cache is shifted, its keys are rounded once", "", support::AllStorages) {
   const auto held = [](const KvCache<TestType>& cache) { return cache.template keys<double>(); };
   const auto after = [&](Index k, const RopeConfig& config, Index block, auto... how) {
     KvCache<TestType> cache({.kv_heads = 3, .head_dim = 6, .v_head_dim = 7, .capacity = 4080, .block = block});

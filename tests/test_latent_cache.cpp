@@ -2,6 +2,7 @@
 #include "support/cache_shift.hpp"
 #include "support/catch.hpp"
 #include "support/numbers.hpp"
+#include "support/storages.hpp"
 
 #include <qkv/latent_cache.hpp>
 #include <qkv/memory.hpp>
@@ -152,8 +153,8 @@ TEMPLATE_TEST_CASE("latent copies do not see each other, and what was moved from
   REQUIRE(max_error(b.rope_keys(), r.topRows(6)) == 0);
 }
 
-TEMPLATE_TEST_CASE("a latent cache's bytes are what the allocator sees; appending allocates nothing", "", float, double,
-                   half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("a latent cache's bytes are what the allocator sees; appending allocates nothing", "",
+                        support::AllStorages) {
   const auto c = whole(9, 11, 1), r = whole(9, 6, 2);
   const auto before = support::allocations();
   LatentCache<TestType> cache(sizes);
@@ -168,8 +169,8 @@ TEMPLATE_TEST_CASE("a latent cache's bytes are what the allocator sees; appendin
   REQUIRE(used.count == 0);
 }
 
-TEMPLATE_TEST_CASE("after a context shift a latent cache is what it would be without the dropped rows", "", float,
-                   double, half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("after a context shift a latent cache is what it would be without the dropped rows", "",
+                        support::AllStorages) {
   const Matrix<double> c = numbers<double>(131, 11, 1), r = numbers<double>(131, 6, 2);  // r not yet turned
   for (const RopeConfig& config : support::shifted_ropes) {
     const Rope<double> rope(config, 6);
@@ -219,8 +220,8 @@ void append_latents(LatentCache<S>& cache, Index n) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("however often a latent cache is shifted, its rope keys are rounded once", "", float, double, half,
-                   bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("however often a latent cache is shifted, its rope keys are rounded once", "",
+                        support::AllStorages) {
   using Wide = WideStorage<TestType>;
   const auto held = [](const LatentCache<TestType>& cache) { return cache.template rope_keys<double>(); };
   const auto after = [&](Index k, const RopeConfig& config, auto... how) {

@@ -6,6 +6,7 @@
 #include "support/allocations.hpp"
 #include "support/batches.hpp"
 #include "support/catch.hpp"
+#include "support/storages.hpp"
 
 using namespace support;
 using qkv::Kernel, qkv::LatentForm, qkv::LayerOptions;
@@ -46,16 +47,16 @@ TEST_CASE("what is counted is all that a program allocates", "[allocations]") {
 #endif
 }
 
-TEMPLATE_TEST_CASE("a warm layer allocates nothing, whatever its cache keeps", "[allocations]", float, double,
-                   qkv::half, qkv::bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("a warm layer allocates nothing, whatever its cache keeps", "[allocations]",
+                        support::AllStorages) {
   using T = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
   const auto layer = multi_head_layer<T>(small_gqa, true);
   auto cache = layer.template make_cache<TestType>(capacity);
   CHECK(allocations_when_warm<T>(layer, cache) == 0);
 }
 
-TEMPLATE_TEST_CASE("warm latent attention allocates nothing, in either form", "[allocations]", float, double, qkv::half,
-                   qkv::bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("warm latent attention allocates nothing, in either form", "[allocations]",
+                        support::AllStorages) {
   using T = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
   LatentAttentionConfig with_q_latent = small_mla;
   with_q_latent.q_latent_dim = 12;

@@ -16,7 +16,7 @@ qkv::PagePoolConfig pages_for_small_gqa(Index page_tokens, Index pages) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("pages give the bits of one block", "[layer]", float, qkv::half, qkv::bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("pages give the bits of one block", "[layer]", qkv::StorageTypes) {
   const auto layer = multi_head_layer<float>(small_gqa, true);
   const Matrix<float> x = normals<float>(151, 23, 1);
   for (const Index page_tokens : {1, 7, 64}) {

@@ -1,6 +1,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/numbers.hpp"
+#include "support/storages.hpp"
 
 #include <qkv/memory.hpp>
 #include <qkv/qkv.hpp>
@@ -71,7 +72,7 @@ TEST_CASE("int8 pays a float per row, and keeps the rope key as floats") {
   REQUIRE(naive_cache_bytes<half>(deepseek_v3, 1000, 61) == Index{61} * 1000 * 40960 * 2);
 }
 
-TEMPLATE_TEST_CASE("the figures are what the caches allocate", "", float, double, half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("the figures are what the caches allocate", "", support::AllStorages) {
   constexpr MultiHeadAttentionConfig layer{.model_dim = 66, .heads = 6, .kv_heads = 3, .head_dim = 9, .v_head_dim = 5};
   constexpr LatentAttentionConfig mla{.model_dim = 40,
                                       .heads = 5,

@@ -1,6 +1,7 @@
 #include "support/allocations.hpp"
 #include "support/cache_rows.hpp"
 #include "support/catch.hpp"
+#include "support/storages.hpp"
 
 #include <qkv/memory.hpp>
 #include <qkv/paged_cache.hpp>
@@ -478,8 +479,8 @@ TEST_CASE("moving a sequence moves its pages; the target's old pages go back to 
   static_assert(!std::is_copy_assignable_v<PagedCache<float>>);
 }
 
-TEMPLATE_TEST_CASE("pool and sequences account for every byte, and appending allocates nothing", "", float, double,
-                   half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("pool and sequences account for every byte, and appending allocates nothing", "",
+                        support::AllStorages) {
   constexpr MultiHeadAttentionConfig layer{.model_dim = 30, .heads = 6, .kv_heads = 3, .head_dim = 5, .v_head_dim = 7};
   const auto k = support::cache_rows<float>(ids(0, 5), 3, 5, false),
              v = support::cache_rows<float>(ids(0, 5), 3, 7, true);

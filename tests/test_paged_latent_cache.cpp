@@ -21,8 +21,8 @@ qkv::LatentPagePoolConfig pages_for_small_mla(Index page_tokens, Index pages) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("latent pages give the bits of one block, in either form", "[paged_latent_cache]", float, qkv::half,
-                   qkv::bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("latent pages give the bits of one block, in either form", "[paged_latent_cache]",
+                        qkv::StorageTypes) {
   const auto layer = latent_layer<float>(small_mla);
   const Matrix<float> x = normals<float>(251, 29, 1);
   for (const LatentForm form : {LatentForm::naive, LatentForm::absorbed, LatentForm::automatic})

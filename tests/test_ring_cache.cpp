@@ -1,6 +1,7 @@
 #include "support/allocations.hpp"
 #include "support/cache_rows.hpp"
 #include "support/catch.hpp"
+#include "support/storages.hpp"
 
 #include <qkv/memory.hpp>
 #include <qkv/ring_cache.hpp>
@@ -209,8 +210,9 @@ TEMPLATE_TEST_CASE("ring copies do not see each other, and what was moved from h
   REQUIRE(holds(a.key_rows(), pinned_and(9, 16)));
 }
 
-TEMPLATE_TEST_CASE("a ring's bytes are what the allocator sees and the figure of memory.hpp; it never allocates again",
-                   "", float, double, half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE(
+    "a ring's bytes are what the allocator sees and the figure of memory.hpp; it never allocates again", "",
+    support::AllStorages) {
   constexpr MultiHeadAttentionConfig layer{.model_dim = 30, .heads = 6, .kv_heads = 3, .head_dim = 5, .v_head_dim = 7};
   const auto k = support::cache_rows<float>(ids(0, 3), 3, 5, false),
              v = support::cache_rows<float>(ids(0, 3), 3, 7, true);

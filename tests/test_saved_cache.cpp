@@ -1,5 +1,6 @@
 #include "support/cache_rows.hpp"
 #include "support/catch.hpp"
+#include "support/storages.hpp"
 
 #include <qkv/paged_latent_cache.hpp>
 #include <qkv/saved_cache.hpp>
@@ -144,8 +145,7 @@ TEST_CASE("the checksum is CRC-32C") {
   CHECK(zeros.value() == 0x8A9136AAU);  // RFC 3720, appendix B.4
 }
 
-TEMPLATE_TEST_CASE("a cache comes back from a stream with the same bits, and goes on", "", float, double, half,
-                   bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("a cache comes back from a stream with the same bits, and goes on", "", support::AllStorages) {
   for_each_kind<TestType>([](const auto& make) {
     for (const Index n : {0, 1, 2, 5, 8, 11, 12, 30}) {
       auto cache = make(), back = make();
@@ -236,7 +236,7 @@ TEST_CASE("another kind, storage, shape, ring or capacity is refused in words") 
   CHECK(contains(why_not(contiguous_before, ring), "of kind 1, this cache of kind 2"));
   CHECK(contains(why_not(latent_before, contiguous), "of kind 3, this cache of kind 1"));
   CHECK(contains(why_not(contiguous_before, latent), "of kind 1, this cache of kind 3"));
-  CHECK(contains(why_not(contiguous_before, halves), "storage 1, this cache 3"));
+  CHECK(contains(why_not(contiguous_before, halves), "storage f32, this cache f16"));
 
   KvCache<float> narrow({.kv_heads = 2, .head_dim = 3, .v_head_dim = 4, .capacity = 12});
   CHECK(contains(why_not(contiguous_before, narrow), "[2, 3, 5], this cache [2, 3, 4]"));

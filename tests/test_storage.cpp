@@ -1,3 +1,4 @@
+#include <qkv/product/packed_weights.hpp>
 #include <qkv/storage.hpp>
 
 #include <cstring>
@@ -11,6 +12,21 @@ using namespace support;
 namespace {
 
 struct Fixed16 {};  // a user's own number
+
+struct Int4 {  // a user's own integers, with a scale per row
+  std::int8_t value = 0;
+  Int4() = default;
+  template <class T>
+  explicit Int4(T x) : value(static_cast<std::int8_t>(x)) {}
+  explicit operator float() const { return value; }
+};
+
+}  // namespace
+
+template <>
+inline constexpr qkv::StorageTraits qkv::storage_traits<Int4>{.name = "int4", .largest = 7};
+
+namespace {
 
 static_assert(qkv::StorageType<float> && qkv::StorageType<qkv::half> && qkv::StorageType<qkv::bfloat16>);
 static_assert(qkv::StorageType<std::int8_t> && qkv::StorageType<long double> && qkv::StorageType<Fixed16>);
@@ -45,6 +61,26 @@ TEST_CASE("the largest magnitude of an int8 row becomes 127", "[storage]") {
   const auto q = quantised({254, -254, 1, 3, 5, -1, -3, 2, 0, 253, 252}, scale);
   CHECK(scale == 2.0F);
   CHECK(q == std::vector<std::int8_t>{127, -127, 0, 2, 2, 0, -2, 1, 0, 126, 126});
+}
+
+TEST_CASE("an entry in storage_traits makes a storage with a row scale, of rows and of weights", "[storage]") {
+  static_assert(qkv::StorageType<Int4> && qkv::has_row_scale<Int4> && qkv::row_bytes<Int4>(9) == 13);
+  CHECK(std::string(qkv::storage_name<Int4>) == "int4");
+  const qkv::Matrix<float> x = 3.0F * numbers<float>(31, 5, 1);
+  const qkv::Matrix<float> weights = qkv::kernel::PackedWeights<float, Int4>(x).unpacked();
+  for (Index c = 0; c < 5; ++c) {
+    const qkv::RowVector<float> row = x.col(c);
+    const float half_step = 0.5F / 7 * row.cwiseAbs().maxCoeff() * (1 + 1e-5F);
+    std::vector<Int4> stored(31, Int4(0));
+    qkv::RowVector<float> back(31);
+    float scale = 0;
+    qkv::store_row(row.data(), 31, stored.data(), &scale);
+    qkv::load_row(stored.data(), 31, scale, back.data());
+    for (const Int4 q : stored) REQUIRE(std::abs(q.value) <= 7);
+    CHECK((back - row).cwiseAbs().maxCoeff() <= half_step);
+    CHECK((back - row).cwiseAbs().maxCoeff() > 0.5F * half_step);
+    CHECK(same_bits(qkv::RowVector<float>(weights.col(c)), back));
+  }
 }
 
 TEST_CASE("an int8 row is read back within half a step", "[storage]") {

@@ -64,16 +64,20 @@ inline constexpr std::array models{
     Model{"mixtral-8x7b", 32, qkv::mistral_7b, "the heads of mistral-7b"},
 };
 
-inline constexpr std::array storages{"f32", "f16", "bf16", "int8"};
+inline const std::vector<std::string> storages = []<class... S>(std::type_identity<std::tuple<S...>>) {
+  return std::vector<std::string>{qkv::storage_name<S>...};
+}(std::type_identity<qkv::StorageTypes>{});
 
 /// f(S()) for the storage of that name.
 template <class F>
 auto with_storage(std::string_view name, const F& f) {
-  if (name == "f32") return f(float());
-  if (name == "f16") return f(qkv::half());
-  if (name == "bf16") return f(qkv::bfloat16());
-  qkv::detail::require(name == "int8", "a storage is f32, f16, bf16 or int8; given ", std::string(name));
-  return f(std::int8_t());
+  const auto find = [&]<class S, class... More>(const auto& self, std::type_identity<std::tuple<S, More...>>) {
+    if constexpr (sizeof...(More) > 0)
+      if (name != qkv::storage_name<S>) return self(self, std::type_identity<std::tuple<More...>>{});
+    qkv::detail::require(name == qkv::storage_name<S>, "there is no storage ", std::string(name));
+    return f(S());
+  };
+  return find(find, std::type_identity<qkv::StorageTypes>{});
 }
 
 struct Form {

@@ -1,14 +1,14 @@
-// compress.hpp — turns a trained MHA, GQA or MQA layer into latent attention (MLA), so that its cache becomes small.
+// compress.hpp — converts a trained MHA, GQA or MQA layer to latent attention (MLA), so that its cache becomes small.
 //
-//     1. keys = turning part + rest      of each RoPE pair, over the kv heads: principal directions keep turning
+//     1. keys = rotated part + rest      of each RoPE pair, over the kv heads: principal directions keep RoPE
 //     2. [rest | values] ≈ x·W_DKV·[W_UK | W_UV]            the best factors of rank latent_dim, by SVD
 //
 //     Compression<float> c(layer, {.rope_dim = 64}, x);     // x [n, model_dim]: inputs of the layer, for calibration
 //     LatentAttention<float> small = c.layer(c.latent_dim_for(0.05));
 //
-// 1. A pair of features (a, b) of kv head g is a complex number z_g that turns with position. All kv heads turn alike, so a
-// unitary matrix over the kv heads commutes with the turning: keys go to z·V, queries to q·V, scores stay. V are the right
-// singular vectors of z [n, kv_heads]; its columns with the largest σ²·mean|e^(jφ) − 1|² (φ the turn over a distance) are
+// 1. A pair of features (a, b) of kv head g is a complex number z_g, rotated with position. The rotation is the same for all kv
+// heads, so a unitary matrix over them commutes with it: keys go to z·V, queries to q·V, scores stay. V are the right
+// singular vectors of z [n, kv_heads]; its columns with the largest σ²·mean|e^(jφ) − 1|² (φ the rotation over a distance) are
 // the shared rope key, rope_dim features. The rest loses RoPE and becomes linear in x. Nothing of this is an approximation
 // where rope_dim = kv_heads·dim. The rotation over heads is TransMLA's (RoRoPE: Meng et al. 2025, arXiv:2502.07864), here
 // with complex V instead of real; to choose by size and frequency is MHA2MLA's (Ji et al. 2025, arXiv:2502.14837).
@@ -36,7 +36,7 @@ namespace qkv { inline namespace QKV_ABI {
 
 struct CompressionSettings {
   Index rope_dim = 0;    // features that keep RoPE, over all kv heads; 0: all, kv_heads·dim
-  Index context = 2048;  // distances 0 … context-1 over which a pair's turning is weighed
+  Index context = 2048;  // distances 0 … context-1 over which the rotation of a pair is averaged
 };
 
 namespace detail {
@@ -89,7 +89,7 @@ class Compression {
     const auto energy = [&](const Eigen::MatrixXd& m) { return m.cwiseProduct(detail::product(moments, m)).sum(); };
     const double key_energy = energy(keys);
     split_keys(keys, detail::with_bias_row(w.query), moments, settings.context, dim, key_energy);
-    if (energy(keys) <= 1e-20 * key_energy) keys.setZero();  // all turns: this is rounding
+    if (energy(keys) <= 1e-20 * key_energy) keys.setZero();  // all of it has RoPE: this is rounding
     query_bias_ = w.query.has_bias();
     latent_bias_ = w.key.has_bias() || w.value.has_bias();
 
@@ -122,21 +122,21 @@ class Compression {
   const RowVector<double>& singular_values() const { return singular_values_; }
 
   /// √((lost scores / scores + lost values / values) / 2), each as sums of squares over tokens or pairs of tokens, scores
-  /// of what does not turn: the first latent_dim directions lose least. 0 is exact.
+  /// of the part without RoPE: the first latent_dim directions lose least. 0 is exact.
   double relative_error(Index latent_dim) const {
     check_latent_dim(latent_dim);
     const Index n = singular_values_.size();
     const double all = singular_values_.squaredNorm();
     return all == 0 ? 0 : std::sqrt(singular_values_.tail(n - latent_dim).squaredNorm() / all);
   }
-  /// The smallest latent_dim of at most this relative_error; 1e-7 asks for exactness.
+  /// The smallest latent_dim of at most this relative_error; 1e-7: exact.
   Index latent_dim_for(double error) const {
     Index latent_dim = 1;
     while (latent_dim < singular_values_.size() && !(relative_error(latent_dim) <= error)) ++latent_dim;
     return latent_dim;
   }
-  /// The part of the keys that should turn and no longer does: ‖turned keys − unturned‖ / ‖keys‖ over the features that
-  /// lost RoPE, mean over the distances of the context. 0 is exact.
+  /// The error of keys that lost RoPE: ‖rotated keys − keys‖ / ‖keys‖ over the features that lost it, mean over the distances
+  /// of the context. 0 is exact.
   double rope_error() const { return rope_error_; }
 
   LatentAttentionConfig config(Index latent_dim) const {
@@ -184,8 +184,8 @@ class Compression {
                     const X& calibration) const {
     const auto& c = source_;
     detail::require(!c.qk_norm && w.sinks.size() == 0 && c.key_dim == c.model_dim && c.value_dim == c.model_dim,
-                    "latent attention has no QK-norm, no sinks and no cross-attention: such a layer cannot be turned "
-                    "into it");
+                    "latent attention has no QK-norm, no sinks and no cross-attention: such a layer cannot be "
+                    "converted to it");
     detail::require(s.rope_dim >= 0 && s.rope_dim % 2 == 0 && s.rope_dim <= c.kv_heads * dim && s.context >= 1,
                     "a compression needs an even rope_dim from 0 to kv_heads*dim = ", c.kv_heads * dim,
                     " and context >= 1; given ", s.rope_dim, " and ", s.context);
@@ -196,7 +196,7 @@ class Compression {
       detail::require(p->weight().allFinite() && p->bias().allFinite(), "weights must be finite");
   }
 
-  /// Takes the directions that go on turning out of `keys`, and builds the queries that meet both parts.
+  /// Moves the directions that keep RoPE out of `keys`, and builds the queries for both parts.
   void split_keys(Eigen::MatrixXd& keys, const Eigen::MatrixXd& q, const Eigen::MatrixXd& moments, Index context,
                   Index dim, double key_energy) {
     const auto& c = source_;
@@ -212,7 +212,7 @@ class Compression {
     rope_key_ = Eigen::MatrixXd::Zero(keys.rows(), rope_dim_);
     query_ = Eigen::MatrixXd::Zero(q.rows(), c.heads * width);
     for (Index h = 0; h < c.heads; ++h) query_.middleCols(h * width, d) = q.middleCols(h * d, d);
-    // Scores of what turns carry the attention factor twice; where turning ends, the query takes both.
+    // Scores with RoPE contain the attention factor twice; of features that lose RoPE the query gets both.
     for (Index h = 0; h < c.heads; ++h) query_.middleCols(h * width, dim) *= attention_factor * attention_factor;
 
     for (Index n = 0; n < kept; ++n) {

@@ -1,4 +1,4 @@
-// data_masks.hpp — masks that read an operand: how long sequences are, which documents they hold, who may see whom.
+// data_masks.hpp — masks that read an operand: lengths of sequences, documents in them, matrices of bool.
 //
 //     lengths(n)         key < n[sequence]: padding at the end of each sequence
 //     documents(ids)     ids[query_position] == ids[key_position]: several documents packed into one sequence

@@ -246,7 +246,7 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
     const auto& c = config_;
     const Index n = q.rows();
     const LatentRows<S> rows = cache.latent_rows();
-    detail::check_runs(rows.runs, rows.rows);
+    if constexpr (!detail::owns_rows<C>) detail::check_runs(rows.runs, rows.rows);
     const kernel::LatentTask<T, S> task{rows, c.heads,        static_cast<T>(scale()), 0, cache.position() - n,
                                         rule, options.kernel, options.arithmetic};
     Workspace& workspace = cache.workspace();

@@ -1,4 +1,4 @@
-// mask.hpp — who may see whom: a mask is a value with one question, sees(at).
+// mask.hpp — which query sees which key: a mask is a value with one predicate, sees(at).
 //
 //     causal                 key_position <= query_position
 //     window(left, right)    query_position - left <= key_position <= query_position + right   (causal = window(infinite, 0))
@@ -8,10 +8,8 @@
 //
 // Masks compose: `causal & documents(ids)`, `(prefix(16) | window(64, 0)) & causal` (use parentheses). A mask may also
 // answer for a whole block of queries × keys at once: cover(block) says none, all or some, so that kernels skip blocks
-// and never add minus infinity to everything. `some` is always a legal answer. A mask that says so (`ignores_heads`) is asked
-// once for all heads.
-//
-// What a mask may answer beyond sees(at): mask_protocol.hpp.
+// and never add minus infinity to everything. `some` is always a legal answer. A mask with `ignores_heads` answers
+// once for all heads. All members: mask_protocol.hpp.
 //
 // Before: mask_protocol.hpp   Next: data_masks.hpp
 #pragma once
@@ -26,7 +24,7 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// Everybody sees everything.
+/// Every query sees every key.
 struct Full {
   static constexpr bool ignores_heads = true;
   constexpr bool sees(const At&) const { return true; }

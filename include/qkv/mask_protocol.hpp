@@ -1,4 +1,4 @@
-// mask_protocol.hpp — what may be asked of a mask: one question that it must answer, and six answers that make it fast.
+// mask_protocol.hpp — the members of a mask: one is required, six more make it fast.
 //
 //     bool sees(const At&) const                            may this query see this key?                        required
 //     Cover cover(const Block&) const                       of a block of pairs: none, all, or some             else: some
@@ -43,14 +43,14 @@ struct Block {
 
 enum class Cover { none, some, all };
 
-/// What a call looks like to a mask or score that wants to check its operands against it before anything is written.
+/// The sizes and outputs of a call, against which masks and scores check their operands before anything is written.
 struct CallShape {
   Index sequences = 1, heads = 1;
   Index sequence = 0, n_queries = 0, n_keys = 0;  // of this sequence
   Index first_position = 0;                       // of its first query
   Index last_key_position = -1;                   // of its last key
   detail::Footprint output = {};                  // what the call writes: its output …
-  detail::Footprint log_sum_exp = {};             // … and, where it was asked for, the log-sum-exp
+  detail::Footprint log_sum_exp = {};             // … and, where requested, the log-sum-exp
 
   /// Raises where the call would write into an operand. x: a matrix, or a span of const.
   template <class X>
@@ -147,7 +147,7 @@ constexpr Index valid_keys(const M& mask, Index sequence, Index n_keys) {
     return n_keys;
 }
 
-/// A member that a mask may leave out must be spelt and typed as kernels ask for it, or it would be passed over in silence.
+/// An optional member of a mask must have the name and type that kernels call: otherwise it would be ignored silently.
 template <class M>
 constexpr void check_members() {
   static_assert(

@@ -7,7 +7,7 @@
 //
 // Vocabulary, used everywhere and nothing else:
 //
-//     n_queries, n_keys   tokens that ask, tokens that are asked          position   where a token stands in its sequence
+//     n_queries, n_keys   query tokens, key tokens                        position   where a token stands in its sequence
 //     model_dim           features of a token between layers              heads      query heads
 //     kv_heads            key/value heads (GQA: fewer than heads)         head_dim   features of one query or key head
 //     v_head_dim          features of one value head                      latent_dim     MLA's cached latent (kv_lora_rank)
@@ -49,7 +49,7 @@ template <class Derived>
 void accept_dense(const Eigen::DenseBase<Derived>&);  // never called
 }  // namespace detail
 
-/// Any dense Eigen matrix, array, block, map, reference or expression. (Asked by a call and not by is_base_of: the base
+/// Any dense Eigen matrix, array, block, map, reference or expression. (Tested by a call and not by is_base_of: the base
 /// of a segment names the block that it derives from.)
 template <class X>
 concept MatrixLike = requires(const std::remove_cvref_t<X>& x) {
@@ -83,7 +83,7 @@ namespace detail {
 template <class Derived>
 void accept_owner(const Eigen::PlainObjectBase<Derived>&);  // never called
 
-/// A temporary that takes its elements along when it goes: a view of it would dangle.
+/// A temporary that owns its elements: a view of it would dangle.
 template <class X>
 concept DyingMatrix = MatrixLike<X> && !std::is_lvalue_reference_v<X> && requires(const std::remove_cvref_t<X>& x) {
   detail::accept_owner(x);
@@ -98,10 +98,9 @@ inline constexpr bool looks_elsewhere<Eigen::Block<X, Rows, Columns, Inner>> = l
 template <class X, int Size>
 inline constexpr bool looks_elsewhere<Eigen::VectorBlock<X, Size>> = looks_elsewhere<std::remove_const_t<X>>;
 
-/// The same, or a temporary that may hold a copy (an expression, a Ref). A block of a const matrix comes as a const
-/// temporary, and only looks. A block of one that is not const may look at a temporary: m.topRows(2) and f().topRows(2)
-/// are of one type. So it is refused, and std::as_const(m).topRows(2) is taken. Parts of a const temporary, as eval() gives
-/// one, cannot be told from that: nobody stops those.
+/// A temporary that owns its elements, or may (an expression, a Ref): an operand that would dangle. m.topRows(2) and
+/// f().topRows(2) have one type, so both are rejected; write std::as_const(m).topRows(2), a const temporary. Not caught: parts
+/// of a const temporary, such as eval() returns, which have that type too.
 template <class X>
 concept DyingOperand = DyingMatrix<X> ||
     (MatrixLike<X> && !std::is_lvalue_reference_v<X> && !std::is_const_v<X> && !looks_elsewhere<X>);

@@ -1,4 +1,4 @@
-// norm.hpp — brings each token to a common size before a layer sees it.
+// norm.hpp — RMSNorm and LayerNorm: each token is normalised before a layer sees it.
 //
 //     RMSNorm    y = x / √(mean(x²) + eps) · gain                                  Zhang & Sennrich 2019, arXiv:1910.07467
 //     LayerNorm  y = (x − mean(x)) / √(variance(x) + eps) · gain + bias            Ba et al. 2016, arXiv:1607.06450
@@ -8,7 +8,7 @@
 // The second form normalises each head on its own with one shared gain: the QK-norm of queries and keys.
 // eps has no default, because models differ (Llama 1e-5, DeepSeek and Qwen 1e-6).
 //
-// Sums of float are taken in double: feature i goes to partial sum i mod 16, then the partial sums are added pairwise.
+// Floats are summed in double: feature i goes to partial sum i mod 16, then the partial sums are added pairwise.
 // The order depends on the number of features only, so a row's bits do not depend on the other rows.
 //
 // Before: rope.hpp   Next: projection.hpp
@@ -43,7 +43,7 @@ SumOf<T> ordered_sum(const T* x, Index n, F&& f) {
   return sum[0];
 }
 
-/// What both norms ask of their operands.
+/// What both norms require of their operands.
 template <MatrixLike Out, MatrixLike X, MatrixLike G>
 void check_norm(const Out& out, const X& x, const G& gain, double eps, Index heads, const char* name) {
   require(heads >= 1 && x.cols() % heads == 0 && (heads == 1 || x.cols() > 0), name,

@@ -6,10 +6,10 @@
 // n is. So the bits of a token's projection do not depend on the tokens beside it: prefill and decode agree exactly.
 // Weight files in PyTorch's convention hold Wᵀ [out_dim, in_dim]: `from_torch`, `Projection::from_out_in`.
 //
-// Weights are packed once, when the projection is made (product/packed_product.hpp), and nothing else is kept; copies share them.
-// `stored_as<S>()` keeps them narrower: for a few tokens a projection is bound by reading W, so half the bytes are half
-// the time. x, sums and y stay in T. Relative to each weight, half is off by at most 2⁻¹¹ (smaller than 6e-5: by 3e-8
-// absolutely), bfloat16 by 2⁻⁸; int8 has one scale per output, max|w|/127, and is off by half of it at most.
+// Weights are packed once, when the projection is made (product/packed_product.hpp); copies share them. `stored_as<S>()` stores
+// them narrower: for a few tokens a projection is bound by reading W, so half the bytes are half the time. x, sums and y stay
+// in T. Largest error of a weight: half 2⁻¹¹ of it (below 6e-5: 3e-8), bfloat16 2⁻⁸ of it, int8 half a quantisation step,
+// max|w|/127 of its output.
 //
 // Before: norm.hpp   Next: heads.hpp
 #pragma once
@@ -26,7 +26,7 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// [out_dim, in_dim] (torch.nn.Linear.weight, y = x·Wᵀ) -> [in_dim, out_dim], which everything here takes.
+/// [out_dim, in_dim] (torch.nn.Linear.weight, y = x·Wᵀ) -> [in_dim, out_dim], the layout of every weight here.
 template <MatrixLike W>
 Matrix<ScalarOf<W>> from_torch(const W& weight) {
   return weight.transpose();
@@ -34,7 +34,7 @@ Matrix<ScalarOf<W>> from_torch(const W& weight) {
 
 namespace detail {
 
-/// Packed weights, whatever their storage. (Only storage types that a program asks for are compiled.)
+/// Packed weights, whatever their storage. (Only storage types that a program uses are compiled.)
 template <class T>
 class AnyWeights {
  public:

@@ -1,12 +1,12 @@
-// rope.hpp — rotary positions: each pair of a query's or key's features turns by an angle proportional to its position.
+// rope.hpp — rotary positions: each pair of features of a query or key is rotated by an angle proportional to its position.
 //
 //     (a, b) -> (a·cos φ − b·sin φ,  a·sin φ + b·cos φ)           φ = position · f_i,   f from rope_frequencies
 //
-//     x [n, heads·head_dim]: of each head the first `dim` features turn, the others stay (partial RoPE)
+//     x [n, heads·head_dim]: of each head the first `dim` features are rotated, the others stay (partial RoPE)
 //
 // The score of a rotated query and key depends on the distance of their positions only: ⟨R_m q, R_n k⟩ = ⟨q, R_(n−m) k⟩.
-// Angles are taken in double, off by some 2⁻⁵² of themselves, and their cosines are rounded to T once: f32 results hold up
-// to positions of 2²⁸, where an angle may be off by 2⁻²⁴. Positions may be negative: turning by −p undoes p.
+// Angles are computed in double, with a relative error of some 2⁻⁵², and their cosines rounded to T once: f32 results hold up
+// to positions of 2²⁸, where an angle may be off by 2⁻²⁴. Positions may be negative: a rotation by −p undoes p.
 // Cost: 3·dim flops per head and token. Su et al. 2021, arXiv:2104.09864, eq. 34.
 //
 // Before: rope_config.hpp   Next: norm.hpp
@@ -44,9 +44,9 @@ void cos_sin(Index position, const double* frequency, Index n, double factor, T*
   }
 }
 
-/// y = x turned; pair i is (x[i·Step], x[i·Step + gap]). y may be x: a group of pairs is read before it is written.
+/// y = x rotated; pair i is (x[i·Step], x[i·Step + gap]). y may be x: a group of pairs is read before it is written.
 template <Index Step, class T>
-void turn_pairs(const T* x, T* y, Index gap, CosSin<T> at, Index n) {
+void rotate_pairs(const T* x, T* y, Index gap, CosSin<T> at, Index n) {
   constexpr Index group = 16;
   for (Index first = 0; first < n; first += group) {
     T a[group] = {}, b[group] = {}, c[group] = {}, s[group] = {};
@@ -68,11 +68,11 @@ void turn_pairs(const T* x, T* y, Index gap, CosSin<T> at, Index n) {
   }
 }
 
-/// Turns features [begin, begin + dim) of each head and copies the others. `angles(row, pair, n)` gives the CosSin of n
+/// Rotates features [begin, begin + dim) of each head and copies the others. `angles(row, pair, n)` gives the CosSin of n
 /// pairs from `pair` on.
 template <class T, class Angles>
-void turn_rows(View<T> out, const ConstView<T>& x, Index heads, Index begin, Index dim, Pairing pairing,
-               Angles&& angles) {
+void rotate_rows(View<T> out, const ConstView<T>& x, Index heads, Index begin, Index dim, Pairing pairing,
+                 Angles&& angles) {
   const Index head_dim = x.cols() / heads, pairs = dim / 2, end = begin + dim;
   if (head_dim == 0) return;  // heads of nothing may be any number
   if (out.data() != x.data() && dim < head_dim)
@@ -91,9 +91,9 @@ void turn_rows(View<T> out, const ConstView<T>& x, Index heads, Index begin, Ind
         const T* from = &x.coeffRef(row, head * head_dim + begin);
         T* to = &out.coeffRef(row, head * head_dim + begin);
         if (pairing == Pairing::interleaved)
-          turn_pairs<2>(from + 2 * pair, to + 2 * pair, 1, at, n);
+          rotate_pairs<2>(from + 2 * pair, to + 2 * pair, 1, at, n);
         else
-          turn_pairs<1>(from + pair, to + pair, pairs, at, n);
+          rotate_pairs<1>(from + pair, to + pair, pairs, at, n);
       }
     }
 }
@@ -135,13 +135,13 @@ class Rope {
 
   const RopeConfig& config() const { return config_; }
   Index head_dim() const { return head_dim_; }
-  Index dim() const { return config_.rotated(head_dim_); }               // features that turn
+  Index dim() const { return config_.rotated(head_dim_); }               // features that are rotated
   const RowVector<double>& frequencies() const { return frequencies_; }  // [dim / 2]
   const Matrix<T>& cos() const { return cos_; }                          // [reserved positions, dim / 2]
   const Matrix<T>& sin() const { return sin_; }
 
   /// Keeps the cosines and sines of positions 0 … n_positions-1, which saves time and changes no bit. Others are
-  /// computed when they are asked for.
+  /// computed when they are needed.
   void reserve(Index n_positions) {
     detail::require(n_positions >= 0, "RoPE's table needs n_positions >= 0; given ", n_positions);
     Matrix<T> cos(n_positions, dim() / 2), sin(n_positions, dim() / 2);  // both, or what was there stays
@@ -156,14 +156,14 @@ class Rope {
     detail::check_rope_shapes(out, x, heads, nope_dim, head_dim_);
     detail::require(first_position <= std::numeric_limits<Index>::max() - x.rows(), "the positions of ", x.rows(),
                     " rows from ", first_position, " on do not fit an Index");
-    turn(writable_view(out), view(x), heads, nope_dim, [=](Index row) { return first_position + row; });
+    rotate(writable_view(out), view(x), heads, nope_dim, [=](Index row) { return first_position + row; });
   }
   template <MatrixLike Out, MatrixLike X>
   void apply_into(Out&& out, const X& x, Index heads, std::span<const Index> positions, Index nope_dim = 0) const {
     detail::check_rope_shapes(out, x, heads, nope_dim, head_dim_);
     detail::check_positions(positions, x.rows());
-    turn(writable_view(out), view(x), heads, nope_dim,
-         [=](Index row) { return positions[static_cast<std::size_t>(row)]; });
+    rotate(writable_view(out), view(x), heads, nope_dim,
+           [=](Index row) { return positions[static_cast<std::size_t>(row)]; });
   }
 
   template <MatrixLike X>
@@ -195,19 +195,19 @@ class Rope {
     detail::check_rope_shapes(x, x, heads, nope_dim, head_dim_);
     T cos[detail::rope_block], sin[detail::rope_block];
     Index held = -1;
-    detail::turn_rows<T>(writable_view(x), view(x), heads, nope_dim, dim(), config_.pairing,
-                         [&](Index, Index pair, Index n) -> detail::CosSin<T> {
-                           if (held != pair) detail::cos_sin(delta, frequencies_.data() + pair, n, 1.0, cos, sin);
-                           held = pair;
-                           return {cos, sin};
-                         });
+    detail::rotate_rows<T>(writable_view(x), view(x), heads, nope_dim, dim(), config_.pairing,
+                           [&](Index, Index pair, Index n) -> detail::CosSin<T> {
+                             if (held != pair) detail::cos_sin(delta, frequencies_.data() + pair, n, 1.0, cos, sin);
+                             held = pair;
+                             return {cos, sin};
+                           });
   }
 
  private:
   template <class PositionOf>
-  void turn(View<T> out, const ConstView<T>& x, Index heads, Index nope_dim, PositionOf&& position_of) const {
+  void rotate(View<T> out, const ConstView<T>& x, Index heads, Index nope_dim, PositionOf&& position_of) const {
     T cos[detail::rope_block], sin[detail::rope_block];
-    detail::turn_rows<T>(
+    detail::rotate_rows<T>(
         out, x, heads, nope_dim, dim(), config_.pairing, [&](Index row, Index pair, Index n) -> detail::CosSin<T> {
           const Index p = position_of(row);
           if (p >= 0 && p < cos_.rows()) return {&cos_.coeffRef(p, pair), &sin_.coeffRef(p, pair)};
@@ -224,10 +224,10 @@ class Rope {
 
 namespace detail {
 
-/// Turns by rows of the caller's tables: row i by row row_of(i), which they have.
+/// Rotates by the caller's tables: row i of x by row row_of(i), which is in range.
 template <MatrixLike Out, MatrixLike X, MatrixLike Cos, MatrixLike Sin, class RowOf>
-void turn_by_tables(Out&& out, const X& x, Index heads, const Cos& cos, const Sin& sin, Pairing pairing,
-                    RowOf&& row_of) {
+void rotate_by_tables(Out&& out, const X& x, Index heads, const Cos& cos, const Sin& sin, Pairing pairing,
+                      RowOf&& row_of) {
   using T = ScalarOf<X>;
   const Index dim = 2 * cos.cols(), head_dim = heads >= 1 ? x.cols() / heads : 0;
   check_rope_shapes(out, x, heads, 0, head_dim);
@@ -237,15 +237,15 @@ void turn_by_tables(Out&& out, const X& x, Index heads, const Cos& cos, const Si
   require_disjoint(out, cos, "cos");
   require_disjoint(out, sin, "sin");
   const auto c = view(cos), s = view(sin);
-  turn_rows<T>(writable_view(out), view(x), heads, 0, dim, pairing, [&](Index row, Index pair, Index) -> CosSin<T> {
+  rotate_rows<T>(writable_view(out), view(x), heads, 0, dim, pairing, [&](Index row, Index pair, Index) -> CosSin<T> {
     return {&c.coeffRef(row_of(row), pair), &s.coeffRef(row_of(row), pair)};
   });
 }
 
 }  // namespace detail
 
-/// Rotation by the caller's own tables (ONNX RotaryEmbedding): row i of x [n, heads·head_dim] turns by row positions[i]
-/// of cos and sin [max_positions, dim/2]; features past dim stay. Throws, before it writes, on a position outside the
+/// Rotation by the caller's own tables (ONNX RotaryEmbedding): row i of x [n, heads·head_dim] is rotated by row
+/// positions[i] of cos and sin [max_positions, dim/2]; features past dim stay. Throws, before it writes, on a position outside the
 /// tables. `out` is x itself or does not overlap it. Allocates nothing.
 template <MatrixLike Out, MatrixLike X, MatrixLike Cos, MatrixLike Sin>
 void apply_rope_into(Out&& out, const X& x, Index heads, const Cos& cos, const Sin& sin, Pairing pairing,
@@ -256,8 +256,8 @@ void apply_rope_into(Out&& out, const X& x, Index heads, const Cos& cos, const S
     detail::require(p >= 0 && p < cos.rows(), "position ", p, " of row ", row, " must lie in the tables' 0 … ",
                     cos.rows() - 1);
   }
-  detail::turn_by_tables(out, x, heads, cos, sin, pairing,
-                         [=](Index row) { return positions[static_cast<std::size_t>(row)]; });
+  detail::rotate_by_tables(out, x, heads, cos, sin, pairing,
+                           [=](Index row) { return positions[static_cast<std::size_t>(row)]; });
 }
 
 /// The same with a row of cos and sin [n, dim/2] for each row of x.
@@ -265,7 +265,7 @@ template <MatrixLike Out, MatrixLike X, MatrixLike Cos, MatrixLike Sin>
 void apply_rope_into(Out&& out, const X& x, Index heads, const Cos& cos, const Sin& sin, Pairing pairing) {
   detail::require(cos.rows() == x.rows(), "without positions the tables need one row per row of x; x is ",
                   detail::Shape{x.rows(), x.cols()}, ", cos is ", detail::Shape{cos.rows(), cos.cols()});
-  detail::turn_by_tables(out, x, heads, cos, sin, pairing, [](Index row) { return row; });
+  detail::rotate_by_tables(out, x, heads, cos, sin, pairing, [](Index row) { return row; });
 }
 
 /// Either as a new matrix: apply_rope(x, heads, cos, sin, pairing[, positions]).

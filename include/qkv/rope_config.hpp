@@ -1,4 +1,4 @@
-// rope_config.hpp — what a model says about its rotary positions: which features pair up, and how fast each pair turns.
+// rope_config.hpp — the rotary positions of a model: which features pair up, and the frequency of each pair.
 //
 //     f_i = theta^(−2i/dim),  i = 0 … dim/2−1           radians per position, then scaled to the model's longer context
 //
@@ -102,11 +102,11 @@ constexpr RopeScaling llama3_scaling(Llama3Settings s = {}) {
 /// goes into the scaling's mscale, and its mscale into attention_factor: see YarnSettings.
 struct RopeConfig {
   Pairing pairing;
-  Index dim = 0;  // features of a head that turn, the first ones; 0: all
+  Index dim = 0;  // features of a head that are rotated, the first ones; 0: all
   double theta = 10000;
   RopeScaling scaling = {};
 
-  /// Features that turn in a head of head_dim.
+  /// Features that are rotated in a head of head_dim.
   constexpr Index rotated(Index head_dim) const { return dim == 0 ? head_dim : dim; }
   friend constexpr bool operator==(const RopeConfig&, const RopeConfig&) = default;
 };

@@ -5,13 +5,13 @@
 //      8   4    version of the format: 1
 //     12   4    kind       1 every row from position 0 on (KvCache, PagedCache)   2 RingCache, 4 with positions_in_cache
 //                          3 latents (paged or not)
-//     16   4    storage    1 float   2 double   3 half   4 bfloat16   5 int8 with scales
+//     16   4    storage    1 float   2 double   3 half   4 bfloat16   5 int8 with scales      (file_code in storage.hpp)
 //     20  24    shape      kv_heads, head_dim, v_head_dim;   latent_dim, rope_dim, 0
 //     44  24    ring       window, pinned, slack;   else 0
 //     68  16    position of the next token, rows held
 //     84   4    CRC-32C of the bytes so far
-//     88        the rows, in ascending position: keys of all heads, values of all heads, scales of both (int8)
-//               (latents: latent, rope key, scale)
+//     88        the rows, in ascending position: keys of all heads, values of all heads, scales of both, if any
+//               (latents: latent, rope key, scale if any)
 //      …   4    CRC-32C of bytes 0 … 83 and the rows
 //
 // Refused, with the target left exactly as it was: another kind, storage, shape or ring; rows that do not fit; a stream

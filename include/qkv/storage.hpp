@@ -1,7 +1,7 @@
 // storage.hpp — how cached numbers are kept: float, half, bfloat16, int8 with one scale per row (and double, for tests).
 //
 // int8 row: scale = max|x| / 127, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale. Error at most scale / 2.
-// A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that NaN reaches whoever reads it.
+// A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that it is read back as NaN.
 // The scale is never so large that 127 of it overflow: what was finite is read back finite.
 //
 // Before: matrix.hpp   Next: embedding.hpp
@@ -11,6 +11,8 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <tuple>
+#include <type_traits>
 
 #include "matrix.hpp"
 
@@ -19,25 +21,44 @@ namespace qkv { inline namespace QKV_ABI {
 using half = Eigen::half;          // IEEE 754 binary16
 using bfloat16 = Eigen::bfloat16;  // upper half of a float
 
-/// int8 or anything that stands for a real number (your own scalar too, with kernel::reference).
-template <class S>
-concept StorageType = std::same_as<S, std::int8_t> || !std::integral<S>;
+/// What the library must know of a storage type beside its conversions to and from float.
+struct StorageTraits {
+  const char* name = "other";
+  std::uint32_t file_code = 0;  // in saved caches; 0: they cannot be saved
+  float largest = 0;  // rows are integers of at most so much, times one scale each; 0: numbers without a scale
+};
 
-/// int8 rows carry a scale; every other storage stands for itself.
-template <StorageType S>
-inline constexpr bool has_row_scale = std::same_as<S, std::int8_t>;
+/// Of every storage. Types of your own need an entry only if they are to have a name, saved caches or a row scale.
+template <class S>
+inline constexpr StorageTraits storage_traits{};
+template <>
+inline constexpr StorageTraits storage_traits<float>{"f32", 1};
+template <>
+inline constexpr StorageTraits storage_traits<double>{"f64", 2};
+template <>
+inline constexpr StorageTraits storage_traits<half>{"f16", 3};
+template <>
+inline constexpr StorageTraits storage_traits<bfloat16>{"bf16", 4};
+template <>
+inline constexpr StorageTraits storage_traits<std::int8_t>{"int8", 5, 127};
+
+/// What caches of float attention are kept in: tests, benchmarks and tools go through all of them.
+using StorageTypes = std::tuple<float, half, bfloat16, std::int8_t>;
+
+/// Whether rows carry a scale. Every other storage stands for itself.
+template <class S>
+inline constexpr bool has_row_scale = storage_traits<S>.largest > 0;
+
+/// Rows of integers with a scale, or anything that stands for a real number (your own scalar too, with kernel::reference).
+template <class S>
+concept StorageType = has_row_scale<S> || !std::integral<S>;
 
 /// The wide type in which what belongs to an S but must not be quantised is kept (MLA's rope key beside an int8 latent).
 template <StorageType S>
 using WideStorage = std::conditional_t<has_row_scale<S>, float, S>;
 
 template <StorageType S>
-inline constexpr const char* storage_name = std::same_as<S, float>         ? "f32"
-                                            : std::same_as<S, double>      ? "f64"
-                                            : std::same_as<S, half>        ? "f16"
-                                            : std::same_as<S, bfloat16>    ? "bf16"
-                                            : std::same_as<S, std::int8_t> ? "int8"
-                                                                           : "other";
+inline constexpr const char* storage_name = storage_traits<S>.name;
 
 /// Bytes of a row of n elements, its scale included. std::length_error where they do not fit an Index.
 template <StorageType S>
@@ -73,7 +94,7 @@ float quantize_row(const T* x, Index n, Q* out, float most = 127.0F) {
 template <StorageType S, class T>
 void store_row(const T* x, Index n, S* out, float* scale) {
   if constexpr (has_row_scale<S>) {
-    *scale = quantize_row(x, n, out);
+    *scale = quantize_row(x, n, out, storage_traits<S>.largest);
   } else {
     for (Index i = 0; i < n; ++i) out[i] = static_cast<S>(x[i]);
   }

@@ -13,8 +13,8 @@
 #define QKV_VERSION_MINOR 1
 #define QKV_VERSION_PATCH 0
 
-// g++ 10 calls its C++20 201709. Behind the error a header that does not exist stops the compiler: what follows would
-// bury it under thousands of others.
+// g++ 10 calls its C++20 201709. The include of a header that does not exist stops the compiler behind the error, which
+// thousands of others would hide.
 #if __cplusplus < 201709L && !(defined(_MSVC_LANG) && _MSVC_LANG >= 201709L)
 #error "qkv needs C++20: compile with -std=c++20 (MSVC: /std:c++20; CMake: cxx_std_20)"
 #include <qkv_needs_cpp20>
@@ -115,8 +115,8 @@ static_assert(std::is_same_v<Eigen::Index, std::ptrdiff_t> && sizeof(Eigen::Inde
 #define QKV_DETAIL_LANES
 #endif
 
-// Bytes to which arrays inside of objects are aligned (the layout of fixed-size matrices), matrices on the heap may be
-// taken to be, and the heap's blocks are.
+// Alignment in bytes: of arrays inside objects (the layout of fixed-size matrices), as assumed of matrices on the heap, and
+// of the heap's blocks.
 #if EIGEN_MAX_STATIC_ALIGN_BYTES == EIGEN_IDEAL_MAX_ALIGN_BYTES && \
     EIGEN_MAX_ALIGN_BYTES == EIGEN_IDEAL_MAX_ALIGN_BYTES && EIGEN_DEFAULT_ALIGN_BYTES == EIGEN_IDEAL_MAX_ALIGN_BYTES
 #define QKV_DETAIL_ALIGN
@@ -152,7 +152,7 @@ static_assert(std::is_same_v<Eigen::Index, std::ptrdiff_t> && sizeof(Eigen::Inde
 #define QKV_DETAIL_EXCEPTIONS _noexcept
 #endif
 
-// QKV_ABI is put together anew wherever it stands: these and the parts above must stay defined.
+// QKV_ABI is expanded at each use: these macros and the parts above must stay defined.
 #define QKV_DETAIL_JOIN2(a, b, c, d, e, f, g, h, i, j) abi_##a##b##c##d##e##f##g##h##i##j
 #define QKV_DETAIL_JOIN(a, b, c, d, e, f, g, h, i, j) QKV_DETAIL_JOIN2(a, b, c, d, e, f, g, h, i, j)
 #define QKV_ABI                                                                                                       \

@@ -126,8 +126,8 @@ TEMPLATE_TEST_CASE("a prompt in pieces gives the bits of the whole prompt from e
   }
 }
 
-TEMPLATE_TEST_CASE("pieces of any length give the bits of the whole prompt, in every arithmetic", "[attention][bits]",
-                   float, half, bfloat16, std::int8_t) {
+TEMPLATE_LIST_TEST_CASE("pieces of any length give the bits of the whole prompt, in every arithmetic",
+                        "[attention][bits]", qkv::StorageTypes) {
   Draw random(8);
   const auto draw = [&](Index low, Index high) { return random.whole(low, high); };
   for (int round = 0; round < rounds(30); ++round) {

@@ -6,10 +6,12 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "numbers.hpp"
+#include "storages.hpp"
 
 namespace support {
 
@@ -34,11 +36,9 @@ qkv::Matrix<T> without(const qkv::Matrix<T>& x, Index first, Index n) {
 
 /// Keys below 2 in size, rounded to S, turned, rounded again, against keys that were rounded once: 2 + √2 half steps.
 template <class S>
-inline constexpr double shift_tolerance = std::is_same_v<S, double>          ? 1e-13
-                                          : std::is_same_v<S, float>         ? 5e-7
-                                          : std::is_same_v<S, qkv::half>     ? 3.5 / 2048
-                                          : std::is_same_v<S, qkv::bfloat16> ? 3.5 / 256
-                                                                             : 0;
+inline const double shift_tolerance = std::is_same_v<S, double>  ? 1e-13
+                                      : std::is_same_v<S, float> ? 5e-7
+                                                                 : 3.5 * rounding<S>;
 
 /// What a cache's keys should be after any number of shifts: each row as it came, turned once.
 class ShiftedRows {
@@ -70,7 +70,7 @@ class ShiftedRows {
         const double size = expected.cwiseAbs().maxCoeff(), slack = 5e-16 + 2e-16 * static_cast<double>(row.turned);
         for (Index j = 0; j < dim_; ++j) {
           const double error = std::abs(held(i, h * dim_ + j) - expected(j)) /
-                               (row.turned > 0 ? rounding<S>(expected(j), size) + slack * size : 1e-300);
+                               (row.turned > 0 ? rounding_of<S>(expected(j), size) + slack * size : 1e-300);
           if (!(error <= worst)) worst = error;
         }
       }
@@ -83,13 +83,9 @@ class ShiftedRows {
     Index turned = 0;
   };
   template <class S>
-  static double rounding(double x, double size) {
-    if (qkv::has_row_scale<S>) return 1.001 * size / 127 / 2;
-    const double digits = std::is_same_v<S, double>      ? 53
-                          : std::is_same_v<S, float>     ? 24
-                          : std::is_same_v<S, qkv::half> ? 11
-                                                         : 8;
-    return std::max(std::abs(x), std::is_same_v<S, qkv::half> ? 0x1p-14 : 0x1p-126) * std::exp2(-digits) * 1.001;
+  static double rounding_of(double x, double size) {
+    if (qkv::has_row_scale<S>) return 1.001 * size * rounding<S>;
+    return std::max(std::abs(x), static_cast<double>(std::numeric_limits<S>::min())) * rounding<S> * 1.001;
   }
   qkv::RowVector<double> turned(qkv::RowVector<double> x, Index by) const {
     const bool interleaved = config_.pairing == qkv::Pairing::interleaved;

@@ -81,7 +81,7 @@ class PagedKeys {
  private:
   static S poison() {
     if constexpr (qkv::has_row_scale<S>)
-      return 127;
+      return static_cast<S>(qkv::storage_traits<S>.largest);
     else
       return static_cast<S>(std::numeric_limits<float>::quiet_NaN());
   }

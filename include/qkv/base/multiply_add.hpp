@@ -1,5 +1,5 @@
-// base/multiply_add.hpp — a·b + c with the same bits wherever the compiler puts it: in a vector, in a tail, in a loop
-// it did not vectorise. Left to itself a compiler contracts some of them to fused operations and others not.
+// base/multiply_add.hpp — a·b + c with the same bits in vectorised loops, their tails and scalar code. (A compiler is free to
+// contract some of them to fused operations and others not.)
 //
 // Before: base/in_place.hpp   Next: base/huge_pages.hpp
 #pragma once

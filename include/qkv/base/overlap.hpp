@@ -19,7 +19,7 @@ struct Footprint {
   bool empty() const { return rows == 0 || row_bytes == 0; }
 };
 
-/// Of rows `stride` elements apart, upwards or downwards from the one at `first`: the same bytes, taken from the lowest.
+/// Of rows `stride` elements apart, upwards or downwards from the one at `first`: the same bytes, listed from the lowest.
 template <class T>
 Footprint footprint(const T* first, Index rows, Index cols, Index stride) {
   constexpr auto size = static_cast<std::intptr_t>(sizeof(T));

@@ -79,7 +79,7 @@ void turn_back(const View<X>& x, Index heads, const Rope<T>& rope, const Turned&
     held_pair = pair, held = by;
     return {cos, sin};
   };
-  turn_rows<X>(x, view(x), heads, 0, rope.dim(), rope.config().pairing, angles);
+  rotate_rows<X>(x, view(x), heads, 0, rope.dim(), rope.config().pairing, angles);
 }
 
 /// Rows first + n … rows - 1 go n down, their keys turned by -n. Cannot fail: memory is there, for an exact shift also the

@@ -12,6 +12,8 @@
 #include <istream>
 #include <limits>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "blocks.hpp"
@@ -55,13 +57,16 @@ void little_endian([[maybe_unused]] std::byte* p, [[maybe_unused]] std::size_t n
     for (; n > 0; --n, p += sizeof(T)) std::reverse(p, p + sizeof(T));
 }
 
-template <StorageType S>
-inline constexpr std::uint32_t storage_number = std::same_as<S, float>         ? 1
-                                                : std::same_as<S, double>      ? 2
-                                                : std::same_as<S, half>        ? 3
-                                                : std::same_as<S, bfloat16>    ? 4
-                                                : std::same_as<S, std::int8_t> ? 5
-                                                                               : 0;
+/// The name of the storage that has this code in files.
+inline const char* storage_of_code(std::uint32_t code) {
+  const char* name = "unknown";
+  const auto look = [&](const StorageTraits& traits) { name = traits.file_code == code ? traits.name : name; };
+  look(storage_traits<double>);
+  [&]<class... S>(std::type_identity<std::tuple<S...>>) {
+    (look(storage_traits<S>), ...);
+  }(std::type_identity<StorageTypes>{});
+  return name;
+}
 
 /// What the first 84 bytes of a saved cache say.
 struct SavedHeader {
@@ -105,9 +110,10 @@ struct CacheFile {
   template <class Cache>
   static SavedHeader header(const Cache& cache) {
     using S = typename Cache::Storage;
-    static_assert(storage_number<S> != 0, "qkv: caches of float, double, half, bfloat16 and int8 can be saved");
+    static_assert(storage_traits<S>.file_code != 0,
+                  "qkv: caches of a storage with a file_code can be saved (storage.hpp)");
     SavedHeader h;
-    h.tags = {saved_version, kind(cache), storage_number<S>};
+    h.tags = {saved_version, kind(cache), storage_traits<S>.file_code};
     if constexpr (latent<Cache>)
       h.shape = {cache.latent_dim(), cache.rope_dim(), 0};
     else
@@ -225,8 +231,7 @@ std::string load_or_say_why(std::istream& in, Cache& cache) {
     return refuse("is of kind ", saved.tags[1], ", this cache of kind ", mine.tags[1],
                   " (1: every row, 2: ring, 3: latent, 4: ring with positions in the cache)");
   if (saved.tags[2] != mine.tags[2])
-    return refuse("has storage ", saved.tags[2], ", this cache ", mine.tags[2],
-                  " (1: float, 2: double, 3: half, 4: bfloat16, 5: int8)");
+    return refuse("has storage ", storage_of_code(saved.tags[2]), ", this cache ", storage_of_code(mine.tags[2]));
   if (saved.shape != mine.shape)
     return refuse("has shape ", text(saved.shape), ", this cache ", text(mine.shape),
                   " ([kv_heads, head_dim, v_head_dim], or [latent_dim, rope_dim, 0])");

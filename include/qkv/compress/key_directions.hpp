@@ -1,7 +1,7 @@
-// compress/key_directions.hpp — keys over the kv heads, RoPE pair by pair: their principal directions, and which need to turn.
+// compress/key_directions.hpp — keys over the kv heads, RoPE pair by pair: their principal directions, and which need RoPE.
 //
-// A pair of features (a, b) of kv head g is a complex number z_g; zᴴz [kv_heads, kv_heads] is a sum over tokens. Turning by
-// a position multiplies all z_g by the same e^(jφ), so it commutes with a change to the eigenvectors of zᴴz.
+// A pair of features (a, b) of kv head g is a complex number z_g; zᴴz [kv_heads, kv_heads] is a sum over tokens. RoPE
+// multiplies all z_g by the same e^(jφ), so it commutes with a change to the eigenvectors of zᴴz.
 //
 // Before: cache/file.hpp   Next: kernel/pair_rule.hpp
 #pragma once
@@ -30,12 +30,12 @@ inline Eigen::MatrixXd moments_of(const Eigen::MatrixXd& a, const Eigen::MatrixX
 struct KeyDirection {
   Eigen::VectorXd x, y;
   double energy = 0;  // σ², of z along it
-  double loss = 0;    // energy of the error if it no longer turns
+  double loss = 0;    // energy of the error without RoPE
   Index pair = 0;
 };
 
 /// The eigenvectors of the Hermitian matrix r + jq >= 0, largest first. As a real matrix [[r, −q], [q, r]] it has each
-/// eigenvalue twice, for v and jv; so one vector is taken at a time, and moved below all others.
+/// eigenvalue twice, for v and jv; so one vector is extracted at a time, and its eigenvalue moved below all others.
 inline std::vector<KeyDirection> principal_directions(Eigen::MatrixXd r, Eigen::MatrixXd q) {
   const Index n = r.rows();
   const double trace = r.trace(), below = trace > 0 ? trace : 1;
@@ -63,20 +63,20 @@ inline std::pair<Eigen::MatrixXd, Eigen::MatrixXd> root_and_inverse(const Eigen:
   return {forward, back};
 }
 
-/// The mean of |e^(jφ) − 1|² over the distances of a context: what is lost where a pair no longer turns.
-inline double mean_turn(double frequency, Index context) {
+/// The mean of |e^(jφ) − 1|² over the distances of a context: what is lost where a pair has no RoPE.
+inline double mean_rotation_loss(double frequency, Index context) {
   double sum = 0;
   for (Index distance = 0; distance < context; ++distance)
     sum += 2 - 2 * std::cos(frequency * static_cast<double>(distance));
   return sum / static_cast<double>(context);
 }
 
-/// The two features of pair i among dim that turn.
+/// The two features of pair i among dim rotated ones.
 inline std::pair<Index, Index> pair_features(Pairing pairing, Index dim, Index i) {
   return pairing == Pairing::interleaved ? std::pair(2 * i, 2 * i + 1) : std::pair(i, i + dim / 2);
 }
 
-/// All directions of all pairs, those first whose turning matters most. gram [kv_heads·head_dim, kv_heads·head_dim]: the
+/// All directions of all pairs, those first whose RoPE matters most. gram [kv_heads·head_dim, kv_heads·head_dim]: the
 /// keys' second moments; frequency [dim / 2].
 inline std::vector<KeyDirection> key_directions(const Eigen::MatrixXd& gram, Index kv_heads,
                                                 const RowVector<double>& frequency, Pairing pairing, Index context) {
@@ -91,9 +91,9 @@ inline std::vector<KeyDirection> key_directions(const Eigen::MatrixXd& gram, Ind
         r(g, h) = gram(from + a, to + a) + gram(from + b, to + b);
         q(g, h) = gram(from + a, to + b) - gram(from + b, to + a);
       }
-    const double turn = mean_turn(frequency(i), context);
+    const double loss = mean_rotation_loss(frequency(i), context);
     for (auto& direction : principal_directions(r, q)) {
-      direction.loss = direction.energy * turn;
+      direction.loss = direction.energy * loss;
       direction.pair = i;
       all.push_back(std::move(direction));
     }

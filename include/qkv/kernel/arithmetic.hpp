@@ -33,14 +33,14 @@ struct Numbers {
   static constexpr bool int8_keys = std::same_as<Key, std::int8_t>;      // the other side unsigned
   static constexpr bool int8_values = std::same_as<Value, std::int8_t>;  // likewise
   static constexpr bool int16_keys = std::same_as<Key, std::int16_t>, int16_values = std::same_as<Value, std::int16_t>;
-  // Keys are whole numbers: scales, and a rope part, are joined afterwards. Weights are whole numbers of steps.
-  static constexpr bool scaled = int8_keys || int16_keys, steps = int8_values || int16_values;
-  // What the largest whole number of a query is taken to be worth: left off the scale of a key, so that scores overflow
-  // only where q·k / max|q| does, and given to the unit of the query.
+  // Integer keys: scales, and a rope part, follow after the sum. Integer weights: multiples of a quantisation step.
+  static constexpr bool integer_keys = int8_keys || int16_keys, integer_weights = int8_values || int16_values;
+  // A power of two that the scale of a key is divided by and the scale of a query multiplied by, so that scores overflow
+  // only where q·k / max|q| does.
   static constexpr float headroom = int8_keys ? 128 : int16_keys ? 32768 : 1;
-  // Values of int8 that are not whole numbers are multiplied by their scale first. So many of it are infinite where the
-  // row has a number that is, or would be in bfloat16.
-  static constexpr int restored = steps ? 1 : 129;
+  // A value row is not finite, as it is multiplied, where scale · restored is not: with bfloat16 values its largest number
+  // may round to infinity.
+  static constexpr int restored = integer_weights ? 1 : 129;
 };
 
 template <class T>
@@ -67,11 +67,12 @@ struct Int16 : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in
 using OfInt8 = std::conditional_t<Isa::int8_products, std::conditional_t<Isa::bf16_products, Int8Bf16, Int8Int16>,
                                   std::conditional_t<Isa::int16_products, Int16, Exact<float>>>;
 
-/// The arithmetic in which keys stored as S are multiplied unless exact is asked for.
+/// The arithmetic in which keys stored as S are multiplied unless Arithmetic::exact is requested.
 template <class T, StorageType S>
-using NarrowArithmetic = std::conditional_t<!std::is_same_v<T, float>, Exact<T>,
-                                            std::conditional_t<Isa::bf16_products && std::is_same_v<S, bfloat16>, Bf16,
-                                                               std::conditional_t<has_row_scale<S>, OfInt8, Exact<T>>>>;
+using NarrowArithmetic =
+    std::conditional_t<!std::is_same_v<T, float>, Exact<T>,
+                       std::conditional_t<Isa::bf16_products && std::is_same_v<S, bfloat16>, Bf16,
+                                          std::conditional_t<std::is_same_v<S, std::int8_t>, OfInt8, Exact<T>>>>;
 
 /// How numbers are multiplied: T by T, as the words of simd/narrow.hpp.
 template <class T>

@@ -1,7 +1,7 @@
 // kernel/byte_rows.hpp — the rows of one sequence without their storage type.
 //
-// What goes through the keys (the grid, splits, prefetches) needs addresses and distances, not the type of a number; so it
-// is compiled once for all storages. Only what multiplies rows knows their type.
+// Loops over keys (grid, splits, prefetches) need addresses and strides, not the type of a number: they are compiled once for
+// all storages. Only the code that multiplies rows knows their type.
 //
 // Before: kernel/position_grid.hpp   Next: kernel/task.hpp
 #pragma once
@@ -48,7 +48,7 @@ struct ByteRows {
   }
 };
 
-/// use(runs) of these runs, each as bytes_of(run) gives it: on the stack where they are few.
+/// Calls use(list) with bytes_of(run) of every run. The list lives as long: on the stack where it is short.
 template <class Run, class BytesOf, class Use>
 void with_byte_runs(std::span<const Run> runs, Workspace& workspace, const BytesOf& bytes_of, const Use& use) {
   const auto list = [&](ByteRun* to) {
@@ -62,7 +62,7 @@ void with_byte_runs(std::span<const Run> runs, Workspace& workspace, const Bytes
   list(reinterpret_cast<ByteRun*>(memory.data()));
 }
 
-/// use(ByteRows) of these rows.
+/// Calls use(ByteRows) with these rows.
 template <StorageType S, class Use>
 void with_byte_rows(const KeyRows<S>& keys, Workspace& workspace, const Use& use) {
   constexpr auto size = static_cast<Index>(sizeof(S));

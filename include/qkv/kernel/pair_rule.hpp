@@ -1,7 +1,7 @@
 // kernel/pair_rule.hpp — all that a kernel knows of masks and scores: which pairs it must compute, and what their scores become.
 //
 //     cover(tile)      none, some or all of the tile's pairs are seen: what is hidden in whole is never computed
-//     finish(tile)     s ← score(unit · s), then -inf where the pair is hidden                in place
+//     finish(tile)     s ← score(score_scale · s), then -inf where the pair is hidden         in place
 //
 // A kernel is a template over numbers only. The caller's mask and score, of whatever types, stand behind two pointers to
 // functions (call/pair_rule_of.hpp), called once per block or tile and never per pair; `plain` scores under `full` call nothing.
@@ -66,7 +66,7 @@ const X& object_at(const void* address) {
 /// The mask and the score of a call. Both outlive it.
 template <class T>
 struct PairRule {
-  using Finish = void (*)(const PairRule&, const PairTile&, Cover, T* s, Index stride, const T* unit);
+  using Finish = void (*)(const PairRule&, const PairTile&, Cover, T* s, Index stride, const T* score_scale);
 
   const void *mask = nullptr, *score = nullptr;
   bool plain = true;     // scores stay as they are
@@ -77,12 +77,12 @@ struct PairRule {
   /// Of a tile with lanes and keys. `some` may stand for the other two, never the reverse.
   Cover cover(const PairTile& tile) const { return sees_all ? Cover::all : cover_of(*this, tile); }
 
-  /// Scores of a tile whose cover is `all` or `some`. unit [lanes]: what they are multiplied by first where the score is not
-  /// plain; none: 1. What the rule hides becomes -inf. May throw what mask and score throw.
+  /// Scores of a tile whose cover is `all` or `some`. score_scale [lanes] (null: 1) multiplies them first, unless the score is
+  /// plain. What the rule hides becomes -inf. May throw what mask and score throw.
   template <Inner inner>
-  void finish(const PairTile& tile, Cover cover, T* s, Index stride, const T* unit = nullptr) const {
+  void finish(const PairTile& tile, Cover cover, T* s, Index stride, const T* score_scale = nullptr) const {
     if (plain && cover == Cover::all) return;
-    (inner == Inner::lanes ? finish_lanes : finish_keys)(*this, tile, cover, s, stride, unit);
+    (inner == Inner::lanes ? finish_lanes : finish_keys)(*this, tile, cover, s, stride, score_scale);
   }
 };
 

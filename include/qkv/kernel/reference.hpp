@@ -36,7 +36,7 @@ struct ReferenceScratch {
 };
 
 /// One row of the matrix of weights, at any stage, as ONNX orders the steps.
-/// row [n_keys] is written; returns the log-sum-exp (only where stage is probabilities). The task's rule is not asked.
+/// row [n_keys] is written; returns the log-sum-exp (only where stage is probabilities). The task's rule is not used.
 template <class T, StorageType S, class M, class F>
 T reference_weights(const Task<T, S>& task, const M& mask, const F& score, Index head, Index query, T sink, Stage stage,
                     T* row) {

@@ -5,10 +5,9 @@
 // Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
 // In bfloat16 the rounded weights are summed. NaN: a maximum may pass it over, the sum never does.
 //
-// In 8 bits (int8 values) and 15 bits (int16 values) what is rounded is the weight times the scale of the value row, in
-// steps of 1/255 or 1/32767 of the largest such product of the block and lane: a sink with a small value costs no precision.
-// Products are of weights, powers of distances from the maximum: they keep their precision however large the scores are. In
-// 15 bits: two partial sums, by column modulo 2.
+// Integer weights, of 8 bits (int8 values) or 15 bits (int16 values): the weight times the scale of its value row is quantised,
+// with a step of 1/255 or 1/32767 of the largest such product of the block and lane. So a sink with a small value costs no
+// precision, and neither do large scores. With 15 bits: two partial sums, by column modulo 2.
 //
 // Before: kernel/tiled/query_state.hpp   Next: kernel/value_tile.hpp
 #pragma once
@@ -35,35 +34,35 @@ class PanelSoftmax {
   using Vec = typename V::Vec;
 
  public:
-  /// One step of the running softmax, for a register of lanes: the scores s of columns [begin, end) become weights, m and l
-  /// the maximum and the sum with them, `keep` the factor of what was summed up before,
+  /// One step of the running softmax, for a register of lanes. Scores s of columns [begin, end) become weights; maximum m and
+  /// sum l include them afterwards; `rescale` is the factor of earlier sums. With σ = score_scale:
   ///
-  ///     m' = max(m, max_c s(c))     keep = e^(unit·(m - m'))     s(c) ← e^(unit·(s(c) - m'))     l ← keep·l + Σ_c s(c)
+  ///     m' = max(m, max_c s(c))     rescale = e^(σ·(m - m'))     s(c) ← e^(σ·(s(c) - m'))     l ← rescale·l + Σ_c s(c)
   ///
-  /// Weights in steps: times `scales` of the value rows, and `worth` is what one step is worth. True where a maximum has moved,
-  /// so that keep is not 1. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
-  static bool step(T* s, Index begin, Index end, Vec unit, [[maybe_unused]] const float* scales, T* m, T* l, T* keep,
-                   [[maybe_unused]] T* worth) {
+  /// Integer weights: products with `scales` of the value rows are quantised, and value_step is the quantisation step. Returns
+  /// whether a maximum has moved, so that rescale is not 1. Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+  static bool step(T* s, Index begin, Index end, Vec score_scale, [[maybe_unused]] const float* scales, T* m, T* l,
+                   T* rescale, [[maybe_unused]] T* value_step) {
     const Vec old = V::load(m), now = V::max(old, largest(s, begin, end));
-    const auto nothing = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // the lane has seen no key yet
-    const Vec base = V::select(nothing, V::zero(), now), log2_e = V::broadcast(kernel::log2_e<T>);
-    const Vec to_log2 = V::select(nothing, log2_e, V::mul(log2_e, unit));  // a query of NaN has no unit
+    const auto unseen = V::less_equal(now, V::broadcast(detail::minus_infinity<T>));  // the lane has seen no key yet
+    const Vec base = V::select(unseen, V::zero(), now), log2_e = V::broadcast(kernel::log2_e<T>);
+    const Vec to_log2 = V::select(unseen, log2_e, V::mul(log2_e, score_scale));  // unseen: not NaN, whatever the query
     const Vec factor = V::weight(V::sub(old, base), to_log2);
     Vec sum;
-    if constexpr (A::steps) {
+    if constexpr (A::integer_weights) {
       const Steps w = weigh_steps(s, begin, end, base, to_log2, scales);
       sum = w.sum;
-      V::store(worth, w.step);
+      V::store(value_step, w.step);
     } else {
       sum = weigh(s, begin, end, base, to_log2);
     }
     V::store(l, V::fma(V::load(l), factor, sum));
     V::store(m, V::fma(V::zero(), sum, now));  // a score of NaN is in the sum, whatever the maximum made of it
-    V::store(keep, factor);
+    V::store(rescale, factor);
     return V::any(V::less(old, now));
   }
 
-  /// The largest score of each lane; four at a time, since one maximum after another would wait for each.
+  /// The largest score of each lane; four independent maxima hide their latency.
   static Vec largest(const T* s, Index begin, Index end) {
     Vec w = V::broadcast(detail::minus_infinity<T>), x = w, y = w, z = w;
     Index c = begin;
@@ -106,9 +105,9 @@ class PanelSoftmax {
     return V::add(V::add(w, x), V::add(y, z));
   }
 
-  /// The weight of one pair, as it is multiplied: in steps, where weights are.
+  /// The weight of one pair, as it is multiplied: an integer where weights are.
   static T weight(const T* s, Index c, Index lane) {
-    if constexpr (A::steps) {
+    if constexpr (A::integer_weights) {
       constexpr Index bits = 32 / A::keys;
       Word several;
       std::memcpy(&several, s + c / A::keys * lanes + lane, sizeof several);
@@ -125,12 +124,12 @@ class PanelSoftmax {
   }
 
  private:
-  /// Weights 2^((s - base)·to_log2) in steps of `step` over the scale of a row, and their sum.
+  /// Weights 2^((s - base)·to_log2), times the scale of a row, as multiples of `step`; and their sum before rounding.
   struct Steps {
     Vec step, sum;
   };
-  /// In 15 bits: columns c and c + 1 go to row c / 2. Scales are finite. First the products with them take the place of the
-  /// scores, then whole steps that of the products.
+  /// In 15 bits: columns c and c + 1 go to row c / 2. Scales are finite. Products with them replace the scores, then integers
+  /// the products.
   static Steps weigh_int16(T* s, Index begin, Index end, Vec base, Vec to_log2, const float* scales) {
     Vec even = V::zero(), odd = even, even_top = even, odd_top = even;
     const auto put = [&](T* at, T scale, Vec& total, Vec& top) {
@@ -151,7 +150,7 @@ class PanelSoftmax {
     Vec step = V::max(V::mul(top, V::broadcast(1.0F / 32767)), V::broadcast(0x1p-126F));
     const Vec inverse = V::div(V::broadcast(1), step);
     step = V::fma(V::zero(), sum, step);
-    // Cut off after adding a half: no rounding mode makes 32768 of the largest.
+    // Truncated after adding a half: no rounding mode gives 32768 for the largest.
     const auto rounded = [&](const T* product) {
       return Isa::truncate_to_int32(V::fma(V::load(product), inverse, V::broadcast(0.5F)));
     };

@@ -15,7 +15,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-/// The queries of a task and what is asked of them. Everything has been checked; nothing here is written.
+/// The queries of a task, and how they attend. Everything has been checked; nothing here is written.
 template <class T>
 struct QueryTask {
   ConstView<T> q;  // [n_queries, heads·head_dim]

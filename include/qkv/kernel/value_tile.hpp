@@ -6,7 +6,7 @@
 //
 //     o(x, j) += Σ_c v(c, x)·s(c, j)     x < Rows features;  each sum one chain in ascending c
 //
-// The sums stay in registers from the first column to the last: a mask's edge costs the columns it has and nothing more.
+// Accumulators stay in registers from the first column to the last: the edge of a mask costs no pass of its own.
 //
 // Before: kernel/register_softmax.hpp   Next: kernel/absorbed/absorbed.hpp
 #pragma once
@@ -37,7 +37,7 @@ struct ValueOperands {
   Index b_step = 0;
   typename std::conditional_t<std::is_same_v<Number, Word>, float, Number>* o = nullptr;  // [Rows][o_row]
   Index o_row = 0;
-  const float* take = nullptr;  // weights in whole steps: what one is worth, [lanes]
+  const float* value_step = nullptr;  // [lanes], integer weights: their quantisation step
 };
 
 // Constant indices and folds, as in product/register_tile.hpp: the sums stay in registers.
@@ -64,13 +64,14 @@ EIGEN_ALWAYS_INLINE void value_tile(const ValueOperands<typename Dot::Number>& o
     const auto t = Dot::load(b + Dot::width);
     ((right[R] = Dot::dot(right[R], Dot::broadcast(a[R]), t)), ...);
   }
-  (Dot::finish(op.o + Index(R) * op.o_row, left[R], op.take), ...);
-  (Dot::finish(op.o + Index(R) * op.o_row + Dot::width, right[R], op.take == nullptr ? nullptr : op.take + Dot::width),
+  (Dot::finish(op.o + Index(R) * op.o_row, left[R], op.value_step), ...);
+  (Dot::finish(op.o + Index(R) * op.o_row + Dot::width, right[R],
+               op.value_step == nullptr ? nullptr : op.value_step + Dot::width),
    ...);
 }
 
-/// `tiles` tiles of Rows features, a and o moving on by a_next and Rows rows. A call of its own for every tile would cost
-/// about 200 cycles each.
+/// `tiles` tiles of Rows features; a and o advance by a_next and Rows rows. One call per tile would cost about 200 cycles
+/// each.
 template <class Dot, Index Rows>
 void value_tiles(ValueOperands<typename Dot::Number> op, Index tiles, Index a_next, FetchList& fetch) {
   for (; tiles > 0; --tiles) {

@@ -98,10 +98,11 @@ template <class T, class C>
 void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const Rules<T, typename C::Storage>& rules,
                   const AnyExecutor& executor) {
   Workspace& workspace = batch.caches[0]->workspace();
-  for (Index s = 0; s < batch.size(); ++s) {
-    const auto keys = batch.cache(s).key_rows();
-    check_runs(keys.runs, keys.rows);
-  }
+  if constexpr (!owns_rows<C>)
+    for (Index s = 0; s < batch.size(); ++s) {
+      const auto keys = batch.cache(s).key_rows();
+      check_runs(keys.runs, keys.rows);
+    }
   if constexpr (PooledCache<C>)
     if (share_prefixes) {
       for (Index s = 0; s < batch.size();) {

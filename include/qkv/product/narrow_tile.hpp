@@ -2,8 +2,8 @@
 //
 //     c(r, j) = scale(r) · (offset(r) + Σ_k a(k, r)·b(k, j))        r < Rows,  j < Vectors·width
 //
-// A word of `a`, a row of keys, is broadcast; words of `b` are a vector, one per query. How words are multiplied, where a
-// sum begins and what becomes of it, a Dot says: Bf16Dot, Int8Dot or Int16Dot (simd/narrow.hpp).
+// A word of `a`, a row of keys, is broadcast; words of `b` are a vector, one per query. A Dot says how words are multiplied,
+// where a sum begins and how it ends: Bf16Dot, Int8Dot or Int16Dot (simd/narrow.hpp).
 //
 // Before: product/tied_product.hpp   Next: product/register_tile.hpp
 #pragma once
@@ -27,7 +27,7 @@ struct WordOperands {
   Index b_step = 0;
   Index row = 0;                         // of offset and scale, where r = 0
   const std::int32_t* offset = nullptr;  // [rows]: Int8Dot
-  const float* scale = nullptr;          // [rows]: sums of whole numbers
+  const float* scale = nullptr;          // [rows]: sums of integers
   float* c = nullptr;
   Index c_row = 0;
 };

@@ -2,16 +2,16 @@
 //
 //     x [n, in]   W [in, out]   b [out]   out [n, out]          2·n·in·out flops; W is read once from memory
 //
-// Every output element is one chain of multiply-adds in ascending k, starting at b (0 without a bias; with int8 weights
+// Every output element is one chain of multiply-adds in ascending k, starting at b (0 without a bias; with quantised weights
 // the chain starts at 0, and scale and b come last),
 //
 //     s ← b_c;   for k = 0 … in-1:  s ← x_rk · w_kc + s;   out_rc = s
 //
 // whatever the number of rows, the executor, or the tile that computes it: a token's bits do not depend on the tokens
-// beside it. Blocking stores a chain's value and takes it up again, which is exact.
+// beside it. Blocks store a chain's value and load it again, which is exact.
 //
-// Up to four rows are bound by reading W (StreamShape); more go through tiles of 12 rows x 32 columns (AVX-512), with the
-// next part of W fetched meanwhile.
+// Up to four rows are bound by reading W (StreamShape). More go through tiles of 12 rows x 32 columns (AVX-512), which
+// prefetch the next part of W.
 //
 // Before: kernel/absorbed/scores.hpp   Next: product/packed_weights.hpp
 #pragma once
@@ -33,9 +33,9 @@
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 /// For the fewest rows, which are bound by reading W: a tile over whole panels from the first step to the last, with
-/// enough sums in flight to hide the latency of a multiply-add (two vectors of one row are two: int8 weights would wait).
-/// With AVX2, 4 rows of float are 16 sums, some of them in memory: there is time for that while W is read (0.92 to 0.95
-/// of the bandwidth for 0.79). Narrower W has less.
+/// enough accumulators to hide the latency of a multiply-add (one row of two vectors has two: int8 weights would stall).
+/// With AVX2, 4 rows of float are 16 accumulators, some of them spilled to memory; reading W hides that (0.92 to 0.95 of the
+/// bandwidth, instead of 0.79). Narrower W does not.
 template <class T, class S>
 struct StreamShape {
   static constexpr Index panel_vectors = panel_columns<T> / Simd<T>::width;
@@ -43,7 +43,7 @@ struct StreamShape {
   static constexpr Index panels = vectors / panel_vectors;
   static constexpr bool many = TileShape<T>::wide || (Simd<T>::fused && std::is_same_v<T, S>);
   static constexpr Index rows = std::max<Index>((many ? 16 : 8) / vectors, 1);  // one lane: 16 or 32 a panel
-  static constexpr std::uintptr_t ahead = 6144;                                 // bytes fetched ahead
+  static constexpr std::uintptr_t ahead = 6144;                                 // bytes: prefetch distance
 };
 
 /// c(r, j) = start(r, j) + Σ_k a(r, k)·b(k, j) with b in panels that are `b_panel` elements apart, side by side in c.
@@ -113,7 +113,7 @@ struct ProductCut {
 
   Index row_items() const { return (rows + Blocks::row_block - 1) / Blocks::row_block; }
   /// Panels of one work item. Each item packs its rows of x again, which must stay small beside the products; a single
-  /// row is not packed, and 256 KB of W are enough. An even number: StreamShape takes two at a time.
+  /// row is not packed, and 256 KB of W are enough. An even number: StreamShape streams two at a time.
   Index panels_per_item() const {
     if (rows == 1) {
       const Index bytes = std::max<Index>(depth, 1) * panel_columns<T> * static_cast<Index>(sizeof(T));
@@ -145,7 +145,7 @@ struct ProductItem {
   T* out;
   Index out_stride;
 
-  // Tiles of nearly equal height: none is left with too few sums to hide the latency of a multiply-add.
+  // Tiles of nearly equal height: none has too few accumulators to hide the latency of a multiply-add.
   Index tiles() const { return (rows + Shape::rows - 1) / Shape::rows; }
   Index tile_row(Index t) const { return t * rows / tiles(); }
 
@@ -199,7 +199,7 @@ struct ProductItem {
   void block(Index p, Index k, Index some, const T* packed, Index depth, Index d, const S* next) const {
     const Index columns = std::min(panel, w.out() - p * panel);
     const Index used_groups = (columns + Shape::columns - 1) / Shape::columns;
-    // `next` and the sums of the tile after each tile are fetched meanwhile, evenly.
+    // Each tile prefetches its share of `next` and the accumulators of the following tile.
     const auto share = static_cast<std::uintptr_t>(panel * Index(sizeof(S)) / (used_groups * tiles()));
     const auto row_bytes = static_cast<std::uintptr_t>(out_stride) * sizeof(T);
     auto ahead = reinterpret_cast<std::uintptr_t>(next);
@@ -246,7 +246,7 @@ struct ProductItem {
     for (Index r = 0; r < height; ++r) std::copy_n(edge + r * Shape::columns, width, c + r * out_stride);
   }
 
-  /// int8 sums are of unscaled weights: s·scale + b comes last.
+  /// Quantised weights are summed unscaled: s·scale + b comes last.
   const T* starting_bias(Index column) const { return bias == nullptr || has_row_scale<S> ? nullptr : bias + column; }
   void finish([[maybe_unused]] Index height, [[maybe_unused]] Index width, [[maybe_unused]] Index column,
               [[maybe_unused]] T* c) const {

@@ -3,7 +3,7 @@
 //     W [in, out] -> [⌈out/panel⌉][in][panel], panel = 128 bytes of T; zeros after the last column
 //
 // The layout is the same on every instruction set. Weights of another storage S keep T's panel and are converted in the
-// register; int8 has one scale per output.
+// register; quantised ones have one scale per output.
 //
 // Before: product/packed_product.hpp   Next: product/tied_product.hpp
 #pragma once
@@ -35,13 +35,13 @@ class PackedWeights {
 
   PackedWeights() = default;
 
-  /// weight [in, out]: any Eigen expression (a transposed [out, in] matrix too). Rounds to S; int8 as in storage.hpp, one
-  /// row per output.
+  /// weight [in, out]: any Eigen expression (a transposed [out, in] matrix too). Rounds to S as in storage.hpp,
+  /// one row per output.
   template <MatrixLike W>
   explicit PackedWeights(const W& weight) : in_(weight.rows()), out_(weight.cols()) {
     const Index size = detail::checked_product(panels() * panel, in_);
     numbers_.assign(static_cast<std::size_t>(size), static_cast<S>(0));
-    // Panel by panel: whichever way W lies in memory, its lines are used up while they are in the cache.
+    // Panel by panel: in either storage order of W, a cache line is used whole while it is cached.
     const auto pack = [&](const auto& w) {
       if constexpr (has_row_scale<S>) scales_.assign(static_cast<std::size_t>(panels() * panel), T(0));
       if (size == 0) return;  // outputs of nothing, or inputs, may be any number
@@ -55,8 +55,8 @@ class PackedWeights {
             for (Index j = 0; j < width; ++j)
               columns[static_cast<std::size_t>(j * in_ + k)] = static_cast<T>(w.coeff(k, first + j));
           for (Index j = 0; j < width; ++j) {
-            scales_[static_cast<std::size_t>(first + j)] =
-                static_cast<T>(quantize_row(columns.data() + j * in_, in_, quantized.data()));
+            scales_[static_cast<std::size_t>(first + j)] = static_cast<T>(
+                quantize_row(columns.data() + j * in_, in_, quantized.data(), storage_traits<S>.largest));
             for (Index k = 0; k < in_; ++k) to[k * panel + j] = quantized[static_cast<std::size_t>(k)];
           }
         } else {
@@ -76,7 +76,7 @@ class PackedWeights {
   Index panels() const { return panels_of<T>(out_); }
   /// W's rows from k on, columns [p·panel, (p+1)·panel): consecutive rows are `panel` apart.
   const S* rows(Index p, Index k) const { return numbers_.data() + (p * in_ + k) * panel; }
-  /// int8 only: w = number · scale, [panels · panel].
+  /// Quantised only: w = number · scale, [panels · panel].
   const T* scales() const { return scales_.data(); }
   /// Bytes held: the numbers with their padding, and the scales.
   Index bytes() const { return static_cast<Index>(numbers_.size() * sizeof(S) + scales_.size() * sizeof(T)); }

@@ -48,9 +48,8 @@ struct TileShape {
   static constexpr Index tail_height(Index n) { return (n + tail_step - 1) / tail_step * tail_step; }
 };
 
-/// Memory wanted soon: an address that moves on by `step` bytes, and may run past the end of what is wanted. A burst of
-/// misses blocks the loads of the products (measured at 64 rows: 0.82 to 0.91 of the peak); spread over a tile it costs
-/// nothing (0.98).
+/// A prefetch address that advances by `step` bytes; it may run past the end. Prefetches in a burst block the loads of the
+/// products (measured at 64 rows: 0.82 to 0.91 of the peak); spread over a tile they cost nothing (0.98).
 struct Fetch {
   std::uintptr_t at = 0, step = 0;
 
@@ -60,7 +59,7 @@ struct Fetch {
   EIGEN_ALWAYS_INLINE void move() { at += step; }
 };
 
-/// Rows of memory wanted soon, asked for some lines at a time between tiles.
+/// Rows to prefetch, some cache lines at a time between tiles.
 struct FetchRows {
   const char* row = nullptr;
   Index stride = 0, bytes = 0, rows = 0;  // from row to row, of a row, how many
@@ -72,7 +71,7 @@ struct FetchRows {
     constexpr auto size = static_cast<Index>(sizeof(T));
     return {reinterpret_cast<const char*>(first), stride * size, numbers * size, rows, write};
   }
-  /// The next n lines; returns how many were left to ask for.
+  /// Prefetches the next n lines; returns how many of the n were left when the rows ended.
   EIGEN_ALWAYS_INLINE Index lines(Index n) {
     for (; n > 0 && rows > 0; --n) {
       write ? prefetch_to_write(row + at) : prefetch(row + at);

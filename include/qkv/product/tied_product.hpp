@@ -3,7 +3,7 @@
 //     s ← 0;   for k = 0 … depth-1:  s ← x_rk · e_ck + s;   out_rc = s
 //
 // the same chain, hence the same bits, as a Projection of Eᵀ, which is faster and has a packed copy of its own. Columns
-// are vector lanes; a panel of Eᵀ is copied at a time and serves all rows.
+// are vector lanes; a panel of Eᵀ is copied at a time, for all rows.
 //
 // Before: product/packed_weights.hpp   Next: product/narrow_tile.hpp
 #pragma once
@@ -17,7 +17,7 @@
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
 /// A panel of Eᵀ: 128 steps of the chain for two vectors of columns, 16 KB with AVX-512: half a first-level cache.
-/// Four rows of two vectors are eight sums in flight, which hides the latency of a multiply-add.
+/// Four rows of two vectors are eight accumulators, which hide the latency of a multiply-add.
 inline constexpr Index panel_depth = 128, panel_rows = 4, panel_vectors = 2;
 template <class T>
 inline constexpr Index panel_columns = Index{panel_vectors} * kernel::Simd<T>::width;

@@ -1,4 +1,4 @@
-// simd/exp2.hpp — 2ˣ of a register of numbers, and of what a softmax asks for.
+// simd/exp2.hpp — 2ˣ of a register of numbers, and the weights of a softmax.
 //
 //     2ˣ = 2ⁿ · 2ʳ      n = round(x), |r| <= ½;   2ʳ by a polynomial
 //

@@ -38,8 +38,8 @@ using Isa = QKV_DETAIL_CHOSEN_ISA;
 
 using isa::Word;
 
-/// Prefetches the cache line at p, for reading, into the second-level cache. Never faults. (Always inline: g++ takes a
-/// function that only prefetches for one without effect and drops its calls.)
+/// Prefetches the cache line at p, for reading, into the second-level cache. Never faults. (Always inline: g++ drops
+/// calls of a function that only prefetches, as without effect.)
 EIGEN_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* p) {
 #if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);

@@ -8,9 +8,9 @@
 //
 // Signs of int8: a query's is stored as q + 128, so a sum begins at -128·Σ(key row).
 //
-// In int16 a key stored as int8 is widened as it is loaded. What meets it is rounded to whole steps, |a| <=
-// largest_int16(n), so that a sum of n products fits: to 2⁻¹⁶ of its largest number for n <= 512, 2⁻¹² for n = 8192.
-// Zen 3 does 1.64 of the pairs of instructions per cycle: 1.64 times as many multiply-adds as in float.
+// In int16 a key stored as int8 is widened as it is loaded. The other operand is quantised to integers |a| <=
+// largest_int16(n), so that a sum of n products fits: with an error of 2⁻¹⁶ of its largest number for n <= 512, 2⁻¹² for
+// n = 8192. Zen 3 issues 1.64 such products per cycle: 1.64 times as many multiply-adds as in float.
 //
 //     rows where they lie    a lane is a register of sums        int16_scores: absorbed attention
 //     panels                 a word of a row is broadcast        product/narrow_tile.hpp; for values a word is two or four
@@ -54,7 +54,7 @@ struct Bf16Dot : WordDot {
   static EIGEN_ALWAYS_INLINE Sum start(const float* o) { return V::load(o); }
   static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float*) { V::store(o, s); }
 };
-/// Of whole numbers: a score gets its scale at the end, a value what a step of its weights is worth.
+/// Of integers: scaled at the end, a score by its key's scale, a value by the quantisation step of the weights.
 struct IntegerDot : WordDot {
   using Sum = Isa::Sums;
   static EIGEN_ALWAYS_INLINE V::Vec to_float(Sum s) { return Isa::sums_to_float(s); }
@@ -62,8 +62,8 @@ struct IntegerDot : WordDot {
     return V::mul(to_float(s), V::broadcast(scale[row]));
   }
   static EIGEN_ALWAYS_INLINE Sum start(const float*) { return Isa::broadcast_sum(0); }
-  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* take) {
-    V::store(o, V::fma(to_float(s), V::load(take), V::load(o)));
+  static EIGEN_ALWAYS_INLINE void finish(float* o, Sum s, const float* value_step) {
+    V::store(o, V::fma(to_float(s), V::load(value_step), V::load(o)));
   }
 };
 struct Int8Dot : IntegerDot {
@@ -73,7 +73,7 @@ struct Int8Dot : IntegerDot {
   }
 };
 
-/// Two numbers of int8 side by side, of one feature and two keys.
+/// Two int8: one feature of two keys.
 using BytePair = std::uint16_t;
 
 /// Values as they are stored, pairs of bytes, are widened as they are loaded.
@@ -116,7 +116,7 @@ inline void pack_int16(const std::int8_t* from, Index stride, Index rows, Index 
   pack_columns(rows, height, (d + 1) / 2, to,
                [&](Index r, Index w) { return Isa::widen_int8_n(from + r * stride + 2 * w, d - 2 * w); });
 }
-/// Two numbers side by side.
+/// Two int16 in one word.
 constexpr Word word_of_int16(std::int16_t low, std::int16_t high) {
   return Word{static_cast<std::uint16_t>(low)} | Word{static_cast<std::uint16_t>(high)} << 16;
 }
@@ -140,17 +140,18 @@ EIGEN_ALWAYS_INLINE Isa::Sums multiply_int16_row(const Int16Rows& rows, const Wo
   }
   return Isa::sum_each(sum);
 }
-/// s(j, lane) = scale(j)·unit(lane)·Σ row(j)·q(lane) for n rows and Vectors registers of lanes. A lane is a register of sums,
-/// which one tree adds up: rows are widened as they are read, once for a register of lanes. q [Vectors][steps][lanes] of
+/// s(j, lane) = scale(j)·query_scale(lane)·Σ row(j)·q(lane) for n rows and Vectors registers of lanes. Each lane
+/// accumulates in a register of its own, all reduced by one tree: a row is widened once for a register of lanes. q [Vectors][steps][lanes] of
 /// 2·lanes int16 each, s [n][Vectors·width].
 template <Index Vectors>
-void int16_scores(Int16Rows rows, Index n, const Word* q, const float* unit, float* s) {
+void int16_scores(Int16Rows rows, Index n, const Word* q, const float* query_scale, float* s) {
   using V = Simd<float>;
   for (; n > 0; --n, rows.row += rows.stride, ++rows.scale)
     for (Index v = 0; v < Vectors; ++v, s += Isa::lanes) {
       const Isa::Sums sum = multiply_int16_row(rows, q + v * rows.steps * Isa::lanes * Isa::lanes,
                                                std::make_index_sequence<std::size_t(Isa::lanes)>{});
-      V::store(s, V::mul(Isa::sums_to_float(sum), V::mul(V::broadcast(*rows.scale), V::load(unit + v * Isa::lanes))));
+      V::store(
+          s, V::mul(Isa::sums_to_float(sum), V::mul(V::broadcast(*rows.scale), V::load(query_scale + v * Isa::lanes))));
     }
 }
 

@@ -19,8 +19,7 @@
 #include "exp2.hpp"
 #include "isa.hpp"
 
-// g++ 12 takes the undefined starting values of AVX-512 intrinsics for bugs of their users, and minds registers as
-// template arguments.
+// g++ 12 warns of the undefined starting values inside AVX-512 intrinsics, and of registers as template arguments.
 #include "../base/warnings_off.hpp"
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
@@ -101,7 +100,7 @@ requires(detail::has_packets<T>) struct Simd<T> {
   static constexpr bool fused = detail::fused;
 
   // ---- memory ----
-  /// p[0 … width) of any storage type; int8 without its scale.
+  /// p[0 … width) of any storage type; quantised rows without their scale.
   template <class S>
   static EIGEN_ALWAYS_INLINE Vec load(const S* p) {
     if constexpr (std::same_as<S, T>) {

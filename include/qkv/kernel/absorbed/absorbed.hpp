@@ -79,21 +79,21 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
     std::fill_n(state.o, lanes * state.o_step, T(0));
     for (Index b = 0; b < n_places; ++b) {
       block_->prepare(places[b]);
-      follow(b + 1 < n_places ? places + b + 1 : next);
+      prefetch_next(b + 1 < n_places ? places + b + 1 : next);
       for (Index p = 0; p < n_; p += panel) attend(p);
     }
-    const T unit = kept_unit();
+    const T kept = kept_scale();
     for (Index i = 0; i < n_; ++i)
-      if (state.m[i] != detail::minus_infinity<T>) state.m[i] *= unit;
+      if (state.m[i] != detail::minus_infinity<T>) state.m[i] *= kept;
   }
 
  private:
   using Scores = LaneScores<A, panel>;
 
-  /// Scores are kept as ±q·c, so that what enters the exponent is a difference before it is scaled.
-  T score_unit() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
-  /// What the scores that are kept are then worth: a score function is given scaled ones.
-  T kept_unit() const { return task_.rule.plain ? score_unit() : T(1); }
+  /// Plain scores are kept as ±q·c: differences from the maximum are formed before they are scaled.
+  T score_scale() const { return std::max(std::abs(task_.scale), std::numeric_limits<T>::min()); }
+  /// Score = kept_scale · kept number. Score functions get scaled ones, so then it is 1.
+  T kept_scale() const { return task_.rule.plain ? score_scale() : T(1); }
 
   PairTile tile(Index p, const GridPiece& piece) const {
     return {task_.sequence,       0,         task_.heads,    first_ + p, std::min(n_ - p, panel),
@@ -141,7 +141,7 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
     const Index from = begin / partial_sums * partial_sums;
     scores_.hide(from, begin);
     if (!finite) scores_.note_hidden(from, end);
-    if (scores_.soften(from, end, kept_unit(), block_->value_scales(), state_.m + p, state_.l + p)) rescale(p);
+    if (scores_.update_softmax(from, end, kept_scale(), block_->value_scales(), state_.m + p, state_.l + p)) rescale(p);
     if (finite)
       multiply_values(p, from, end);
     else
@@ -164,28 +164,28 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
     const Index live = round_up(std::min(panel, n_ - p), step);
     for (Index lane = p; lane < p + live && tiles > 0; lane += step) {
       T* const to = scores_.row(c) + lane - p;
-      if constexpr (!A::scaled)
+      if constexpr (!A::integer_keys)
         multiply(tiles, q_.steps(), block_->row(c), block_->stride(), q_.at(lane), to, panel, stream_);
       if constexpr (A::int8_keys) {
         const Int8Rows at{q_.steps(),       q_.rope_steps(),       block_->row(c),    block_->rope(c),
                           block_->stride(), block_->rope_stride(), block_->scales(c), block_->offsets(c)};
-        multiply(tiles, at, q_.at(lane), q_.rope(lane), q_.unit(lane), to, panel);
+        multiply(tiles, at, q_.at(lane), q_.rope(lane), q_.query_scale(lane), to, panel);
       }
       if constexpr (A::int16_keys) {
         const Int16Rows at{q_.steps() / W, block_->row(c), block_->stride(), block_->scales(c)};
-        int16_scores<Vectors>(at, tiles * rows, q_.at(lane), q_.unit(lane), to);
+        int16_scores<Vectors>(at, tiles * rows, q_.at(lane), q_.query_scale(lane), to);
         multiply(tiles, q_.rope_steps(), block_->rope(c), block_->rope_stride(), q_.rope(lane), to, panel, stream_);
       }
     }
-    if (live < panel)  // what follows takes whole registers
+    if (live < panel)  // later steps read whole registers
       for (Index r = c; r < c + tiles * rows; ++r) std::fill_n(scores_.row(r) + live, panel - live, T(0));
   }
 
-  /// Scores of columns [begin, end) become what the rule makes of them; those without a row are hidden.
+  /// Applies the rule to the scores of columns [begin, end); columns without a row are hidden.
   void finish(Index p, Index begin, Index end) {
     Index next = begin;  // columns before it are done
-    T unit[std::size_t(panel)];
-    std::fill_n(unit, panel, score_unit());
+    T scale[std::size_t(panel)];
+    std::fill_n(scale, panel, score_scale());
     for_each_cover(p, [&](const GridPiece& piece, Cover c) {
       const Index from = std::max(piece.column, begin), to = std::min(piece.column + piece.count, end);
       if (from >= to) return;
@@ -193,19 +193,19 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
       next = to;
       if (c == Cover::none) return scores_.hide(from, to);
       task_.rule.template finish<Inner::lanes>(tile(p, piece.part(from - piece.column, to - from)), c,
-                                               scores_.row(from), panel, unit);
+                                               scores_.row(from), panel, scale);
     });
     scores_.hide(next, end);
   }
 
-  /// o of the panel ← keep·o, after a maximum has moved.
+  /// o ← rescale·o for the panel, after a maximum has moved.
   void rescale(Index p) {
-    const T* const keep = scores_.keep();
+    const T* const rescale = scores_.rescale();
     const Index width = features(task_);
     for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
-      if (keep[lane] == T(1)) continue;
+      if (rescale[lane] == T(1)) continue;
       T* const o = state_.o + (p + lane) * state_.o_step;
-      const Vec factor = V::broadcast(keep[lane]);
+      const Vec factor = V::broadcast(rescale[lane]);
       for (Index x = 0; x < width; x += W) V::store(o + x, V::mul(V::load(o + x), factor));
     }
   }
@@ -222,7 +222,7 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
                                  .c_step = block_->value_step(),
                                  .o = state_.o + p * state_.o_step,
                                  .o_row = state_.o_step,
-                                 .take = scores_.take()};
+                                 .value_step = scores_.value_step()};
     for (Index x = 0; x < width;) {
       const Index some = std::min(vectors, (width - x) / W);
       if (some == vectors)
@@ -256,14 +256,15 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
       for (Index lane = 0; lane < std::min(panel, n_ - p); ++lane) {
         if (scores_.hidden(c, lane)) continue;
         T* const o = state_.o + (p + lane) * state_.o_step;
-        const T weight = scores_.weight(c, lane);  // in steps, too: what it multiplies is not finite
+        const T weight =
+            scores_.weight(c, lane);  // its quantisation step is left off: what it multiplies is not finite
         for (Index x = 0; x < task_.latent_dim; ++x) o[x] += weight * row_[x];
       }
     }
   }
 
-  /// The rows of the block to come, for the second-level cache.
-  void follow(const Place* next) {
+  /// Lists the rows of the next block for prefetching into the second-level cache.
+  void prefetch_next(const Place* next) {
     stream_ = {};
     if (next == nullptr) return;
     const Index row = next->cell.row,

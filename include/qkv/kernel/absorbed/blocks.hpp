@@ -9,7 +9,7 @@
 //     int16    rows   int8 latents and float rope keys, likewise       values  int16: [pair of keys][latent_dim] pairs of bytes
 //     keys                                                                     as stored, and their scales
 //
-// Columns that hold no row are zeros and hidden by whoever attends. A block is prepared once for all heads of a work item.
+// Columns that hold no row are zeros; the caller hides them. A block is prepared once for all heads of a work item.
 //
 // Before: kernel/absorbed/grid.hpp   Next: kernel/absorbed/pack_rows.hpp
 #pragma once
@@ -41,14 +41,15 @@ class BlockRows {
  protected:
   using T = typename A::Scalar;
   using Number = typename A::Number;
-  using Element = std::conditional_t<!A::narrow, T, std::conditional_t<A::scaled, std::int8_t, bfloat16>>;  // of rows
+  using Element =
+      std::conditional_t<!A::narrow, T, std::conditional_t<A::integer_keys, std::int8_t, bfloat16>>;  // of rows
   using Value = typename ValueDot<A>::Row;
   using RopeNumber = RopeDot::Number;
   static constexpr bool narrow = A::narrow;
   static constexpr Index n_rows = block_rows<narrow>;
-  static constexpr Index unit = A::int8_keys ? 64
-                                : narrow     ? 32
-                                             : Simd<T>::width;  // rows are read up to a multiple of it
+  static constexpr Index row_multiple = A::int8_keys ? 64
+                                        : narrow     ? 32
+                                                     : Simd<T>::width;  // rows are read up to a multiple of it
 
  public:
   virtual void prepare(const Place& place) = 0;
@@ -88,10 +89,10 @@ class BlockRows {
   BlockRows(detail::Carver& carver, Index latent_dim, Index rope_dim) : latent_dim_(latent_dim), rope_dim_(rope_dim) {
     copy_ = carver.take<Element>(n_rows * copy_step());
     if constexpr (narrow) packed_ = carver.take<Value>(n_rows / A::keys * packed_step());
-    if constexpr (A::scaled)
+    if constexpr (A::integer_keys)
       rope_ = carver.take<RopeNumber>(n_rows * rope_step()), scales_ = carver.take<float>(n_rows);
     if constexpr (A::int8_keys) offsets_ = carver.take<std::int32_t>(n_rows);
-    if constexpr (A::steps) value_scales_ = carver.take<float>(n_rows);
+    if constexpr (A::integer_weights) value_scales_ = carver.take<float>(n_rows);
   }
   BlockRows(const BlockRows&) = default;
   BlockRows& operator=(const BlockRows&) = default;
@@ -99,8 +100,8 @@ class BlockRows {
 
   /// Finds the dropped columns.
   virtual void inspect() = 0;
-  Index copied_dim() const { return A::scaled ? latent_dim_ : latent_dim_ + rope_dim_; }
-  Index copy_step() const { return round_up(copied_dim(), unit) + unit; }
+  Index copied_dim() const { return A::integer_keys ? latent_dim_ : latent_dim_ + rope_dim_; }
+  Index copy_step() const { return round_up(copied_dim(), row_multiple) + row_multiple; }
   Index rope_step() const { return round_up(rope_dim_, 32) / rope_features; }
   Index packed_step() const { return round_up(latent_dim_, 32) + 16; }  // not a multiple of 4 KB: all in one L1 set
 
@@ -125,7 +126,7 @@ template <class A, StorageType S>
 class BlockRowsOf final : public BlockRows<A> {
   using Base = BlockRows<A>;
   using Base::copied_dim, Base::copy_step, Base::rope_step, Base::packed_step;
-  using Base::narrow, Base::n_rows, Base::unit;
+  using Base::narrow, Base::n_rows, Base::row_multiple;
   using Base::place_, Base::first_, Base::step_, Base::copy_, Base::packed_, Base::rope_, Base::scales_;
   using Base::rope_first_, Base::rope_stride_;
   using Base::value_scales_, Base::offsets_, Base::values_finite_, Base::inspected_, Base::n_dropped_, Base::dropped_;
@@ -147,7 +148,7 @@ class BlockRowsOf final : public BlockRows<A> {
     } else {
       copy();
     }
-    if constexpr (A::scaled) take_scales(), take_rope();
+    if constexpr (A::integer_keys) gather_scales(), gather_rope();
     if constexpr (narrow) pack_values(A{}, columns(), scales_, packed_, packed_step());
   }
 
@@ -166,13 +167,13 @@ class BlockRowsOf final : public BlockRows<A> {
   const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
 
   /// Rope keys of float are multiplied where they lie, where parts of a lane end with them.
-  static constexpr bool float_rope = A::scaled && std::is_same_v<RopeNumber, float>;
+  static constexpr bool float_rope = A::integer_keys && std::is_same_v<RopeNumber, float>;
   bool rope_in_place() const { return float_rope && place_.whole && rows_.rope_dim % parts_ == 0; }
 
   bool in_place(const Place& place) const {
-    if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % unit != 0) return false;
-    if constexpr (A::scaled || has_row_scale<S>)
-      return A::scaled;
+    if (!place.whole || !std::is_same_v<S, Element> || rows_.latent_dim % row_multiple != 0) return false;
+    if constexpr (A::integer_keys || has_row_scale<S>)
+      return A::integer_keys;
     else
       return rows_.rope_dim % (A::features * parts_) == 0 && rows_.rope_row_stride == rows_.latent_row_stride &&
              rows_.rope(rows_.runs[place.cell.run], 0) ==
@@ -200,7 +201,7 @@ class BlockRowsOf final : public BlockRows<A> {
         if constexpr (!narrow) {
           widen_row(c, latent, rows_.scale(run, piece.row + i), to);
           widen_row(r, rope, 1.0F, to + latent);
-        } else if constexpr (A::scaled) {
+        } else if constexpr (A::integer_keys) {
           std::copy_n(c, latent, to);
         } else {
           std::copy_n(c, latent, to);
@@ -218,12 +219,12 @@ class BlockRowsOf final : public BlockRows<A> {
       for (Index i = 0; i < piece.count; ++i) {
         const S* const c = rows_.latent(run, piece.row + i);
         const T scale = static_cast<T>(rows_.scale(run, piece.row + i));
-        bool finite = !A::scaled || std::isfinite(scale * A::restored);
-        for (Index x = 0; !A::scaled && x < rows_.latent_dim; ++x)
+        bool finite = !A::integer_keys || std::isfinite(scale * A::restored);
+        for (Index x = 0; !A::integer_keys && x < rows_.latent_dim; ++x)
           finite = finite && std::isfinite(static_cast<T>(c[x]) * scale);
         if (finite) continue;
         dropped_[static_cast<std::size_t>(n_dropped_++)] = piece.column + i;
-        if constexpr (narrow && !A::steps)  // whose scale is zero there
+        if constexpr (narrow && !A::integer_weights)  // whose scale is zero there
           for (Index x = 0; x < packed_step(); ++x)
             packed_[(piece.column + i) / A::keys * packed_step() + x] &=
                 ~(key_bits << (32 / A::keys * ((piece.column + i) % A::keys)));
@@ -231,17 +232,17 @@ class BlockRowsOf final : public BlockRows<A> {
     }
   }
 
-  /// Scales of the rows, and what follows from them and from the latents.
-  void take_scales() {
+  /// Scales of the rows, and offsets and value scales computed from them.
+  void gather_scales() {
     std::fill_n(scales_, n_rows, 0.0F);
     for (const GridPiece& piece : pieces()) {
       const LatentRun<S>& run = rows_.runs[piece.run];
       for (Index i = 0; i < piece.count; ++i) scales_[piece.column + i] = rows_.scale(run, piece.row + i);
     }
     values_finite_ = true;
-    if constexpr (!A::steps)
+    if constexpr (!A::integer_weights)
       for (Index c = 0; c < n_rows; ++c) values_finite_ = values_finite_ && std::isfinite(scales_[c] * A::restored);
-    if constexpr (A::steps)
+    if constexpr (A::integer_weights)
       for (Index c = 0; c < n_rows; ++c) value_scales_[c] = std::isfinite(scales_[c]) ? scales_[c] : 0.0F;
     if constexpr (A::int8_keys) {
       std::fill_n(offsets_, n_rows, 0);
@@ -249,7 +250,7 @@ class BlockRowsOf final : public BlockRows<A> {
     }
   }
   /// Rope keys as they are multiplied: where they lie, or without gaps in a copy.
-  void take_rope() {
+  void gather_rope() {
     if constexpr (float_rope)
       if (rope_in_place()) {
         rope_first_ = rows_.rope(rows_.runs[place_.cell.run], place_.cell.row);

@@ -6,7 +6,7 @@
 //                              int16: pairs of bytes
 //
 //     Σ q·c = Σ (q + 128)·c + offset      offset = -128·Σ c, where keys are int8: simd/narrow.hpp
-//     weights in whole steps take in the scale of the value row: kernel/register_softmax.hpp
+//     integer weights include the scale of the value row: kernel/register_softmax.hpp
 //
 // Lanes of the second product are features: a word of weights, broadcast, meets the same keys in all of them.
 //

@@ -42,7 +42,7 @@ class LaneScores {
   void hide(Index begin, Index end) {
     if (begin < end) std::fill_n(row(begin), (end - begin) * Panel, detail::minus_infinity<T>);
   }
-  /// A latent row that is not finite has no finite score, in any lane: one register tells.
+  /// A non-finite latent row makes the score of every lane non-finite: the first register suffices.
   bool finite(Index begin, Index end) const {
     Vec a = V::zero(), b = a;
     for (Index c = begin; c + 2 <= end; c += 2) {
@@ -52,36 +52,36 @@ class LaneScores {
     if ((end - begin) % 2 == 1) a = V::fma(V::zero(), V::load(s_ + (end - 1) * Panel), a);
     return V::sum_lanes(V::add(a, b)) == 0;
   }
-  /// Remembers which pairs are hidden: weights do not tell.
+  /// Stores which pairs are hidden: a weight of zero may be one that underflowed.
   void note_hidden(Index begin, Index end) {
     for (Index i = begin * Panel; i < end * Panel; ++i) hidden_[i] = s_[i] == detail::minus_infinity<T>;
   }
   bool hidden(Index column, Index lane) const { return hidden_[column * Panel + lane]; }
 
-  /// m and l of the lanes ← with the scores of columns [begin, end), which become weights. `begin` lies on a partial sum.
-  /// True where m has moved: what was summed up to here is then to be multiplied by keep().
-  bool soften(Index begin, Index end, T unit, const float* scales, T* m, T* l) {
+  /// One softmax step of all lanes: scores of columns [begin, end) become weights, m and l include them. `begin` is a multiple
+  /// of partial_sums. True where an m has moved: earlier sums must then be multiplied by rescale().
+  bool update_softmax(Index begin, Index end, T score_scale, const float* scales, T* m, T* l) {
     bool moved = false;
     for (Index v = 0; v < Panel; v += W) {
-      const bool here =
-          Softmax::step(s_ + v, begin, end, V::broadcast(unit), scales, m + v, l + v, keep_ + v, take_ + v);
+      const bool here = Softmax::step(s_ + v, begin, end, V::broadcast(score_scale), scales, m + v, l + v, rescale_ + v,
+                                      value_step_ + v);
       moved = moved || here;
     }
     return moved;
   }
-  const T* keep() const { return keep_; }
+  const T* rescale() const { return rescale_; }
 
-  /// Weights from a column on, in numbers of A::keys columns; in steps, what one is worth for each lane.
+  /// Weights from a column on, in numbers of A::keys columns; of integer weights the quantisation step of each lane.
   const Number* weights(Index column) const { return reinterpret_cast<const Number*>(s_) + column / A::keys * Panel; }
-  const T* take() const { return take_; }
-  /// The weight of one pair; in steps, where weights are.
+  const T* value_step() const { return value_step_; }
+  /// The weight of one pair; an integer where weights are.
   T weight(Index column, Index lane) const { return Softmax::weight(s_, column, lane); }
 
  private:
   T* s_;          // [n_rows, Panel]
   bool* hidden_;  // [n_rows, Panel]; written where a score is not finite
-  alignas(detail::cache_line) T take_[std::size_t(Panel)] = {};
-  alignas(detail::cache_line) T keep_[std::size_t(Panel)] = {};
+  alignas(detail::cache_line) T value_step_[std::size_t(Panel)] = {};
+  alignas(detail::cache_line) T rescale_[std::size_t(Panel)] = {};
 };
 
 }}}  // namespace qkv::QKV_ABI::kernel::absorbed

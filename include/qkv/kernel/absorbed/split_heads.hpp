@@ -2,8 +2,8 @@
 //
 //     parts 2, 8 heads, step k     lane 0: head 0, number 2k     lane 1: head 0, number 2k + 1     lane 2: head 1, …
 //
-// Few heads leave lanes over: then each of them takes every `parts`-th number of a row, and parts are added at the end. One
-// load repeats two or four numbers of a row in a register, as one repeats a single number.
+// Few heads leave lanes unused: then each lane multiplies every `parts`-th number of a row, and the parts of a head are added
+// at the end. One load broadcasts two or four numbers of a row, as it does a single one.
 //
 // Before: kernel/absorbed/queries.hpp   Next: kernel/absorbed/tiles.hpp
 #pragma once

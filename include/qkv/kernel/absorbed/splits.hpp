@@ -91,10 +91,10 @@ class GroupSourceOf final : public GroupSource<typename A::Scalar> {
   BlockMaker<A> blocks_;
 };
 
-/// Lanes of one work item, in panels: they share a prepared block. Few splits are shared out in smaller items. (A state has
-/// the same bits in any group.)
+/// Lanes of one work item. They share a prepared block: more lanes where preparing packs or widens rows, fewer where few splits
+/// would leave threads idle. (A state has the same bits in any group.)
 constexpr Index group_lanes(bool prepares, Index n_splits) { return prepares && n_splits >= 4 ? 128 : 64; }
-/// One thread goes through the splits with up to so many groups beside each other.
+/// One thread goes through the splits with up to so many groups at once.
 inline constexpr Index most_groups_at_once = 4;
 /// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.
 inline constexpr Index most_partial_bytes = Index(64) << 20;
@@ -190,7 +190,7 @@ void run(const LaneTask<T>& task, const ByteRows& all, const GroupSource<T>& sou
   });
 }
 
-/// What it covers: numbers that fill registers.
+/// Whether absorbed attention exists for T: numbers that fill registers.
 template <class T>
 inline constexpr bool serves = (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2;
 

@@ -71,9 +71,8 @@ struct RowAddress {
   }
 };
 
-/// Memory that will be read next, asked for step by step while tiles are multiplied: rows read in order stream well. Value
-/// tiles leave load slots free. With AVX2, where a step does a quarter of the work and would wait for what comes in a
-/// burst, fewer bytes with every step, and score tiles, which take longer over their operands, begin with it.
+/// Memory that is read next, prefetched step by step, in order, while tiles are multiplied: value tiles have free load slots.
+/// With AVX2 a step does a quarter of the work and would stall on a burst: fewer bytes per step, and score tiles begin it.
 struct Stream {
   static constexpr bool in_scores = !Shape<float>::wide;
   static constexpr std::uintptr_t step = Shape<float>::wide ? 128 : 32;  // bytes
@@ -83,7 +82,7 @@ struct Stream {
     if (at >= end) at = next, end = next_end, next = next_end = 0;
     return at < end;
   }
-  static EIGEN_ALWAYS_INLINE void ask(std::uintptr_t& from) {
+  static EIGEN_ALWAYS_INLINE void fetch(std::uintptr_t& from) {
     prefetch(reinterpret_cast<const void*>(from));
     if constexpr (step > 64) prefetch(reinterpret_cast<const void*>(from + 64));
     from += step;
@@ -101,7 +100,7 @@ EIGEN_ALWAYS_INLINE void multiply_rows(typename D::Sum (&sum)[sizeof...(Sum)], I
     const Vec lane[] = {D::load(lanes + Index(Vector) * D::width)...};
     ((sum[Sum] = D::dot(sum[Sum], repeat<D, Parts>(rows.template row<Index(Sum) / Vectors>()), lane[Sum % Vectors])),
      ...);
-    if constexpr (Ahead) Stream::ask(ahead);
+    if constexpr (Ahead) Stream::fetch(ahead);
     rows.move(sizeof(typename D::Number) * Parts);
     lanes += Vectors * D::width;
   }
@@ -155,7 +154,8 @@ struct Int8Rows {
 /// Scores: the rope part continues the sum that the latent part, made float, has begun.
 template <Index Rows, Index Vectors, Index Parts, std::size_t... I>
 EIGEN_ALWAYS_INLINE void int8_score_tile(const Int8Rows& rows, const Word* lanes, const RopeDot::Number* rope_lanes,
-                                         const float* unit, float* s, Index s_row, std::index_sequence<I...> all) {
+                                         const float* query_scale, float* s, Index s_row,
+                                         std::index_sequence<I...> all) {
   using V = Simd<float>;
   constexpr auto vectors = std::make_index_sequence<std::size_t(Vectors)>{};
   Int8Dot::Sum sum[sizeof...(I)];
@@ -164,7 +164,7 @@ EIGEN_ALWAYS_INLINE void int8_score_tile(const Int8Rows& rows, const Word* lanes
                                          vectors);
   V::Vec score[sizeof...(I)];
   ((score[I] = V::mul(Isa::sums_to_float(sum[I]), V::mul(V::broadcast(rows.scale[Index(I) / Vectors]),
-                                                         V::load(unit + Index(I) % Vectors * V::width)))),
+                                                         V::load(query_scale + Index(I) % Vectors * V::width)))),
    ...);
   multiply_rows<RopeDot, Vectors, Parts>(score, rows.rope_steps, RowAddress(rows.rope, rows.rope_stride), rope_lanes,
                                          all, vectors);
@@ -172,9 +172,10 @@ EIGEN_ALWAYS_INLINE void int8_score_tile(const Int8Rows& rows, const Word* lanes
 }
 template <Index Rows, Index Vectors, Index Parts>
 EIGEN_DONT_INLINE void int8_score_tiles(Index tiles, Int8Rows rows, const Word* lanes,
-                                        const RopeDot::Number* rope_lanes, const float* unit, float* s, Index s_row) {
+                                        const RopeDot::Number* rope_lanes, const float* query_scale, float* s,
+                                        Index s_row) {
   for (; tiles > 0; --tiles) {
-    int8_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, unit, s, s_row,
+    int8_score_tile<Rows, Vectors, Parts>(rows, lanes, rope_lanes, query_scale, s, s_row,
                                           std::make_index_sequence<std::size_t(Rows * Vectors)>{});
     rows.latent += Rows * rows.latent_stride;
     rows.rope += Rows * rows.rope_stride / Index(sizeof(RopeDot::Number));
@@ -223,13 +224,13 @@ struct FeatureOperands {
   Index c_step;
   T* o;  // rows o_row apart
   Index o_row;
-  const T* take;  // weights in steps: what one is worth, per lane
+  const T* value_step;  // integer weights: quantisation step, per lane
 };
 template <class D, class T>
-EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]] const T* take) {
+EIGEN_ALWAYS_INLINE void add_features(T* o, typename D::Sum sum, [[maybe_unused]] const T* value_step) {
   using V = Simd<T>;
   if constexpr (requires { D::to_float(sum); })
-    V::store(o, V::fma(D::to_float(sum), V::broadcast(*take), V::load(o)));
+    V::store(o, V::fma(D::to_float(sum), V::broadcast(*value_step), V::load(o)));
   else
     D::finish(o, sum, nullptr);
 }
@@ -243,13 +244,13 @@ EIGEN_ALWAYS_INLINE void feature_tile(const FeatureOperands<D, T>& op, [[maybe_u
   for (Index k = op.depth; k > 0; --k) {
     Vec row[] = {D::load(c + Index(Vector) * D::width)...};
     if constexpr (!Shape<T>::wide) (Isa::hold(row[Vector]), ...);  // or g++ loads them again for every lane
-    if constexpr (Ahead) Stream::ask(ahead);
+    if constexpr (Ahead) Stream::fetch(ahead);
     ((sum[Sum] = D::dot(sum[Sum], row[Sum % Vectors], D::broadcast(p[Index(Sum) / Vectors]))), ...);
     p += op.p_step;
     c += op.c_step;
   }
   (add_features<D>(op.o + Index(Sum) / Vectors * op.o_row + Index(Sum) % Vectors * D::width, sum[Sum],
-                   op.take + Index(Sum) / Vectors),
+                   op.value_step + Index(Sum) / Vectors),
    ...);
 }
 /// One slice of features for `lanes` lanes, a multiple of the tile's.
@@ -266,7 +267,7 @@ EIGEN_DONT_INLINE void feature_tiles(Index lanes, FeatureOperands<D, T> op, Stre
       feature_tile<D, Vectors, false>(op, 0, sums, vectors);
     op.p += rows;
     op.o += rows * op.o_row;
-    op.take += rows;
+    op.value_step += rows;
   }
 }
 

@@ -5,9 +5,9 @@
 // Scores [n, 256] of n = n_queries · group_size queries become weights in place, -inf where a query does not see a key. The
 // running maximum and sum: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
 //
-// One step for all queries after the other, all maxima before all weights: what one query adds up across lanes is not waited
-// for. int8: s times the scale of its key before, p times that of its value after; where values are multiplied in integers,
-// p as whole steps (kernel/decode/int8_values.hpp).
+// All maxima come before all weights, so that the reductions across lanes of different queries overlap. Quantised rows: s is
+// multiplied by the scale of its key before, p by the scale of its value after. Where values are multiplied in integers, p is
+// quantised (kernel/decode/int8_values.hpp).
 //
 // Before: kernel/decode/head.hpp   Next: kernel/decode/state.hpp
 #pragma once
@@ -66,11 +66,11 @@ class ChunkWeights {
   T* value_scales(Index column) const { return scale_v_ + column; }
 
   bool empty() const { return scored_ == 0; }
-  /// Every query sees all of the chunk.
+  /// Whether every query sees all of the chunk.
   bool all_seen() const { return all_seen_; }
   /// Whether every query sees this column; with integers, whether some query does.
   bool seen(Index column) const { return seen_[column] != T(0); }
-  /// With integers: weights as whole steps [n, decode_chunk], and the largest weight of a query.
+  /// With integers: quantised weights [n, decode_chunk], and the largest weight of a query.
   const std::int16_t* steps(Index column) const { return steps_ + column; }
   T largest(Index i) const { return top_[i]; }
 
@@ -125,13 +125,13 @@ class ChunkWeights {
       if constexpr (Sums::integers) top_[i] = 0;
       return;
     }
-    const T keep = detail::weight_of(state.m[i], top);
+    const T rescale = detail::weight_of(state.m[i], top);
     const T added = weigh(scores(i, 0), scale_v_, all_seen_, top_[i]);
     state.m[i] = top;
-    state.l[i] = multiply_add(keep, state.l[i], added);
-    if (keep == T(1)) return;
+    state.l[i] = multiply_add(rescale, state.l[i], added);
+    if (rescale == T(1)) return;
     T* const o = state.o + i * whole_registers<T>(v_head_dim);
-    for (Index x = 0; x < v_head_dim; x += W) V::store(o + x, V::mul(V::broadcast(keep), V::load(o + x)));
+    for (Index x = 0; x < v_head_dim; x += W) V::store(o + x, V::mul(V::broadcast(rescale), V::load(o + x)));
   }
 
   /// s ← e^(s - top), times the scales of the values; -inf where it was -inf. The sum without the scales. With integers
@@ -169,7 +169,7 @@ class ChunkWeights {
   Index n_;
   T* scores_;            // [n, decode_chunk]
   T* seen_;              // [decode_chunk]
-  T* scale_k_;           // [decode_chunk]: int8
+  T* scale_k_;           // [decode_chunk]: quantised rows
   T* scale_v_;           // [decode_chunk]
   T* top_;               // [n] largest score so far; with integers then the chunk's largest weight
   std::int16_t* steps_;  // [n, decode_chunk]: integers

@@ -14,7 +14,7 @@
 // long-context inference".
 //
 // Memory is fast only where it is read in long stretches. A head's rows in a contiguous cache are one; in pages they are
-// many short ones, but those of the next head lie behind them. So heads of short runs take turns in every chunk:
+// many short ones, but those of the next head lie behind them. So heads of short runs alternate in every chunk:
 //
 //     long runs     head 0: K V K V K V …   head 1: K V K V …
 //     short runs    K of heads 0 1 2 …   V of heads 0 1 2 …   then the next chunk
@@ -39,14 +39,14 @@ namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 inline constexpr Index decode_split = 8 * decode_chunk;
 
-/// Whether rows of one split are worth waking other threads for: more than 1024 rows of 8 kv heads of 128. Measured on two
-/// cores: 1024 such rows in float take as long on two threads as on one, in int8 0.9 to 1.3 of the time; 2048 0.9 and 0.8.
+/// Whether several threads pay for the rows of one split: from more than 1024 rows of 8 kv heads of 128. Measured, two
+/// threads against one: 1024 such rows in float 1.0 of the time, in int8 0.9 to 1.3; 2048 rows 0.9 and 0.8.
 template <class T>
 bool decode_in_parallel(const QueryTask<T>& task, Index rows) {
   return rows * task.heads.kv_heads * (task.head_dim + task.v_head_dim) >= Index{3} << 20;
 }
 
-/// How many kv heads take turns: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the
+/// How many kv heads alternate: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the
 /// rows of one head to those of the next; `scratch`: of one head.
 constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t scratch) {
   constexpr Index long_stretch = Index{512} << 10;

@@ -23,8 +23,8 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-/// What queries leave off where keys are whole numbers, up to 127 for a key of 1: sums of products would overflow long
-/// before scores do. It comes back with the scale of the key.
+/// Queries are divided by it, and the scale of a key multiplied, where keys are integers: otherwise sums of products would
+/// overflow long before scores do.
 template <StorageType S>
 inline constexpr float headroom = has_row_scale<S> ? 64 : 1;
 
@@ -39,7 +39,7 @@ struct WidenedDot {
   static constexpr const char* name = "";
   static constexpr Index width = V::width;  // elements in a register of a row
   static constexpr Index lanes = V::width;  // sums that one tree adds up
-  static constexpr Index parts = 1;         // registers that those of a row become
+  static constexpr Index parts = 1;         // registers into which one of a row is split
 
   static EIGEN_ALWAYS_INLINE Vec zero() { return V::zero(); }
   template <Index>
@@ -103,8 +103,8 @@ requires(std::is_same_v<S, bfloat16>&& Isa::splits_bf16) struct WidenedDot<float
   }
 };
 
-/// q·k of int8 rows in integers (simd/narrow.hpp): queries as int8 with one scale each, keys as k + 128. What that adds to
-/// a sum, 128·Σq, is taken off at the end.
+/// q·k of int8 rows in integers (simd/narrow.hpp): queries as int8 with one scale each, keys as k + 128. The
+/// excess of a sum, 128·Σq, is subtracted at the end.
 struct Int8RowDot {
   using V = Simd<float>;
   using Vec = Isa::Sums;
@@ -186,7 +186,7 @@ struct Int16RowDot {
 /// What Arithmetic::automatic multiplies in, for groups of NarrowDot::least_group query heads and more, and for fewer: int8
 /// is then no faster than int16, and where registers are wide neither is faster than float.
 template <class T, class S>
-inline constexpr bool multiplies_int8 = std::is_same_v<T, float>&& has_row_scale<S>;
+inline constexpr bool multiplies_int8 = std::is_same_v<T, float>&& std::is_same_v<S, std::int8_t>;
 template <class T, class S>
 using FewDot = std::conditional_t<multiplies_int8<T, S> && Isa::int16_products && !TileShape<float>::wide, Int16RowDot,
                                   WidenedDot<T, S>>;

@@ -1,10 +1,9 @@
-// kernel/decode/head.hpp — one kv head of a decode call, a chunk of keys at a time: first the scores of all its queries, then
-// the values.
+// kernel/decode/head.hpp — one kv head of a decode call, a chunk of keys at a time: scores of all its queries, then values.
 //
 //     s = score(scale · K q),  m' = max(m, max s),  o ← e^(m-m') o + Σ e^(s-m') v,  l ← e^(m-m') l + Σ e^(s-m')
 //
-// The two halves are separate so that whoever calls may let many heads have the first one before the second: rows are then
-// read in the order in which they lie (kernel/decode/decode.hpp).
+// Scores and values are separate calls, so that kernel/decode/decode.hpp can score all heads of a chunk before it reads values:
+// rows are then read in the order in which they lie in memory.
 //
 // Before: kernel/decode/decode.hpp   Next: kernel/decode/chunk_softmax.hpp
 #pragma once
@@ -23,8 +22,8 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-/// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q. What goes
-/// through the keys calls it, chunk by chunk: begin_chunk, score for each piece, weigh, add_values for each piece, end_chunk.
+/// One kv head of a task, for all its query heads and all (few) queries: n = n_queries · group_size rows of q. Called for
+/// each chunk of keys: begin_chunk, score for each piece, weigh, add_values for each piece, end_chunk.
 template <class T>
 class DecodeHead {
  public:
@@ -32,7 +31,7 @@ class DecodeHead {
   /// A place for the state of a split.
   const DecodeState<T>& own_state() const { return own_state_; }
 
-  /// What follows is added to the state of no keys, in `state`.
+  /// Starts from the state of no keys, in `state`.
   void begin(const DecodeState<T>& state) {
     state_ = state;
     std::fill_n(state.m, n_, detail::minus_infinity<T>);
@@ -72,10 +71,10 @@ struct DecodeSource {
   DecodeHead<T>* (*make)(const void* task, Index kv_head, std::byte* memory) = nullptr;
 };
 
-/// What is read after the first `done` of these rows: the next block of them, or of `then`. Lines are prefetched while other
-/// rows are worked on; rows with gaps between them, as in plain matrices, here and now. `further`: see `Further`.
+/// What is read after the first `done` of these rows: the next block of them, or of `then`. Its lines are prefetched while the
+/// current rows are multiplied; rows with gaps between them, as in plain matrices, at once. `distance`: see FarPrefetch.
 EIGEN_DONT_INLINE inline NextLines next_lines(const RowBytes& all, Index done, const RowBytes& then, Index block_rows,
-                                              std::uintptr_t further) {
+                                              std::uintptr_t distance) {
   RowBytes rows = done < all.count ? all.from(done, all.count - done) : then;
   rows.count = std::min(rows.count, block_rows);
   const auto at = reinterpret_cast<std::uintptr_t>(rows.first);
@@ -83,9 +82,9 @@ EIGEN_DONT_INLINE inline NextLines next_lines(const RowBytes& all, Index done, c
   if (rows.first == nullptr) return next;
   if (rows.stride == rows.width) {
     next.at = at, next.end = at + static_cast<std::uintptr_t>(rows.count * rows.width);
-    next.reach(further);
+    next.set_distance(distance);
     if (done < all.count && then.first != nullptr)
-      next.goes_on(reinterpret_cast<std::uintptr_t>(all.end()), reinterpret_cast<std::uintptr_t>(then.first));
+      next.continue_at(reinterpret_cast<std::uintptr_t>(all.end()), reinterpret_cast<std::uintptr_t>(then.first));
     return next;
   }
   for (Index r = 0; r < rows.count; ++r)
@@ -137,8 +136,8 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
                        piece.count, task_.head_dim};
     for (Index k = 0, block = block_rows(keys.width); k < piece.count; k += block)
       dot_rows<D>(keys.from(k, std::min(block, piece.count - k)), q_,
-                  next_lines(bytes_of(keys), k + block, then, block, further()), chunk_.scores(0, piece.column + k),
-                  decode_chunk);
+                  next_lines(bytes_of(keys), k + block, then, block, prefetch_distance()),
+                  chunk_.scores(0, piece.column + k), decode_chunk);
     if (has_row_scale<S> || !task_.rule.plain || cover != Cover::all) finish_scores(piece, pairs, cover);
   }
 
@@ -153,7 +152,7 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
     const Rows<S> values{task_.keys.value(task_.keys.runs[piece.run], kv_head_, piece.row), task_.keys.value_row_stride,
                          piece.count, task_.v_head_dim};
     const Index block = block_rows(values.width);
-    const auto next = [&](Index done) { return next_lines(bytes_of(values), done, then, block, further()); };
+    const auto next = [&](Index done) { return next_lines(bytes_of(values), done, then, block, prefetch_distance()); };
     for (Index k = 0, some = 0; k < piece.count; k += std::max<Index>(some, 1)) {
       const Index most = std::min(block, piece.count - k), column = piece.column + k;
       some = chunk_.all_seen() ? most : 0;
@@ -181,8 +180,8 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
   Index query(Index i) const { return i / task_.heads.group_size(); }
   Index head(Index i) const { return kv_head_ * task_.heads.group_size() + i % task_.heads.group_size(); }
 
-  /// What is left to do to q·k: the scales of the rows, the score function, the mask. Scales are multiplied with here only
-  /// where something else follows.
+  /// From q·k to scores: scales of the rows, score function, mask. Plain scores that all see leave the scales to
+  /// ChunkWeights.
   void finish_scores(const GridPiece& piece, const PairTile& pairs, Cover cover) {
     const bool all = cover != Cover::all || !task_.rule.plain;
     if constexpr (has_row_scale<S>) {
@@ -210,7 +209,7 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
     }
     task_.rule.template finish<Inner::keys>(pairs, cover, chunk_.scores(0, piece.column), decode_chunk);
   }
-  /// Asked for before the rows are multiplied: in pages scales are too short for the processor to foresee them.
+  /// Prefetched before the rows are multiplied: in pages, scales are too short a stream for the hardware prefetcher.
   void fetch_scales(const GridPiece& piece) const {
     const KeyRun<S>& run = task_.keys.runs[piece.run];
     const Index stride = task_.keys.scale_row_stride, at = task_.keys.scale_at(kv_head_, piece.row);
@@ -220,16 +219,16 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
     }
   }
 
-  /// Rows worked on at a time; they stay in the first-level cache for all queries, with those that come next.
-  /// One query of 32 KB caches (Zen 3) is served better by 4 KB: bf16 .89 instead of .83 of the bandwidth, 4 queries worse.
+  /// Rows of a block, which stays in the first-level cache for all queries, together with the next one: 8 KB. With 32 KB
+  /// caches (Zen 3) one query is faster with 4 KB: bf16 .89 instead of .83 of the bandwidth; four queries are slower.
   Index block_rows(Index width) const {
     const Index bytes = few_registers && n_ == 1 ? 4096 : 8192;
     return std::clamp<Index>(bytes / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
   }
-  /// Zen 3 has too few first-level misses under way to reach the bandwidth: where wide rows come from memory, the second
-  /// level is asked for them earlier (.78 of the bandwidth for .67), and does not keep them. In caches that costs 12 %. 12 KB
-  /// are one and a half blocks: 9, 11, 14, 16 and 20 KB reach .70 to .76.
-  std::uintptr_t further() const {
+  /// Bytes. Zen 3 has too few outstanding first-level misses to reach the bandwidth: wide rows from memory are prefetched
+  /// earlier into the second level (.78 instead of .67 of the bandwidth); rows in a cache are not, that costs 12 %. 12 KB are
+  /// one and a half blocks: 9, 11, 14, 16 and 20 KB reach .70 to .76.
+  std::uintptr_t prefetch_distance() const {
     constexpr Index from_memory = Index{32} << 20;
     const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim + task_.v_head_dim);
     return wide<S> && numbers >= from_memory / static_cast<Index>(sizeof(S)) ? 12288 : 0;
@@ -239,7 +238,7 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
     return {reinterpret_cast<const std::byte*>(rows.first), rows.stride * size, rows.count, rows.width * size};
   }
 
-  /// One row that some of the queries see; nobody, and it is not read.
+  /// Adds one value row for the queries that see it; not read if none does.
   void add_seen(const Rows<S>& value, Index column) {
     const Index width = whole_registers<T>(value.width);
     for (Index i = 0; i < n_; ++i) {

@@ -2,8 +2,8 @@
 //
 //     top = max p     w = round(32767 · p / top)     Σ p·v ≈ top · (Σ w·v) / 32767     over the keys of one chunk
 //
-// |Σ w·v| <= 256 · 2¹⁵ · 2⁷ = 2³⁰: sums are exact, so it does not matter in what order, pairs or pieces a chunk's rows come:
-// the same bits from any cache, in a tile of any shape. They are put in order and become float once, at the chunk's end.
+// |Σ w·v| <= 256 · 2¹⁵ · 2⁷ = 2³⁰: sums are exact, so the order of a chunk's rows does not matter: the same bits from any
+// cache, in a tile of any shape. Sums are reordered and converted to float once, at the end of the chunk.
 //
 // A weight (times the scale of its row) is rounded to within 2⁻¹⁶ of the chunk's largest. Where a query does not see a key
 // the weight is 0, and 0 times an int8 is 0 whatever it is. A weight that is not finite makes all of a query's sums NaN.
@@ -78,7 +78,7 @@ class PairSums {
     for (Index j = 0; j < n; j += 2 * V::width) Isa::store_int16(to + j, rounded(j), rounded(j + V::width));
   }
 
-  /// sum_i += Σ_r w[i, r] · v_r for n queries; `next` is asked for meanwhile. sum [n, row(width)].
+  /// sum_i += Σ_r w[i, r] · v_r for n queries; prefetches `next`. sum [n, row(width)].
   static void add(const Rows<std::int8_t>& values, const std::int16_t* w, Index w_row, Index n, NextLines next,
                   std::int32_t* sum) {
     const Index sum_row = row(values.width);
@@ -180,8 +180,8 @@ class PairSums {
                                      sum_row);
     }
   }
-  /// Rows narrower than a block from which a whole one may be read, as others follow: whole pairs of them. What is not
-  /// theirs is in lanes that nobody reads.
+  /// How many rows narrower than a block may be read as whole blocks, because other rows follow: an even number. The
+  /// excess lands in lanes that are not used.
   static Index whole_rows(const Rows<std::int8_t>& rows) {
     if (rows.stride < 1) return 0;
     const Index last = (std::max<Index>(block - rows.width, 0) + rows.stride - 1) / rows.stride;

@@ -2,10 +2,10 @@
 //
 //     lanes are features; a row is read and widened once for Queries queries
 //
-//     sum(i, r) += q_i[x …] · k_r[x …]     W sums in registers: Queries x W/Queries rows. In the end the lanes of all W
-//                                          registers are added up by one tree: lane i of it is sum i
+//     sum(i, r) += q_i[x …] · k_r[x …]     W accumulators: Queries x W/Queries rows. At the end one tree reduces all W
+//                                          registers at once: its lane i is sum i
 //
-// A score is one chain over its features and the tree: the same bits in a tile of any shape.
+// A score is one chain over its features and the reduction: the same bits in a tile of any shape.
 //
 // Before: kernel/decode/state.hpp   Next: kernel/decode/values.hpp
 #pragma once
@@ -24,37 +24,37 @@
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 inline constexpr bool few_registers = Simd<float>::registers < 32;  // AVX2, SSE2
-/// Storage that waits for memory more than for arithmetic.
+/// Storage that is bound by memory rather than by arithmetic.
 template <class S>
 inline constexpr bool wide = sizeof(S) >= 4;
 
-/// Bytes past the lines asked for that the second-level cache is asked for; 0: nothing. What would lie past `stretch` is
-/// `jump` bytes on: in the next page.
-struct Further {
-  std::uintptr_t further = 0, stretch = ~std::uintptr_t{0}, jump = 0;
+/// Prefetch into the second-level cache, `distance` bytes beyond the prefetch into the first (0: none). Past `stretch`, the end
+/// of this run, it continues `jump` bytes further: in the next page.
+struct FarPrefetch {
+  std::uintptr_t distance = 0, stretch = ~std::uintptr_t{0}, jump = 0;
 
   EIGEN_ALWAYS_INLINE std::uintptr_t from(std::uintptr_t at) const {
-    return at + further + (at + further < stretch ? 0 : jump);
+    return at + distance + (at + distance < stretch ? 0 : jump);
   }
-  void reach(std::uintptr_t bytes) { further = bytes; }
-  /// After `end` the rows at `then` are read.
-  void goes_on(std::uintptr_t end, std::uintptr_t then) { stretch = end, jump = then - end; }
+  void set_distance(std::uintptr_t bytes) { distance = bytes; }
+  /// Rows at `then` follow the end of this run.
+  void continue_at(std::uintptr_t end, std::uintptr_t then) { stretch = end, jump = then - end; }
 };
-struct NoFurther {
-  static constexpr std::uintptr_t further = 0;
+struct NoFarPrefetch {
+  static constexpr std::uintptr_t distance = 0;
   static std::uintptr_t from(std::uintptr_t at) { return at; }
-  static void reach(std::uintptr_t) {}
-  static void goes_on(std::uintptr_t, std::uintptr_t) {}
+  static void set_distance(std::uintptr_t) {}
+  static void continue_at(std::uintptr_t, std::uintptr_t) {}
 };
 
-/// Memory that will be read next, asked for a few lines at a time, in order, while other rows are worked on. Measured from
-/// memory: whole rows in order reach the bandwidth of a bare read; halves of rows, first all left ones, three quarters of
-/// it, unless lines are asked for in order all the same. Narrow storage is bound by arithmetic, so it does without `end`: where
-/// fewer rows follow than are worked on, it asks for lines past them, a block's worth at most.
-struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
+/// The memory that is read next, prefetched a few lines at a time, in order, while the current rows are multiplied. Measured
+/// from memory: rows read in order reach the bandwidth of a bare read; reading all left halves first reaches three quarters,
+/// and all of it if prefetches stay in address order. Narrow storage, bound by arithmetic, does not check `end`: its
+/// prefetches may run past the rows, by a block at most.
+struct NextLines : std::conditional_t<few_registers, FarPrefetch, NoFarPrefetch> {
   std::uintptr_t at = 0, end = 0;
 
-  /// Nothing is read next: what is there is asked for.
+  /// No rows follow: the address `there` is prefetched, which is harmless.
   static NextLines none(const void* there) {
     NextLines next;
     next.at = next.end = reinterpret_cast<std::uintptr_t>(there);
@@ -65,7 +65,7 @@ struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
   template <class S, Index Bytes>
   EIGEN_ALWAYS_INLINE void fetch() {
     for (Index line = 0; line < Bytes; line += 64) {
-      if (wide<S> && this->further > 0) {
+      if (wide<S> && this->distance > 0) {
         prefetch_once(reinterpret_cast<const void*>(at));
         prefetch(reinterpret_cast<const void*>(this->from(at)));
       } else {
@@ -75,7 +75,7 @@ struct NextLines : std::conditional_t<few_registers, Further, NoFurther> {
     }
   }
 
-  /// Steps that take in a line, where one takes in so many bytes: asking for it at every step is asking too often.
+  /// Loop steps per cache line, where a step reads so many bytes: one prefetch per line is enough.
   static constexpr Index steps(Index bytes) { return few_registers ? std::max<Index>(1, 64 / bytes) : 1; }
 };
 
@@ -96,7 +96,7 @@ constexpr Index whole_registers(Index width) {
   return (std::max<Index>(width, 1) + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
 }
 
-/// How many queries the next tile takes when n are left.
+/// How many queries the next tile has when n are left.
 template <class D>
 constexpr Index queries_at_once(Index n) {
   return n >= 4 && D::lanes >= 4 ? 4 : n >= 2 && D::lanes >= 2 ? 2 : 1;
@@ -214,7 +214,7 @@ EIGEN_DONT_INLINE void dot_tile(const Rows<typename D::Key>& keys, const PackedQ
   T scores[std::size_t(D::lanes)];
   Index r = 0;
   for (; r + step <= keys.count; r += step) {
-    for (Index some = 0; some < step; some += at)  // many rows side by side are many streams: memory serves them badly
+    for (Index some = 0; some < step; some += at)  // few rows at once: many parallel streams read memory slowly
       dot_some<D, Queries, at, step>(keys.from(r + some, at), q, Queries, next, sum + some,
                                      std::make_index_sequence<std::size_t(Queries * at)>{},
                                      std::make_index_sequence<std::size_t(at)>{});
@@ -225,7 +225,7 @@ EIGEN_DONT_INLINE void dot_tile(const Rows<typename D::Key>& keys, const PackedQ
   if (r < keys.count) dot_last_rows(keys.from(r, keys.count - r), queries, first, Queries, next, to + r, to_row);
 }
 
-/// to[i, r] = scale · q_i·k_r for all queries and rows; `next` is asked for meanwhile.
+/// to[i, r] = scale · q_i·k_r for all queries and rows; prefetches `next`.
 template <class D>
 void dot_rows(const Rows<typename D::Key>& keys, const PackedQueries<D>& q, NextLines next, typename D::Scalar* to,
               Index to_row) {

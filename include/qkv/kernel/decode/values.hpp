@@ -89,7 +89,7 @@ EIGEN_DONT_INLINE void add_tile(const Rows<S>& values, const T* p, Index p_row, 
   }
 }
 
-/// o_i += Σ_r p[i, r] · v_r for n queries, rows in ascending order; `next` is asked for meanwhile. o [n, whole registers].
+/// o_i += Σ_r p[i, r] · v_r for n queries, rows in ascending order; prefetches `next`. o [n, whole registers].
 template <class T, class S>
 void add_rows(const Rows<S>& values, const T* p, Index p_row, Index n, NextLines next, T* o) {
   const Index o_row = whole_registers<T>(values.width);

@@ -6,9 +6,8 @@
 //     v = 1    │ all │ all │ all │ all │some │    of register 1: five
 //              └─────┴─────┴─────┴─────┴─────┘
 //
-// The rule (kernel/pair_rule.hpp) says what is seen of the block, then of the steps of a mixed block, then of the registers of
-// a mixed step; mixed steps it finishes key by key.
-// What it hides in whole at either end is never computed; what it hides in between gets a score of -inf.
+// The cover of the rule (kernel/pair_rule.hpp) is taken for the block; if that is mixed, for its steps; if a step is mixed, for
+// its registers. Columns hidden in whole at either end are never computed; hidden pairs in between get a score of -inf.
 //
 // Before: kernel/tiled/step.hpp   Next: kernel/tiled/packed_kv.hpp
 #pragma once
@@ -21,7 +20,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-/// Columns that one register of queries has to do with: none of [begin, end) if empty. begin is a multiple of `step`.
+/// Columns [begin, end) that one register of queries sees, maybe none. begin is a multiple of `step`.
 struct Columns {
   Index begin = 0, end = 0;
   bool mixed = false;  // some pairs are hidden
@@ -55,8 +54,8 @@ class PanelMask {
     return true;
   }
 
-  /// Scores [column][lanes] of register v become what the rule makes of them, in place. `unit` [width]: of each lane.
-  EIGEN_DONT_INLINE void finish(Index v, T* scores, const T* unit) const {
+  /// Applies the rule to the scores [column][lanes] of register v, in place. score_scale [width], one per lane.
+  EIGEN_DONT_INLINE void finish(Index v, T* scores, const T* score_scale) const {
     const Index begin = columns_[v].begin, end = columns_[v].end;
     if (!columns_[v].mixed && task_.rule.plain) return;
     T* const at = scores + v * V::width;
@@ -77,7 +76,7 @@ class PanelMask {
           hide(c, to);
         else
           task_.rule.template finish<Inner::lanes>(tile(v, piece, c - column, to - c), cover, at + c * lanes, lanes,
-                                                   unit);
+                                                   score_scale);
         c = to;
       }
     }
@@ -134,7 +133,7 @@ class PanelMask {
       }
     }
     for (Columns& c : columns_) c.mixed = c.mixed || mixed;
-    // Later queries are to see what is further on. Where a mask turns that round, both registers get all columns.
+    // value_tile needs register 0 to begin and end first. Where a mask orders them otherwise, both get all columns.
     Columns &left = columns_[0], &right = columns_[1];
     if (!left.empty() && !right.empty() && (left.begin > right.begin || left.end > right.end))
       left = right = {std::min(left.begin, right.begin), std::max(left.end, right.end), true};

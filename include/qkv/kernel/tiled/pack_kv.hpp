@@ -1,7 +1,6 @@
 // kernel/tiled/pack_kv.hpp — packs a block of keys and values into the panels of kernel/tiled/packed_kv.hpp.
 //
-//     keys      a tile of rows at a time, turned so that features follow one another: column c of tile t is number c - t·R
-//               of every step
+//     keys      a tile of rows at a time, transposed: [head_dim][height], column c of tile t is number c - t·R of every step
 //     values    a slice of features at a time, rows one after another; narrow ones two or four rows to a word
 //
 // A block that one run holds is packed from where its rows lie; gaps and tiles whose rows lie in several runs go row by row.
@@ -33,7 +32,7 @@ class BlockPacker {
     block_.not_finite = 0;
     if (block_.gaps) {
       std::fill_n(panels_.block_keys(b_), panels_.key_stride(), 0);
-      if constexpr (A::scaled) std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
+      if constexpr (A::integer_keys) std::fill_n(panels_.key_scales + b_ * tile_keys, tile_keys, 0.0F);
       if constexpr (A::int8_keys) std::fill_n(panels_.key_offsets + b_ * tile_keys, tile_keys, 0);
     }
     Source sources[std::size_t(tile_keys)];
@@ -45,7 +44,7 @@ class BlockPacker {
                                      keys_.value_scale(run, kv_head_, piece.row + i)};
     }
     drop_not_finite(sources);
-    if constexpr (A::steps)
+    if constexpr (A::integer_weights)
       for (Index c = 0; c < block_.count; ++c)
         panels_.value_scales[b_ * tile_keys + c] = sources[c].row ? sources[c].scale : 0.0F;
     pack_values(sources);

@@ -1,13 +1,13 @@
-// kernel/tiled/pack_queries.hpp — a register of queries, turned so that lanes are queries, in the numbers that they multiply in.
+// kernel/tiled/pack_queries.hpp — a register of queries, transposed: lanes are queries, numbers are those of the arithmetic.
 //
 //     Exact    [head_dim][lanes] of T
 //     Bf16     [head_dim / 2][lanes] of words, two bfloat16 each
 //     Int8, Int8Bf16, Int8Int16
-//              [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; the factor goes
-//              to `unit`, so that a score in these numbers times unit is the score
+//              [head_dim / 4][lanes] of words, four bytes each: q ≈ (byte - 128) · max|q| / 127 per query; that scale
+//              multiplies score_scale: a product of packed numbers, times score_scale, is the score
 //     Int16    [head_dim / 2][lanes] of words, two int16 each: q ≈ int16 · max|q| / largest_int16(head_dim), likewise
 //
-// The softmax scale stays out of them: before rounding it would cost the exactness of queries that are narrow already.
+// The softmax scale is not applied to them: queries that are exact in a narrow type stay exact.
 //
 // Before: kernel/tiled/pack_kv.hpp   Next: kernel/tiled/query_state.hpp
 #pragma once
@@ -58,9 +58,9 @@ void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
       V::store(to + k * lanes, V::mul(V::broadcast(from.sign), V::load(to + k * lanes)));
 }
 
-/// What a whole number of query i is worth where `most` is the largest of them goes to `unit`; returns the inverse of that.
+/// Multiplies score_scale by the quantisation step of query i, max|q| / most; returns the inverse of the step.
 template <class A>
-float find_unit(const QueryRows<float>& from, Index i, float most, float& unit) {
+float find_scale(const QueryRows<float>& from, Index i, float most, float& score_scale) {
   using V = Simd<float>;
   V::Vec largest = V::zero(), nothing = V::zero();  // the latter is NaN where the query is not finite
   for (Index k = 0; k < from.head_dim; k += V::width) {
@@ -70,8 +70,8 @@ float find_unit(const QueryRows<float>& from, Index i, float most, float& unit) 
   }
   const float amax = V::max_lanes(largest), nan = V::sum_lanes(nothing);
   const bool zeros = amax < 1e-30F;  // as good as zeros; smaller ones would leave the range of float
-  if (!zeros || nan != 0) unit *= amax / (most / A::headroom) + nan;
-  unit = std::max(unit, std::numeric_limits<float>::min());  // keeps NaN
+  if (!zeros || nan != 0) score_scale *= amax / (most / A::headroom) + nan;
+  score_scale = std::max(score_scale, std::numeric_limits<float>::min());  // keeps NaN
   return zeros ? 0 : most / amax;
 }
 
@@ -81,13 +81,14 @@ inline void pack_queries(Bf16, const QueryRows<float>& from, Word* to, Index lan
   });
 }
 
-/// In whole numbers; `find_unit` for every query first.
+/// Quantised, each query with its own scale.
 template <class A>
-void pack_queries(A, const QueryRows<float>& from, Word* to, Index lanes, float* unit) requires(A::scaled) {
+void pack_queries(A, const QueryRows<float>& from, Word* to, Index lanes,
+                  float* score_scale) requires(A::integer_keys) {
   using V = Simd<float>;
   const float most = A::int8_keys ? 127.0F : static_cast<float>(largest_int16(from.head_dim));
   float inverse[V::lanes];
-  for (Index i = 0; i < V::width; ++i) inverse[i] = find_unit<A>(from, i, most, unit[i]);
+  for (Index i = 0; i < V::width; ++i) inverse[i] = find_scale<A>(from, i, most, score_scale[i]);
   pack_columns(Isa::lanes, lanes, (from.head_dim + A::features - 1) / A::features, to, [&](Index i, Index w) {
     const auto part = [&](Index k) {
       return V::mul(from.part(i, A::features * w + k * V::width), V::broadcast(inverse[i]));

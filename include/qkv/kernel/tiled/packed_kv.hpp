@@ -8,13 +8,12 @@
 // The last tile and the last slice may be lower, but are a multiple of TileShape::tail_step high: rows past the keys held
 // are undefined, features past v_head_dim are zeros.
 //
-// In narrow arithmetic (kernel/arithmetic.hpp) a word takes the place of a number: 2 (bfloat16, int16) or 4 (int8) features
-// of a key, two keys of a value. Values of int8 are restored and rounded to bfloat16, or stay whole numbers: four keys to a
-// word of bytes, two to one of int16.
+// In narrow arithmetic (kernel/arithmetic.hpp) a number is a word: 2 (bfloat16, int16) or 4 (int8) features of a key; of a value
+// two keys. Values of int8 are restored and rounded to bfloat16, or stay integers: four keys to a word of int8, two to one
+// of int16.
 //
-// The broadcast operand of both products then lies in memory in the order in which it is read. Columns that hold no row
-// (gaps between runs) are zeros. A value row that is not finite is packed as zeros and listed, because a weight of zero
-// must not meet it: 0·NaN is NaN.
+// The broadcast operand of both products lies in memory in the order in which it is read. Columns that hold no row (gaps
+// between runs) are zeros. A value row that is not finite is packed as zeros and listed, since 0·NaN is NaN.
 //
 // Before: kernel/tiled/block_mask.hpp   Next: kernel/tiled/pack_kv.hpp
 #pragma once
@@ -54,9 +53,9 @@ struct Panels {
   KeyBlock* blocks = nullptr;
   Number *keys = nullptr, *values = nullptr;
   Index* not_finite = nullptr;          // [blocks][tile_keys]: columns
-  float* key_scales = nullptr;          // scaled [blocks][tile_keys]
+  float* key_scales = nullptr;          // integer keys [blocks][tile_keys]
   std::int32_t* key_offsets = nullptr;  // int8 keys [blocks][tile_keys]: -128·Σ row
-  float* value_scales = nullptr;        // steps [blocks][tile_keys]: zero where not finite
+  float* value_scales = nullptr;        // integer weights [blocks][tile_keys]: zero where not finite
   Index head_dim = 0, v_head_dim = 0;
 
   /// Scratch for `n_blocks` blocks; a carver without memory only counts.
@@ -67,9 +66,9 @@ struct Panels {
     p.keys = carver.take<Number>(n_blocks * p.key_stride());
     p.values = carver.take<Number>(n_blocks * p.value_stride());
     p.not_finite = carver.take<Index>(n_blocks * tile_keys);
-    if constexpr (A::scaled) p.key_scales = carver.take<float>(n_blocks * tile_keys);
+    if constexpr (A::integer_keys) p.key_scales = carver.take<float>(n_blocks * tile_keys);
     if constexpr (A::int8_keys) p.key_offsets = carver.take<std::int32_t>(n_blocks * tile_keys);
-    if constexpr (A::steps) p.value_scales = carver.take<float>(n_blocks * tile_keys);
+    if constexpr (A::integer_weights) p.value_scales = carver.take<float>(n_blocks * tile_keys);
     return p;
   }
 

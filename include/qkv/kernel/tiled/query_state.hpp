@@ -1,8 +1,10 @@
-// kernel/tiled/query_state.hpp — the running softmax state of a panel of queries, lanes side by side, and how it leaves.
+// kernel/tiled/query_state.hpp — the running softmax state of a panel of queries, one per lane, and its merge into the result.
 //
-//     m, l     [lanes]           the maximum so far, of s / unit where nothing but the scale is applied; the sum of weights
-//     unit     [lanes]           what one of m is in natural units
-//     Oᵀ       [v_dim][lanes]    weighted values, rows up to TileShape::tail_height(v_dim): turned back when it is merged into the state (m, l, o) of the rows
+//     m, l          [lanes]           running maximum and sum of weights
+//     score_scale   [lanes]           score = score_scale · product of packed numbers. Plain scores: m is the maximum of the products
+//     Oᵀ            [v_dim][lanes]    weighted values, v_dim padded to TileShape::tail_height
+//
+// merge_panel transposes Oᵀ and merges (m, l, o) into the state of the query rows.
 //
 // Before: kernel/tiled/pack_queries.hpp   Next: kernel/register_softmax.hpp
 #pragma once
@@ -19,9 +21,9 @@
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 template <class T>
-struct PanelSums {
+struct PanelState {
   static constexpr Index lanes = TileShape<T>::columns;
-  T *m, *l, *unit, *o;
+  T *m, *l, *score_scale, *o;
 
   /// The state of no keys.
   EIGEN_DONT_INLINE void clear(Index v_head_dim) const {
@@ -31,27 +33,27 @@ struct PanelSums {
   }
 };
 
-/// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. Where in_units, m times unit
-/// is the score. Rows that hold nothing yet (m = -inf) are written, not read; a lane that saw nothing changes no bit of a
-/// row that holds something.
+/// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. `unscaled`: the panel's m is still to
+/// be multiplied by score_scale. Rows without keys so far (m = -inf) are written, not read; a lane without keys changes no
+/// bit of a row that has some.
 template <class T>
-void merge_panel(const PanelSums<T>& panel, bool in_units, const StateView<T>& state, Index query, Index n, Index head,
+void merge_panel(const PanelState<T>& panel, bool unscaled, const StateView<T>& state, Index query, Index n, Index head,
                  Index v_head_dim) {
   using V = Simd<T>;
-  constexpr Index lanes = PanelSums<T>::lanes;
+  constexpr Index lanes = PanelState<T>::lanes;
   const Index stride = state.weighted.outerStride();
   bool empty[std::size_t(lanes)], unseen[std::size_t(lanes)], all_empty = true;
-  T keep[std::size_t(lanes)], take[std::size_t(lanes)];
+  T old_factor[std::size_t(lanes)], new_factor[std::size_t(lanes)];
   for (Index i = 0; i < n; ++i) {
     T& m = state.m(query + i, head);
     T& l = state.l(query + i, head);
     const bool seen = panel.m[i] != detail::minus_infinity<T>;
-    const T here = in_units && seen ? panel.m[i] * panel.unit[i] : panel.m[i], top = detail::nan_max(m, here);
+    const T here = unscaled && seen ? panel.m[i] * panel.score_scale[i] : panel.m[i], top = detail::nan_max(m, here);
     empty[i] = m == detail::minus_infinity<T>;
     unseen[i] = !seen;
     all_empty = all_empty && empty[i];
-    keep[i] = detail::weight_of(m, top), take[i] = detail::weight_of(here, top);
-    l = keep[i] * l + take[i] * panel.l[i];
+    old_factor[i] = detail::weight_of(m, top), new_factor[i] = detail::weight_of(here, top);
+    l = old_factor[i] * l + new_factor[i] * panel.l[i];
     m = top;
   }
   for (Index first = 0; first < n; first += V::width) {
@@ -71,8 +73,8 @@ void merge_panel(const PanelSums<T>& panel, bool in_units, const StateView<T>& s
         const Index lane = first + i;
         if (unseen[lane] && !empty[lane]) continue;
         const auto o = V::load(block + i * V::width);
-        const auto old = empty[lane] ? V::zero() : V::mul(V::broadcast(keep[lane]), V::load_n(row, width));
-        V::store_n(row, empty[lane] ? o : V::fma(V::broadcast(take[lane]), o, old), width);
+        const auto old = empty[lane] ? V::zero() : V::mul(V::broadcast(old_factor[lane]), V::load_n(row, width));
+        V::store_n(row, empty[lane] ? o : V::fma(V::broadcast(new_factor[lane]), o, old), width);
       }
     }
   }

@@ -33,10 +33,10 @@ template <class T>
 struct QueryPanel {
   Index query, n;
   T* q;  // [key_depth][lanes] numbers of the arithmetic, which are as large as T
-  PanelSums<T> sums;
+  PanelState<T> sums;
 };
 
-/// What goes through the blocks of one head calls, whatever the arithmetic: once for a block, for a panel, for both.
+/// One head's blocks and panels, whatever the arithmetic: pack a block, load a panel, multiply the two.
 template <class T>
 class BlockStep {
  public:
@@ -53,7 +53,7 @@ class BlockStep {
   ~BlockStep() = default;
 };
 
-/// What panels of one head do with one block after another.
+/// BlockStep in arithmetic A.
 template <class A>
 class PanelStep final : public BlockStep<typename A::Scalar> {
   using T = typename A::Scalar;
@@ -75,7 +75,7 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
   void pack(Index b) const override { source_.pack(panels_, task_.heads.kv_head(head_), b); }
   void load(const QueryRows<T>& from, const Panel& p, Index lane) const override {
     static_assert(sizeof(Number) == sizeof(T));
-    pack_queries(A{}, from, reinterpret_cast<Number*>(p.q) + lane, lanes, p.sums.unit + lane);
+    pack_queries(A{}, from, reinterpret_cast<Number*>(p.q) + lane, lanes, p.sums.score_scale + lane);
   }
   void run(Index b, const Panel& p, FetchList& fetch) override {
     const KeyBlock& block = panels_.blocks[b];
@@ -89,9 +89,9 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
     multiply_keys<1>(b, p, 0, before, fetch);
     multiply_keys<2>(b, p, 0, both, fetch);
     multiply_keys<1>(b, p, 1, after, fetch);
-    for (Index v = 0; v < vectors; ++v) mask.finish(v, s_, p.sums.unit + v * V::width);
+    for (Index v = 0; v < vectors; ++v) mask.finish(v, s_, p.sums.score_scale + v * V::width);
     mark_hidden(block, b, mask);
-    soften(mask, b, p.sums);
+    update_softmax(mask, b, p.sums);
     multiply_values(b, p.sums.o, before, both, after, fetch);
     add_not_finite(block, b, p);
   }
@@ -127,31 +127,32 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
   }
 
   /// m and l of the panel ← merged with the scores, which become weights; Oᵀ ← rescaled.
-  void soften(const Mask& mask, [[maybe_unused]] Index b, const PanelSums<T>& panel) {
+  void update_softmax(const Mask& mask, [[maybe_unused]] Index b, const PanelState<T>& panel) {
     bool moved = false;
-    alignas(detail::cache_line) T keep[std::size_t(lanes)];
+    alignas(detail::cache_line) T rescale[std::size_t(lanes)];
     for (Index v = 0; v < vectors; ++v) {
       const Columns& columns = mask.columns(v);
       if (columns.empty()) {
-        V::store(keep + v * V::width, V::broadcast(T(1)));
-        if constexpr (A::steps) V::store(take_ + v * V::width, V::zero());
+        V::store(rescale + v * V::width, V::broadcast(T(1)));
+        if constexpr (A::integer_weights) V::store(value_step_ + v * V::width, V::zero());
         continue;
       }
       const Index lane = v * V::width;
-      const Vec unit = task_.rule.plain ? V::load(panel.unit + lane) : V::broadcast(T(1));
-      const bool here = Softmax::step(s_ + lane, columns.begin, columns.end, unit, value_scales(b), panel.m + lane,
-                                      panel.l + lane, keep + lane, take_ + (A::steps ? lane : 0));
+      const Vec score_scale = task_.rule.plain ? V::load(panel.score_scale + lane) : V::broadcast(T(1));
+      const bool here =
+          Softmax::step(s_ + lane, columns.begin, columns.end, score_scale, value_scales(b), panel.m + lane,
+                        panel.l + lane, rescale + lane, value_step_ + (A::integer_weights ? lane : 0));
       moved = moved || here;
     }
     if (!moved) return;
     T* at = panel.o;
     for (Index x = 0; x < task_.v_head_dim; ++x, at += lanes)
       for (Index v = 0; v < vectors; ++v)
-        V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(keep + v * V::width)));
+        V::store(at + v * V::width, V::mul(V::load(at + v * V::width), V::load(rescale + v * V::width)));
   }
 
   const float* value_scales([[maybe_unused]] Index b) const {
-    return A::steps ? panels_.value_scales + b * tile_keys : nullptr;
+    return A::integer_weights ? panels_.value_scales + b * tile_keys : nullptr;
   }
 
   /// Oᵀ += Vᵀ Sᵀ, `rows` features at a time.
@@ -164,7 +165,7 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
     op.a = panels_.block_values(b);
     op.b = reinterpret_cast<const Number*>(s_), op.b_step = lanes;
     op.o = o, op.o_row = lanes;
-    if constexpr (A::steps) op.take = take_;
+    if constexpr (A::integer_weights) op.value_step = value_step_;
     value_tiles<ValueDot<A>, rows>(op, full, count * rows, fetch);
     op.a += full * rows * count, op.o += full * rows * lanes;
     if (rest > 0) value_tile_of<ValueDot<A>, rows, Shape::tail_step>(rest, op, fetch);
@@ -200,7 +201,8 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
   Index head_;
   T* s_;          // [tile_keys, lanes]: scores, then weights
   bool* hidden_;  // [tile_keys, lanes]: pairs of the rows that are not finite
-  alignas(detail::cache_line) T take_[std::size_t(A::steps ? lanes : 1)];  // in steps: what one is worth
+  alignas(detail::cache_line) T
+      value_step_[std::size_t(A::integer_weights ? lanes : 1)];  // [lanes], integer weights: quantisation step
 };
 
 /// Keys and values of a task in one arithmetic; those of a kv head are packed into `packed`, `bytes` large.

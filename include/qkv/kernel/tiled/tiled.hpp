@@ -1,4 +1,4 @@
-// kernel/tiled/tiled.hpp — many queries against many keys: lanes are queries, and one inner loop serves both products.
+// kernel/tiled/tiled.hpp — many queries against many keys: lanes are queries, and both products have one inner loop.
 //
 //                 blocks of keys, on a fixed grid of positions
 //               ┌──────┬──────┬──────┬──────┐        for a block of queries, in panels of one register row each:
@@ -7,9 +7,9 @@
 //               └──────┴──────┴──────┴──────┘          Oᵀ += Vᵀ Sᵀ     [v_dim, lanes]  broadcast V, vector Sᵀ
 //
 //     Q is packed [panel][head_dim][lanes] with its scale's sign; K and V as in kernel/tiled/packed_kv.hpp, once per kv head for all
-//     query blocks and the whole group. Oᵀ is turned back when a section ends. Nothing of size n_queries·n_keys exists.
+//     query blocks and the whole group. Oᵀ is transposed when a section ends. Nothing of size n_queries·n_keys exists.
 //
-// What a mask hides in whole is never computed: kernel/tiled/block_mask.hpp. Every element of S is one multiply-add chain in
+// Pairs that a mask hides in whole are never computed: kernel/tiled/block_mask.hpp. Every element of S is one multiply-add chain in
 // ascending order of features, every element of O one in ascending order of keys for each section of the positions, merged
 // section by section, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at once, and errors
 // do not grow with the number of keys. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice.
@@ -37,8 +37,8 @@ namespace qkv { inline namespace QKV_ABI { namespace kernel {
 /// Queries of one work item: a few panels, so that a block of keys is used while it is in the cache.
 inline constexpr Index tile_queries = 192;
 
-/// Positions whose keys are summed in one chain. The error of a chain grows with its length, where rows repeat in
-/// proportion to it; a merge takes 0.3 % of the section's time.
+/// Positions whose keys are summed in one chain. The error of a chain grows with its length (in proportion, where rows
+/// repeat); a merge costs 0.3 % of the section's time.
 inline constexpr Index section_keys = 24 * tile_keys;
 
 /// Scratch of one work item.
@@ -47,7 +47,7 @@ struct TiledScratch {
   static constexpr Index lanes = TileShape<T>::columns;
   static constexpr Index panels = (tile_queries + lanes - 1) / lanes;
 
-  T *q, *s, *o, *m, *l, *unit;
+  T *q, *s, *o, *m, *l, *score_scale;
   bool* hidden;  // [tile_keys, lanes]: pairs of the rows that are not finite
 
   TiledScratch(detail::Carver& carver, Index head_dim, Index v_head_dim)
@@ -56,7 +56,7 @@ struct TiledScratch {
         o(carver.take<T>(panels * TileShape<T>::tail_height(v_head_dim) * lanes)),
         m(carver.take<T>(panels * lanes)),
         l(carver.take<T>(panels * lanes)),
-        unit(carver.take<T>(panels * lanes)),
+        score_scale(carver.take<T>(panels * lanes)),
         hidden(carver.take<bool>(tile_keys * lanes)) {}
 
   static std::size_t bytes(Index head_dim, Index v_head_dim) {
@@ -123,8 +123,8 @@ class Tiled {
 
  private:
   Index panel_queries(Index p) const { return std::min(lanes, n_queries_ - p * lanes); }
-  PanelSums<T> sums(Index p) const {
-    return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.unit + p * lanes,
+  PanelState<T> sums(Index p) const {
+    return {scratch_.m + p * lanes, scratch_.l + p * lanes, scratch_.score_scale + p * lanes,
             scratch_.o + p * TileShape<T>::tail_height(task_.v_head_dim) * lanes};
   }
   QueryPanel<T> panel(Index p) const {
@@ -140,7 +140,7 @@ class Tiled {
   EIGEN_DONT_INLINE void load_panel(Index p) {
     const Index n = panel_queries(p);
     const T scale = std::max(task_.scale < 0 ? -task_.scale : task_.scale, std::numeric_limits<T>::min());
-    std::fill_n(scratch_.unit + p * lanes, lanes, scale);
+    std::fill_n(scratch_.score_scale + p * lanes, lanes, scale);
     for (Index v = 0; v < vectors; ++v) {
       const Index first = p * lanes + v * V::width, some = std::clamp<Index>(n - v * V::width, 0, V::width);
       const QueryRows<T> from{task_.query(query_ + first, head_), task_.q.outerStride(), some, task_.head_dim,
@@ -159,7 +159,7 @@ class Tiled {
     const Index n = std::min(lanes, task_.n_queries() - query);
     if (n > 0) fetch_.add(FetchRows::of(task_.query(query, head_), task_.q.outerStride(), task_.head_dim, n));
   }
-  /// Asks for the p-th part of the rows of block b, if it is to be packed: of its first run only.
+  /// Lists the p-th part of the rows of block b for prefetching, if it is to be packed; of its first run only.
   EIGEN_DONT_INLINE void fetch_block(Index b, Index p, Index n_panels) {
     if (b >= n_blocks_ || blocks_[b].packed) return;
     const KeyBlock& block = blocks_[b];

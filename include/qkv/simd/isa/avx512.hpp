@@ -17,7 +17,7 @@
 namespace qkv { inline namespace QKV_ABI { namespace isa {
 
 #if defined(__GNUC__)
-// Not __m512i: g++ takes that for eight numbers of 64 bits, and moves every sum to memory and back to see it as sixteen.
+// Not __m512i, which is eight numbers of 64 bits to g++: it would move every sum to memory and back to use it as sixteen.
 typedef int Sums512 __attribute__((vector_size(64)));
 #else
 using Sums512 = __m512i;

@@ -1,4 +1,4 @@
-// simd/isa/general.hpp — what kernels ask of an instruction set beyond Eigen's packets: the interface, and its general forms.
+// simd/isa/general.hpp — what kernels use of an instruction set beyond Eigen's packets: the interface, and its general forms.
 //
 //     P        a packet of Eigen's: of float or double          Float    that of float: `lanes` numbers
 //     Words    a register of `lanes` words of 32 bits: each an int32, two int16 or bfloat16, or four int8
@@ -189,8 +189,8 @@ struct General {
   static Sums sum_each(Sums (&rows)[static_cast<std::size_t>(lanes)]);  // as of float; rows are lost
   static Bytes load_int8(const std::int8_t* p);                         // `lanes` of them
   static Bytes load_int8_n(const std::int8_t* p, Index n);  // the first n, zeros after them; n may be past `lanes`
-  // Decode's sums of rows in int16, kernel/decode/int8_row_pairs.hpp. Unpacked: of every 128 bits of a and b the low, or the
-  // high, half, 16 bits of each in turn.
+  // ---- decode's sums of rows in int16: kernel/decode/int8_row_pairs.hpp ----
+  /// The low (high) halves of each 128 bits of a and b, interleaved by 16 bits.
   static Words unpack_low_int16(Words a, Words b);
   static Words unpack_high_int16(Words a, Words b);
   static Words low_int8(Words v);  // of every 16 bits the low byte, as int16

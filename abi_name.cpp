@@ -1,2 +1,0 @@
-#include <qkv/version.hpp>
-qkv_abi_is QKV_ABI
