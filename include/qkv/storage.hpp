@@ -1,8 +1,9 @@
-// storage.hpp — how cached numbers are kept: float, half, bfloat16, int8 with one scale per row (and double, for tests).
+// storage.hpp — the number types of caches and weights: float, half, bfloat16, int8 with one scale per row (and double, for
+// tests). Each is one entry of storage_traits.
 //
-// int8 row: scale = max|x| / 127, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale. Error at most scale / 2.
-// A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that it is read back as NaN.
-// The scale is never so large that 127 of it overflow: what was finite is read back finite.
+// Row of integers: scale = max|x| / largest, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale; largest = 127 for int8.
+// Error at most scale / 2. A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that it is
+// read back as NaN. The scale is never so large that `largest` of it overflow: what was finite is read back finite.
 //
 // Before: matrix.hpp   Next: embedding.hpp
 #pragma once

@@ -1,4 +1,4 @@
-// kernel/arithmetic.hpp — in which numbers a kernel multiplies: the storage's own, or everything widened.
+// kernel/arithmetic.hpp — the number types in which a kernel multiplies: those of the storage, or all widened to T.
 //
 //                 queries · keys              weights · values                sums
 //     Exact<T>    T                           T                               T

@@ -34,7 +34,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// The state of some lanes: m in natural units; o [lanes, o_step].
+/// The softmax state of some lanes, m the maximum of scores; o [lanes, o_step].
 template <class T>
 struct LaneState {
   T *m, *l, *o;
