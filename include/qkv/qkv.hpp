@@ -70,7 +70,7 @@
 #include "kernel/tiled/packed_kv.hpp"         // keys and values as the tiled kernel reads them
 #include "kernel/tiled/pack_kv.hpp"           // … and how they get there
 #include "kernel/tiled/pack_queries.hpp"      // queries packed for the tiled kernel
-#include "kernel/tiled/block_mask.hpp"        // what a panel of queries sees of a block of keys
+#include "kernel/tiled/block_mask.hpp"        // the rule on a panel of queries and a block of keys
 #include "kernel/register_softmax.hpp"        // scores of a panel become weights
 #include "kernel/value_tile.hpp"              // the second product, at the edges of a mask too
 #include "kernel/tiled/query_state.hpp"       // the softmax state of a panel, and its merge

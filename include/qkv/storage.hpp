@@ -54,7 +54,7 @@ inline constexpr bool has_row_scale = storage_traits<S>.largest > 0;
 template <class S>
 concept StorageType = has_row_scale<S> || !std::integral<S>;
 
-/// The wide type in which what belongs to an S but must not be quantised is kept (MLA's rope key beside an int8 latent).
+/// The type of numbers that stand beside an S and must not be quantised (MLA's rope key beside an int8 latent).
 template <StorageType S>
 using WideStorage = std::conditional_t<has_row_scale<S>, float, S>;
 
