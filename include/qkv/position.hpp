@@ -1,4 +1,4 @@
-// position.hpp — attention does not see order; these tell it, outside the scores' rotation (that is rope.hpp).
+// position.hpp — positions without rotation: vectors that are added to embeddings, and ALiBi's slopes. (RoPE: rope.hpp.)
 //
 //     sinusoidal  PE(p, 2i) = sin(p / 10000^(2i/d))   PE(p, 2i+1) = cos(same)     Vaswani et al. 2017, §3.5
 //     learned     x_i + P[p_i],  P [max_positions, model_dim]                     GPT-2, BERT

@@ -8,7 +8,7 @@
 // clang-format off
 
 // Ground
-// #include "base/warnings_off.hpp"           // what g++ says of intrinsics, switched off …
+// #include "base/warnings_off.hpp"           // warnings of g++ about intrinsics, off …
 // #include "base/warnings_on.hpp"            // … and on again
 #include "base/eigen.hpp"                     // Eigen's version, checked
 #include "version.hpp"                        // the version, the build, the refused compiler modes
@@ -19,7 +19,7 @@
 #include "workspace.hpp"                      // scratch memory that belongs to the caller
 
 // Registers
-#include "simd/isa/general.hpp"               // what is asked of an instruction set, and its general forms
+#include "simd/isa/general.hpp"               // the interface of instruction sets, and its general forms
 #include "simd/isa/sse2.hpp"                  // … of SSE2
 #include "simd/isa/avx2.hpp"                  // … of AVX2
 #include "simd/isa/avx_vnni.hpp"              // … with products of int8
@@ -33,66 +33,66 @@
 
 // Products
 #include "product/register_tile.hpp"          // the one inner loop of every product
-#include "base/huge_pages.hpp"                // large memory in huge pages
+#include "base/huge_pages.hpp"                // large arrays in huge pages
 #include "product/packed_weights.hpp"         // weights laid out to stream, in any storage
 #include "base/multiply_add.hpp"              // a·b + c, rounded alike wherever it is compiled
-#include "base/overlap.hpp"                   // do two matrices share an element?
+#include "base/overlap.hpp"                   // whether two matrices share an element
 #include "product/packed_product.hpp"         // matrix products with one order of summation
 #include "product/narrow_tile.hpp"            // the inner loop with words for numbers
-#include "kernel/arithmetic.hpp"              // in which numbers a kernel multiplies
+#include "kernel/arithmetic.hpp"              // the number types in which a kernel multiplies
 #include "product/tied_product.hpp"           // logits of tied embeddings
 
 // Into attention
 #include "embedding.hpp"                      // tokens -> vectors
 #include "base/in_place.hpp"                  // outputs that may be their own input
 #include "position.hpp"                       // sinusoidal and learned positions, ALiBi slopes
-#include "rope_config.hpp"                    // rotary positions: what a model says about them
+#include "rope_config.hpp"                    // rotary positions: pairing and frequencies
 #include "rope.hpp"                           // rotary positions: the rotation
 #include "norm.hpp"                           // RMSNorm, LayerNorm
 #include "projection.hpp"                     // x·W + b
 #include "heads.hpp"                          // heads are column blocks: MHA, GQA, MQA
 
-// What attention is asked
-#include "mask_protocol.hpp"                  // what may be asked of a mask
-#include "mask.hpp"                           // who may see whom
+// Masks, scores, options; what every kernel gets
+#include "mask_protocol.hpp"                  // the members of a mask
+#include "mask.hpp"                           // which query sees which key
 #include "data_masks.hpp"                     // masks over lengths, documents, boolean matrices
 #include "score.hpp"                          // what happens to q·k
 #include "softmax.hpp"                        // softmax, and the state (m, l, o) that merges
-#include "options.hpp"                        // what a call may ask for; which kernel serves it
+#include "options.hpp"                        // options of a call; which kernel runs it
 #include "key_rows.hpp"                       // what a kernel knows of a cache
 #include "kernel/pair_rule.hpp"               // all that a kernel knows of masks and scores
 #include "kernel/position_grid.hpp"           // keys in cells of absolute positions
 #include "kernel/byte_rows.hpp"               // rows of a sequence without their storage type
-#include "kernel/task.hpp"                    // what every kernel gets and gives
+#include "kernel/task.hpp"                    // input and output of every kernel
 #include "kernel/reference.hpp"               // loops straight from the formula: the oracle
 
 // Many queries: prefill
 #include "kernel/tiled/packed_kv.hpp"         // keys and values as the tiled kernel reads them
 #include "kernel/tiled/pack_kv.hpp"           // … and how they get there
 #include "kernel/tiled/pack_queries.hpp"      // queries packed for the tiled kernel
-#include "kernel/tiled/block_mask.hpp"        // what a panel of queries sees of a block of keys
+#include "kernel/tiled/block_mask.hpp"        // the rule on a panel of queries and a block of keys
 #include "kernel/register_softmax.hpp"        // scores of a panel become weights
 #include "kernel/value_tile.hpp"              // the second product, at the edges of a mask too
-#include "kernel/tiled/query_state.hpp"       // the softmax state of a panel, and its way out
-#include "kernel/tiled/step.hpp"              // a panel of queries meets a block of keys
+#include "kernel/tiled/query_state.hpp"       // the softmax state of a panel, and its merge
+#include "kernel/tiled/step.hpp"              // a panel of queries against a block of keys
 #include "kernel/tiled/tiled.hpp"             // many queries: prefill
 
 // Few queries: decode
-#include "kernel/decode/dots.hpp"             // in which numbers q·k is multiplied
+#include "kernel/decode/dots.hpp"             // how q·k is multiplied
 #include "kernel/decode/scores.hpp"           // rows of a cache as they lie: q·k
 #include "kernel/decode/values.hpp"           // … and p·v
 #include "kernel/decode/int8_row_pairs.hpp"   // int8 rows two at a time, as pairs of 16 bits
 #include "kernel/decode/int8_values.hpp"      // … and p·v of them
-#include "kernel/decode/state.hpp"            // chunks of keys, and states of queries
+#include "kernel/decode/state.hpp"            // softmax states of the queries
 #include "kernel/decode/chunk_softmax.hpp"    // from the scores of a chunk to weights
 #include "kernel/decode/head.hpp"             // one kv head, a chunk of keys at a time
 #include "kernel/decode/decode.hpp"           // few queries: decode
 
 // The front door
-#include "call/pair_rule_of.hpp"              // any mask and score as what kernels ask
-#include "call/rule.hpp"                      // … and as what a call asks
+#include "call/pair_rule_of.hpp"              // any mask and score as the rule of kernels
+#include "call/rule.hpp"                      // … and of a call
 #include "call/checks.hpp"                    // what must hold before the first write
-#include "call/dispatch.hpp"                  // which kernel serves a call, item by item
+#include "call/dispatch.hpp"                  // runs the kernel of a call, item by item
 #include "attention.hpp"                      // the front door
 #include "explain.hpp"                        // what a call will do, in one line
 
@@ -100,10 +100,10 @@
 #include "model_config.hpp"                   // sizes of layers, presets of known models
 #include "memory.hpp"                         // what a cache costs, constexpr
 #include "cache/blocks.hpp"                   // rows of keys and values in memory
-#include "cache/context_shift.hpp"            // keys turned from what they were when they came
+#include "cache/context_shift.hpp"            // keys rotated to new positions, rounded once
 #include "kv_cache.hpp"                       // every row so far
 #include "ring_cache.hpp"                     // a sliding window in fixed memory
-#include "page_pool.hpp"                      // pages that sequences share, and who gives them up
+#include "page_pool.hpp"                      // pages that sequences share
 #include "cache/paged_rows.hpp"               // the page table of a sequence
 #include "paged_cache.hpp"                    // a sequence in pages: fork, copy-on-write
 #include "cache/latent_memory.hpp"            // rows of latents in memory
@@ -129,7 +129,7 @@
 #include "kernel/absorbed/grid.hpp"           // the blocks of positions they go through
 #include "kernel/absorbed/pack_rows.hpp"      // latent rows packed: values, scales, offsets
 #include "kernel/absorbed/blocks.hpp"         // latent rows as they are multiplied
-#include "kernel/absorbed/queries.hpp"        // queries turned so that lanes are heads
+#include "kernel/absorbed/queries.hpp"        // queries transposed: lanes are heads
 #include "kernel/absorbed/scores.hpp"         // scores of its lanes become weights
 #include "kernel/absorbed/absorbed.hpp"       // absorbed latent attention: all heads share a row
 #include "kernel/absorbed/splits.hpp"         // its keys in splits, its heads in groups
@@ -143,5 +143,5 @@
 
 // By its own name only: a tool, not a part of running a model
 // #include "compress/key_directions.hpp"     // which directions of the keys a latent keeps
-// #include "compress.hpp"                    // MHA, GQA and MQA turned into MLA
+// #include "compress.hpp"                    // MHA, GQA and MQA converted to MLA
 // clang-format on

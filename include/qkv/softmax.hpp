@@ -1,4 +1,4 @@
-// softmax.hpp — softmax of rows, and the state that can be merged: the one object that carries the design.
+// softmax.hpp — softmax of rows, and the running state (m, l, o), which merges: the design rests on it.
 //
 //     softmax(s)_j = exp(s_j - m) / l,     m = max_j s_j,     l = Σ_j exp(s_j - m)
 //

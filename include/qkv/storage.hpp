@@ -1,8 +1,9 @@
-// storage.hpp — how cached numbers are kept: float, half, bfloat16, int8 with one scale per row (and double, for tests).
+// storage.hpp — the number types of caches and weights: float, half, bfloat16, int8 with one scale per row (and double, for
+// tests). Each is one entry of storage_traits.
 //
-// int8 row: scale = max|x| / 127, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale. Error at most scale / 2.
-// A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that it is read back as NaN.
-// The scale is never so large that 127 of it overflow: what was finite is read back finite.
+// Row of integers: scale = max|x| / largest, q_i = round_to_nearest_even(x_i / scale), x_i ≈ q_i · scale; largest = 127 for int8.
+// Error at most scale / 2. A row of zeros has scale 0; a row with a number that is not finite has scale NaN, so that it is
+// read back as NaN. The scale is never so large that `largest` of it overflow: what was finite is read back finite.
 //
 // Before: matrix.hpp   Next: embedding.hpp
 #pragma once
@@ -53,7 +54,7 @@ inline constexpr bool has_row_scale = storage_traits<S>.largest > 0;
 template <class S>
 concept StorageType = has_row_scale<S> || !std::integral<S>;
 
-/// The wide type in which what belongs to an S but must not be quantised is kept (MLA's rope key beside an int8 latent).
+/// The type of numbers that stand beside an S and must not be quantised (MLA's rope key beside an int8 latent).
 template <StorageType S>
 using WideStorage = std::conditional_t<has_row_scale<S>, float, S>;
 

@@ -1,4 +1,4 @@
-// base/eigen.hpp — Eigen, without the false alarms of g++ 12.
+// base/eigen.hpp — Eigen/Core, without the spurious warnings of g++ 12.
 //
 // Before: base/huge_pages.hpp   Next: base/warnings_off.hpp
 #pragma once

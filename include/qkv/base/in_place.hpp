@@ -1,4 +1,4 @@
-// base/in_place.hpp — the overlap rule of functions that work row by row: `out` is x itself, or it is elsewhere.
+// base/in_place.hpp — the rule for outputs of row-wise functions: `out` is x itself, or shares no element with it.
 //
 // Before: base/overlap.hpp   Next: base/multiply_add.hpp
 #pragma once

@@ -1,4 +1,4 @@
-// base/overlap.hpp — do two strided matrices share an element? Interleaved column blocks of one buffer do not.
+// base/overlap.hpp — whether two strided matrices share an element. (Interleaved column blocks of one buffer do not.)
 //
 // Before: base/require.hpp   Next: base/in_place.hpp
 #pragma once

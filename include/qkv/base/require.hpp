@@ -1,4 +1,4 @@
-// base/require.hpp — errors state the rule and the numbers, and come before the first write.
+// base/require.hpp — require(condition, parts of a message …): errors state the rule and the numbers given, before the first write.
 //
 // Before: simd/isa/neon.hpp   Next: base/overlap.hpp
 #pragma once

@@ -1,7 +1,7 @@
 // base/warnings_off.hpp — g++ from here to base/warnings_on.hpp without the warnings that intrinsics give.
 //
-// g++ 12 takes the undefined starting values of AVX-512 intrinsics for bugs of their users, minds registers as template
-// arguments, and without optimisation some intrinsics are macros that convert signs. Included more than once.
+// g++ 12 warns of the undefined starting values inside AVX-512 intrinsics, of registers as template arguments and, without
+// optimisation, of sign conversions in intrinsics that are macros. Included more than once.
 //
 // Before: base/eigen.hpp   Next: base/warnings_on.hpp
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,4 +1,4 @@
-// kernel/arithmetic.hpp — in which numbers a kernel multiplies: the storage's own, or everything widened.
+// kernel/arithmetic.hpp — the number types in which a kernel multiplies: those of the storage, or all widened to T.
 //
 //                 queries · keys              weights · values                sums
 //     Exact<T>    T                           T                               T
@@ -8,8 +8,8 @@
 //     Int8        int8 · int8                 8 bits · int8                   int32; int32, per block
 //     Int16       int16 · int8                15 bits · int8                  int32; int32, per block
 //
-// `Number` is what is broadcast and what a lane holds: a T, or a word of `features` features of a key, of `keys` keys of a
-// value (simd/narrow.hpp). Both the tiled and the absorbed kernel are written once for all of them.
+// A `Number` is broadcast, and is one lane: a T, or a word (simd/narrow.hpp) of `features` features of a key or of `keys` keys
+// of one value feature. Both the tiled and the absorbed kernel are written once for all of them.
 //
 // Before: kernel/reference.hpp   Next: kernel/decode/decode.hpp
 #pragma once
@@ -63,7 +63,7 @@ struct Int16 : Numbers<float, Word, std::int16_t, std::int16_t> {  // weights in
   static constexpr const char* name = " multiplied in int16";
 };
 
-/// The arithmetic in which rows of int8 are multiplied: the narrowest products of keys, and of values what loses least.
+/// The arithmetic in which rows of int8 are multiplied: the narrowest products of keys, and the most exact ones of values.
 using OfInt8 = std::conditional_t<Isa::int8_products, std::conditional_t<Isa::bf16_products, Int8Bf16, Int8Int16>,
                                   std::conditional_t<Isa::int16_products, Int16, Exact<float>>>;
 

@@ -1,4 +1,4 @@
-// kernel/pair_rule.hpp — all that a kernel knows of masks and scores: which pairs it must compute, and what their scores become.
+// kernel/pair_rule.hpp — all that a kernel knows of masks and scores: the cover of a tile of pairs, and how its scores end.
 //
 //     cover(tile)      none, some or all of the tile's pairs are seen: what is hidden in whole is never computed
 //     finish(tile)     s ← score(score_scale · s), then -inf where the pair is hidden         in place

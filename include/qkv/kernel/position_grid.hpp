@@ -1,4 +1,4 @@
-// kernel/position_grid.hpp — the grid of absolute positions on which every kernel goes through keys.
+// kernel/position_grid.hpp — the grid of absolute positions on which every kernel iterates over keys.
 //
 //     cell c: the rows at positions [c·step, (c + 1)·step)          column = position - c·step
 //

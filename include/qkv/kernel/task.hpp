@@ -1,4 +1,4 @@
-// kernel/task.hpp — the attention of one sequence as every kernel sees it, and what every kernel must produce.
+// kernel/task.hpp — the input of every kernel, the attention of one sequence; and its output, the softmax state.
 //
 // Before: kernel/byte_rows.hpp   Next: kernel/reference.hpp
 #pragma once

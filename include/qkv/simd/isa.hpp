@@ -1,4 +1,4 @@
-// simd/isa.hpp — the instruction set of this build, and prefetches.
+// simd/isa.hpp — Isa, the instruction set of this build; and prefetches.
 //
 // `Isa` is the struct of simd/isa/ whose instructions the compiler may use: the one place that knows. Its interface is in
 // simd/isa/general.hpp. A new instruction set is a file there, derived from the one that it extends, a branch here, and a

@@ -1,4 +1,4 @@
-// simd/simd.hpp — a register of T and what kernels do with it.
+// simd/simd.hpp — Simd<T>: a register of T and its operations.
 //
 //     Simd<T>::width lanes;  float: 4 (SSE2, NEON), 8 (AVX), 16 (AVX-512);  double: half of that;  otherwise 1
 //

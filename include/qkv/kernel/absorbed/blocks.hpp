@@ -70,7 +70,7 @@ class BlockRows {
   Index rope_stride() const { return rope_stride_ * Index(sizeof(RopeNumber)); }
   const float* scales(Index column) const { return scales_ + column; }
   const std::int32_t* offsets(Index column) const { return offsets_ + column; }
-  /// Weights in steps: scales of the values, zero where a row is not finite.
+  /// Integer weights: scales of the values, zero where a row is not finite.
   const float* value_scales() const { return value_scales_; }
 
   /// False: a value is not finite as it is multiplied, though the scores of its row may be.

@@ -1,4 +1,4 @@
-// kernel/absorbed/grid.hpp — the grid of positions on which absorbed attention goes through latent rows.
+// kernel/absorbed/grid.hpp — the grid of positions on which absorbed attention iterates over latent rows.
 //
 //     block b: the rows at positions [b·block_rows, (b + 1)·block_rows), column = position - b·block_rows
 //     split s: the blocks at positions [s·split_rows, (s + 1)·split_rows), merged in ascending order
@@ -48,7 +48,7 @@ inline Place place_of(std::span<const ByteRun> runs, Index rows, const GridCell&
   return place;
 }
 
-/// The state of some lanes: m in natural units; o [lanes, o_step].
+/// The softmax state of some lanes, m the maximum of scores; o [lanes, o_step].
 template <class T>
 struct LaneState {
   T *m, *l, *o;

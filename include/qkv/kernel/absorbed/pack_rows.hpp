@@ -1,4 +1,4 @@
-// kernel/absorbed/pack_rows.hpp — latent rows in narrow numbers, made ready: values packed, scales and offsets beside them.
+// kernel/absorbed/pack_rows.hpp — latent rows packed for narrow products: values, and scales and offsets beside them.
 //
 //     rows of a block          values of two keys                  values of four keys
 //     c        a₀ a₁ a₂ …      (a₀ b₀) (a₁ b₁) (a₂ b₂) …           (a₀ b₀ c₀ d₀) (a₁ b₁ c₁ d₁) …

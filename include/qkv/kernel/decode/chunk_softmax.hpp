@@ -68,7 +68,8 @@ class ChunkWeights {
   bool empty() const { return scored_ == 0; }
   /// Whether every query sees all of the chunk.
   bool all_seen() const { return all_seen_; }
-  /// Whether every query sees this column; with integers, whether some query does.
+  /// Whether the value of this column may be added for all queries at once: every query sees it. With integers, where the
+  /// weight of a hidden pair is 0: some query sees it.
   bool seen(Index column) const { return seen_[column] != T(0); }
   /// With integers: quantised weights [n, decode_chunk], and the largest weight of a query.
   const std::int16_t* steps(Index column) const { return steps_ + column; }

@@ -54,7 +54,7 @@ constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t sc
   return apart >= long_stretch ? 1 : std::clamp<Index>(static_cast<Index>(all_scratch / scratch), 1, kv_heads);
 }
 
-/// Adds the keys of one split, whose state is `state`, to what is in `into`. Splits are merged in ascending order.
+/// into ← merged with `state`, that of one split. Splits are merged in ascending order.
 template <class T>
 void merge_split(const QueryTask<T>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
   using V = Simd<T>;

@@ -1,4 +1,4 @@
-// kernel/decode/dots.hpp — in which numbers decode multiplies q·k: what a register of a row is, and what a sum is.
+// kernel/decode/dots.hpp — how decode multiplies q·k: number types, a register of a row, an accumulator.
 //
 //     WidenedDot    any storage widened to T               sum += q·k
 //     Int8RowDot    int8, where int8 has products          sum += Σ₄ q·k      queries as int8

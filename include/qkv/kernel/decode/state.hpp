@@ -1,4 +1,4 @@
-// kernel/decode/state.hpp — what decode works on: chunks of keys, pieces of them in one run, and the states of queries.
+// kernel/decode/state.hpp — the running softmax state of decode's queries over the keys of one split.
 //
 //     n = n_queries · group_size queries of a kv head     m, l [n]   o [n, v_head_dim up to whole registers]
 //

@@ -1,4 +1,4 @@
-// kernel/tiled/block_mask.hpp — what a panel of queries sees of a block of keys, register by register, and what scores become.
+// kernel/tiled/block_mask.hpp — the rule applied to a panel of queries and a block of keys: columns to compute, then scores.
 //
 //              columns of the block, `step` at a time
 //              ┌─────┬─────┬─────┬─────┬─────┐

@@ -1,4 +1,4 @@
-// kernel/tiled/step.hpp — one step of the tiled kernel: a panel of queries meets a block of keys.
+// kernel/tiled/step.hpp — one step of the tiled kernel: a panel of queries against a block of keys.
 //
 //     Sᵀ = K Qᵀ            [keys, lanes]      of the columns that a register of the panel sees: kernel/tiled/block_mask.hpp
 //     m, l, Sᵀ ← e^(s-m)                      lane by lane: kernel/register_softmax.hpp

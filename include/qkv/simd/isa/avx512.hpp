@@ -139,7 +139,7 @@ struct Avx512 : General<__m512, __m512i, Sums512, __m128i> {
   static constexpr float weight_coefficients[] = {0.240226507F, 0.693157345F};
 
   /// 2^(d·c) = step · 2^rest, d <= 0, |rest| <= 1/64; `normal` is false where the power is below 2⁻¹²⁶. Adds, integer
-  /// operations and permutations are not done by the units that multiply: fewer of those are busy.
+  /// operations and permutations leave the ports free that multiply.
   struct TablePower {
     __m512 step, rest;
     __mmask16 normal;
