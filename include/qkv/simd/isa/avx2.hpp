@@ -15,14 +15,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace isa {
 
-#if defined(__GNUC__)
-// Not __m256i: g++ takes that for four numbers of 64 bits, and moves every sum to memory and back to see it as eight.
-typedef int Sums256 __attribute__((vector_size(32)));
-#else
-using Sums256 = __m256i;
-#endif
-
-struct Avx2 : General<__m256, __m256i, Sums256, __m128i> {
+struct Avx2 : General<__m256, __m256i, __m256i, __m128i> {
 #if defined(__GNUC__)
   using General::hold;
   static EIGEN_ALWAYS_INLINE void hold(__m256& v) { asm("" : "+x"(v)); }
@@ -37,7 +30,7 @@ struct Avx2 : General<__m256, __m256i, Sums256, __m128i> {
   // ---- sums of lanes ----
   using General::sum_each;
   static EIGEN_ALWAYS_INLINE __m256 sum_each(__m256 (&rows)[8]) { return sum_each_8(rows); }
-  static EIGEN_ALWAYS_INLINE Sums sum_each(Sums (&rows)[8]) { return sum_each_8(rows); }
+  static EIGEN_ALWAYS_INLINE __m256i sum_each(__m256i (&rows)[8]) { return sum_each_8(rows); }
 
   static constexpr bool repeats = true;
   template <Index Parts>
@@ -95,7 +88,7 @@ struct Avx2 : General<__m256, __m256i, Sums256, __m128i> {
     asm("{vpaddd %1, %0, %0|vpaddd %0, %0, %1}" : "+x"(sum) : "x"(products));  // both syntaxes
     return sum;
 #else
-    return (Sums)_mm256_add_epi32((__m256i)sum, products);
+    return _mm256_add_epi32(sum, products);
 #endif
   }
   static EIGEN_ALWAYS_INLINE Words load_words(const void* p) {
@@ -111,16 +104,16 @@ struct Avx2 : General<__m256, __m256i, Sums256, __m128i> {
   static EIGEN_ALWAYS_INLINE Words broadcast_word(Word x) { return _mm256_set1_epi32(static_cast<int>(x)); }
   static EIGEN_ALWAYS_INLINE Float as_float(Words v) { return _mm256_castsi256_ps(v); }
   static EIGEN_ALWAYS_INLINE Words as_words(Float v) { return _mm256_castps_si256(v); }
-  static EIGEN_ALWAYS_INLINE Sums as_sums(Words v) { return (Sums)v; }
-  static EIGEN_ALWAYS_INLINE Words words_of(Sums v) { return (Words)v; }
+  static EIGEN_ALWAYS_INLINE Sums as_sums(Words v) { return v; }
+  static EIGEN_ALWAYS_INLINE Words words_of(Sums v) { return v; }
   static EIGEN_ALWAYS_INLINE Words round_to_int32(Float v) { return _mm256_cvtps_epi32(v); }
   static EIGEN_ALWAYS_INLINE Words truncate_to_int32(Float v) { return _mm256_cvttps_epi32(v); }
   static EIGEN_ALWAYS_INLINE Float int32_to_float(Words v) { return _mm256_cvtepi32_ps(v); }
-  static EIGEN_ALWAYS_INLINE Float sums_to_float(Sums v) { return _mm256_cvtepi32_ps((__m256i)v); }
-  static EIGEN_ALWAYS_INLINE Sums load_sums(const std::int32_t* p) { return (Sums)load_words(p); }
-  static EIGEN_ALWAYS_INLINE void store_sums(std::int32_t* p, Sums v) { store_words(p, (Words)v); }
-  static EIGEN_ALWAYS_INLINE Sums broadcast_sum(std::int32_t x) { return (Sums)_mm256_set1_epi32(x); }
-  static EIGEN_ALWAYS_INLINE Sums subtract(Sums a, Sums b) { return (Sums)_mm256_sub_epi32((__m256i)a, (__m256i)b); }
+  static EIGEN_ALWAYS_INLINE Float sums_to_float(Sums v) { return _mm256_cvtepi32_ps(v); }
+  static EIGEN_ALWAYS_INLINE Sums load_sums(const std::int32_t* p) { return load_words(p); }
+  static EIGEN_ALWAYS_INLINE void store_sums(std::int32_t* p, Sums v) { store_words(p, v); }
+  static EIGEN_ALWAYS_INLINE Sums broadcast_sum(std::int32_t x) { return _mm256_set1_epi32(x); }
+  static EIGEN_ALWAYS_INLINE Sums subtract(Sums a, Sums b) { return _mm256_sub_epi32(a, b); }
   static EIGEN_ALWAYS_INLINE Words widen_int8(const std::int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -162,7 +155,7 @@ struct Avx2 : General<__m256, __m256i, Sums256, __m128i> {
 
  private:
   static EIGEN_ALWAYS_INLINE __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
-  static EIGEN_ALWAYS_INLINE Sums add(Sums a, Sums b) { return (Sums)_mm256_add_epi32((__m256i)a, (__m256i)b); }
+  static EIGEN_ALWAYS_INLINE __m256i add(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
   /// Picks the lanes that Low and High name from each block of four of a and b, and adds the two.
   template <int Low, int High, class P>
   static EIGEN_ALWAYS_INLINE P add_pairs(P a, P b) {

@@ -23,17 +23,21 @@ struct AvxVnni : Avx2 {
   static EIGEN_ALWAYS_INLINE Sums add_int8_products(Sums sum, Words a, Words b) {
 #ifdef QKV_TEST_EMULATED_VNNI
     const Words even = _mm256_and_si256(b, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(b, 8);
-    return (Sums)_mm256_add_epi32(
-        (__m256i)sum, _mm256_add_epi32(_mm256_madd_epi16(low_int8(a), even), _mm256_madd_epi16(high_int8(a), odd)));
+    return _mm256_add_epi32(
+        sum, _mm256_add_epi32(_mm256_madd_epi16(low_int8(a), even), _mm256_madd_epi16(high_int8(a), odd)));
+#elif defined(__GNUC__) && !defined(__clang__)
+    // g++ takes a __m256i for four numbers of 64 bits, and moves every sum to memory and back to see it as eight.
+    asm("{%{vex%} vpdpbusd %2, %1, %0|%{vex%} vpdpbusd %0, %1, %2}" : "+x"(sum) : "x"(b), "xm"(a));  // both syntaxes
+    return sum;
 #else
-    return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sum, b, a);
+    return _mm256_dpbusd_avx_epi32(sum, b, a);
 #endif
   }
   template <Index Parts>
   static EIGEN_ALWAYS_INLINE Sums broadcast_first(std::int32_t x) {
-    if constexpr (Parts == 1) return (Sums)_mm256_set1_epi32(x);
-    if constexpr (Parts == 2) return (Sums)_mm256_set_epi32(0, x, 0, x, 0, x, 0, x);
-    return (Sums)_mm256_set_epi32(0, 0, 0, x, 0, 0, 0, x);
+    if constexpr (Parts == 1) return _mm256_set1_epi32(x);
+    if constexpr (Parts == 2) return _mm256_set_epi32(0, x, 0, x, 0, x, 0, x);
+    return _mm256_set_epi32(0, 0, 0, x, 0, 0, 0, x);
   }
   static EIGEN_ALWAYS_INLINE Words plus_128(Words v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
   static EIGEN_ALWAYS_INLINE Words round_plus_128(Float a, Float b, Float c, Float d) {
