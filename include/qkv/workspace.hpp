@@ -83,7 +83,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) { return *this; }
 
   /// At least `bytes` bytes, 64-byte aligned.
-  Lease lease(std::size_t bytes) {
+  EIGEN_DONT_INLINE Lease lease(std::size_t bytes) {
     for (Slot& slot : slots_) {
       if (slot.taken.exchange(true, std::memory_order_acquire)) continue;
       if (slot.size < bytes) {
