@@ -20,6 +20,7 @@
 #include <limits>
 #include <span>
 
+#include "base/multiply_add.hpp"
 #include "matrix.hpp"
 
 namespace qkv { inline namespace QKV_ABI {
@@ -48,8 +49,8 @@ void merge_row(T& m, T& l, T* o, T m2, T l2, const T* o2, Index n) {
   const T top = nan_max(m, m2);
   const T mine = weight_of(m, top), theirs = weight_of(m2, top);
   m = top;
-  l = mine * l + theirs * l2;
-  for (Index i = 0; i < n; ++i) o[i] = mine * o[i] + theirs * o2[i];
+  l = multiply_add(theirs, l2, mine * l);
+  for (Index i = 0; i < n; ++i) o[i] = multiply_add(theirs, o2[i], mine * o[i]);
 }
 
 /// What remains at the end: out = o · factor, and the log-sum-exp, for one query and head. The sink joins here.

@@ -57,23 +57,12 @@ constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t sc
 /// into ← merged with `state`, that of one split. Splits are merged in ascending order.
 template <class T>
 void merge_split(const QueryTask<T>& task, Index kv_head, const DecodeState<T>& state, const StateView<T>& into) {
-  using V = Simd<T>;
   const Index dv = task.v_head_dim, width = whole_registers<T>(dv), group = task.heads.group_size();
   for (Index i = 0; i < task.n_queries() * group; ++i) {
     if (state.m[i] == detail::minus_infinity<T>) continue;
     const Index query = i / group, head = kv_head * group + i % group;
-    T& m = into.m(query, head);
-    T& l = into.l(query, head);
-    T* const o = into.o(query, head, dv);
-    const T top = detail::nan_max(m, state.m[i]);
-    const T mine = detail::weight_of(m, top), theirs = detail::weight_of(state.m[i], top);
-    m = top;
-    l = multiply_add(theirs, state.l[i], V::first_lane(V::mul(V::broadcast(mine), V::broadcast(l))));
-    for (Index x = 0; x < dv; x += V::width) {
-      const Index some = std::min(V::width, dv - x);
-      const auto sum = V::mul(V::broadcast(mine), V::load_n(o + x, some));
-      V::store_n(o + x, V::fma(V::broadcast(theirs), V::load(state.o + i * width + x), sum), some);
-    }
+    detail::merge_row(into.m(query, head), into.l(query, head), into.o(query, head, dv), state.m[i], state.l[i],
+                      state.o + i * width, dv);
   }
 }
 
