@@ -13,6 +13,8 @@
 // Before: paged_latent_cache.hpp   Next: latent_attention.hpp
 #pragma once
 
+#include <optional>
+
 #include "call/latent_forms.hpp"
 
 namespace qkv { inline namespace QKV_ABI {
@@ -107,8 +109,8 @@ void attend_latents(const View<T>& out, const ConstView<T>& q, const LatentRows<
           "the output (and the log-sum-exp) must not share elements with the latent rows");
   rule.check(call);
 
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
+  std::optional<Workspace> local;
+  Workspace& workspace = options.workspace ? *options.workspace : local.emplace();
   if (options.log_sum_exp) options.log_sum_exp->resize(n, n_heads);
   if (n == 0) return;
   const auto memory = workspace.lease(static_cast<std::size_t>(2 * n * n_heads) * sizeof(T));

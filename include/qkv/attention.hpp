@@ -185,10 +185,10 @@ SoftmaxState<T> state_of(const ConstView<T>& q, const ConstView<S>& k, const Con
   check_call(rule, source.rows, {.heads = heads.heads, .n_queries = q.rows(), .first_position = task.first_position});
 
   auto state = SoftmaxState<T>::empty(q.rows(), heads.heads, task.v_head_dim);
-  Workspace local;
+  std::optional<Workspace> local;
   launch(choose_kernel<T>(options.kernel, q.rows()), task, rule,
          kernel::StateView<T>{state.maximum.data(), state.sum.data(), writable_view(state.weighted), heads.heads},
-         options.workspace ? *options.workspace : local, executor, nothing_more);
+         options.workspace ? *options.workspace : local.emplace(), executor, nothing_more);
   return state;
 }
 

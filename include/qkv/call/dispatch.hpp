@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "../kernel/decode/decode.hpp"
@@ -208,17 +209,29 @@ void check_outputs(const View<T>& out, const Options<T>& options, const ConstVie
   if (options.log_sum_exp) require_disjoint(*options.log_sum_exp, out, "out (log_sum_exp)");
 }
 
+struct KeySizes {
+  Index rows, kv_heads, head_dim, v_head_dim;
+};
+
+/// Shapes of out and q beside the keys', the options, and that no output shares an element with q or another output.
+template <class T>
+EIGEN_DONT_INLINE void check_operands(const View<T>& out, const ConstView<T>& q, const KeySizes& keys, Heads heads,
+                                      const Options<T>& options) {
+  check_query(q.cols(), heads, keys.kv_heads, keys.head_dim);
+  check_sizes(q.rows(), keys.rows, heads, keys.head_dim, keys.v_head_dim);
+  check_out(out, q.rows(), checked_product(heads.heads, keys.v_head_dim));
+  check_options(options, heads);
+  check_outputs(out, options, q);
+}
+
 /// attention_into of matrices, for all masks, scores and executors. with_rule(s, n, use) calls use(rule of sequence s of n).
 template <class T, StorageType S>
 void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<S>& k, const ConstView<S>& v,
                      Heads heads, FunctionRef<void(Index, Index, FunctionRef<void(const Rule<T, S>&)>)> with_rule,
                      const Options<T>& options, const AnyExecutor& executor) {
   check_keys(k, v, heads);
-  check_query(q.cols(), heads, heads.kv_heads, k.cols() / heads.kv_heads);
-  check_sizes(q.rows(), k.rows(), heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads);
-  check_out(out, q.rows(), checked_product(heads.heads, v.cols() / heads.kv_heads));
-  check_options(options, heads);
-  check_outputs(out, options, q);
+  check_operands(out, q, {k.rows(), heads.kv_heads, k.cols() / heads.kv_heads, v.cols() / heads.kv_heads}, heads,
+                 options);
   check_disjoint(out, options, k, "k", "k (log_sum_exp)");
   check_disjoint(out, options, v, "v", "v (log_sum_exp)");
   const Sequences sequences(options.query_offsets, options.key_offsets, q.rows(), k.rows());
@@ -237,8 +250,8 @@ void attend_matrices(const View<T>& out, const ConstView<T>& q, const ConstView<
     });
   }
 
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
+  std::optional<Workspace> local;
+  Workspace& workspace = options.workspace ? *options.workspace : local.emplace();
   if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
   for (Index s = 0; s < sequences.count(); ++s) {
     const auto rows = sequences.at(s);
@@ -255,11 +268,7 @@ template <class T, StorageType S>
 void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& rows, Heads heads, const Rule<T, S>& rule,
                  const Options<T>& options, const AnyExecutor& executor, bool own) {
   if (!own) check_runs(rows.runs, rows.rows);
-  check_query(q.cols(), heads, rows.kv_heads, rows.head_dim);
-  check_sizes(q.rows(), rows.rows, heads, rows.head_dim, rows.v_head_dim);
-  check_out(out, q.rows(), checked_product(heads.heads, rows.v_head_dim));
-  check_options(options, heads);
-  check_outputs(out, options, q);
+  check_operands(out, q, {rows.rows, rows.kv_heads, rows.head_dim, rows.v_head_dim}, heads, options);
   check_one_sequence(options, "a cache holds");
   check_own_positions(options);
   check_call(rule, rows,
@@ -270,8 +279,8 @@ void attend_rows(const View<T>& out, const ConstView<T>& q, const KeyRows<S>& ro
               .log_sum_exp = log_sum_exp_footprint(options)},
              own);
 
-  Workspace local;
-  Workspace& workspace = options.workspace ? *options.workspace : local;
+  std::optional<Workspace> local;
+  Workspace& workspace = options.workspace ? *options.workspace : local.emplace();
   if (options.log_sum_exp) options.log_sum_exp->resize(q.rows(), heads.heads);
   attend(make_task(q, rows, heads, rule, options, 0), rule, out, 0, options, workspace, executor);
 }
