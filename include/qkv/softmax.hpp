@@ -43,7 +43,8 @@ T weight_of(T m, T top) {
   return m == minus_infinity<T> ? T(0) : m == top ? T(1) : exp(m - top);
 }
 
-/// (m, l, o[0..n)) ← merge with (m2, l2, o2[0..n)): the one line that the library is built on.
+/// (m, l, o[0..n)) ← merge with (m2, l2, o2[0..n)): the one line that the library is built on (the
+/// tiled kernel has it transposed: kernel/tiled/query_state.hpp).
 template <class T>
 void merge_row(T& m, T& l, T* o, T m2, T l2, const T* o2, Index n) {
   const T top = nan_max(m, m2);

@@ -38,8 +38,8 @@ struct Numbers {
   // A power of two that the scale of a key is divided by and the scale of a query multiplied by, so that scores overflow
   // only where q·k / max|q| does.
   static constexpr float headroom = int8_keys ? 128 : int16_keys ? 32768 : 1;
-  // A value row is not finite, as it is multiplied, where scale · restored is not: with bfloat16 values its largest number
-  // may round to infinity.
+  // Bound of |value| / scale as it is multiplied: int8 reaches 128, and rounding to bfloat16 adds less than 1. A row counts
+  // as not finite where scale · restored overflows.
   static constexpr int restored = integer_weights ? 1 : 129;
 };
 

@@ -1,6 +1,8 @@
 // kernel/register_softmax.hpp — scores of one register of queries become weights, lane by lane.
 //
-//     m = max_c s(c)      s(c) ← 2^((s(c) - base)·to_log2)      Σ_c of the new s(c)        s(c) at [column][lanes]
+//     m' = max(m, max_c s(c))     s(c) ← e^(σ·(s(c) - m'))     l ← e^(σ·(m - m'))·l + Σ_c s(c)        s(c) at [column][lanes]
+//
+// with σ = score_scale of the lane, or 1 where scores are scaled already; powers are taken in base 2.
 //
 // Four partial sums, chosen by column modulo 4: where columns begin (a multiple of 12) does not change the bits.
 // In bfloat16 the rounded weights are summed. NaN: a maximum may pass it over, the sum never does.
@@ -26,7 +28,8 @@ namespace qkv { inline namespace QKV_ABI { namespace kernel {
 template <class T>
 inline constexpr T log2_e = static_cast<T>(std::numbers::log2e_v<long double>);
 
-/// The numbers that weights become in the arithmetic A: of T, or pairs of bfloat16. A column has `lanes` scores.
+/// Scores of a panel become weights in the numbers of A: T, pairs of bfloat16 or int16, or four bytes. A column has `lanes`
+/// scores.
 template <class A, Index lanes = TileShape<typename A::Scalar>::columns>
 class PanelSoftmax {
   using T = typename A::Scalar;

@@ -149,7 +149,7 @@ requires(detail::has_packets<T>) struct Simd<T> {
   static EIGEN_ALWAYS_INLINE Vec max(Vec a, Vec b) { return detail::packets::pmax(a, b); }
   static EIGEN_ALWAYS_INLINE Vec min(Vec a, Vec b) { return detail::packets::pmin(a, b); }
 
-  /// 2ˣ, and 2^(d·c) for d <= 0, the latter roughly: simd/exp2.hpp.
+  /// 2ˣ; weights 2^(d·c) for d <= 0; the same, coarser, for weights that are rounded to 15 bits or less: simd/exp2.hpp.
   static EIGEN_ALWAYS_INLINE Vec exp2(Vec x) { return detail::exp2(x); }
   static EIGEN_ALWAYS_INLINE Vec weight(Vec d, Vec c) { return detail::weight(d, c); }
   static EIGEN_ALWAYS_INLINE Vec weight_short(Vec d, Vec c) { return detail::weight_short(d, c); }

@@ -25,13 +25,6 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
-// a·b + c in registers: it must round the same wherever it is compiled.
-template <class T>
-EIGEN_ALWAYS_INLINE T multiply_add(T a, T b, T c) {
-  using V = Simd<T>;
-  return V::first_lane(V::fma(V::broadcast(a), V::broadcast(b), V::broadcast(c)));
-}
-
 /// Scores, then weights, of n queries; D says how they are multiplied.
 template <class D>
 class ChunkWeights {
@@ -129,7 +122,7 @@ class ChunkWeights {
     const T rescale = detail::weight_of(state.m[i], top);
     const T added = weigh(scores(i, 0), scale_v_, all_seen_, top_[i]);
     state.m[i] = top;
-    state.l[i] = multiply_add(rescale, state.l[i], added);
+    state.l[i] = detail::multiply_add(rescale, state.l[i], added);
     if (rescale == T(1)) return;
     T* const o = state.o + i * whole_registers<T>(v_head_dim);
     for (Index x = 0; x < v_head_dim; x += W) V::store(o + x, V::mul(V::broadcast(rescale), V::load(o + x)));

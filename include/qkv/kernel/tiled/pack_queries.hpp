@@ -7,7 +7,7 @@
 //              multiplies score_scale: a product of packed numbers, times score_scale, is the score
 //     Int16    [head_dim / 2][lanes] of words, two int16 each: q ≈ int16 · max|q| / largest_int16(head_dim), likewise
 //
-// The softmax scale is not applied to them: queries that are exact in a narrow type stay exact.
+// Of the softmax scale only the sign is applied to them: queries that are exact in a narrow type stay exact.
 //
 // Before: kernel/tiled/pack_kv.hpp   Next: kernel/tiled/query_state.hpp
 #pragma once
@@ -58,7 +58,7 @@ void pack_queries(Exact<T>, const QueryRows<T>& from, T* to, Index lanes, T*) {
       V::store(to + k * lanes, V::mul(V::broadcast(from.sign), V::load(to + k * lanes)));
 }
 
-/// Multiplies score_scale by the quantisation step of query i, max|q| / most; returns the inverse of the step.
+/// Multiplies score_scale by A::headroom · max|q| / most, of query i; returns most / max|q|.
 template <class A>
 float find_scale(const QueryRows<float>& from, Index i, float most, float& score_scale) {
   using V = Simd<float>;

@@ -33,8 +33,8 @@ struct PanelState {
   }
 };
 
-/// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's. `unscaled`: the panel's m is still to
-/// be multiplied by score_scale. Rows without keys so far (m = -inf) are written, not read; a lane without keys changes no
+/// The state of n <= lanes queries of one head, from row `query` on, merged with the panel's: merge_row (softmax.hpp),
+/// transposed. `unscaled`: the panel's m is still to be multiplied by score_scale. Rows without keys so far (m = -inf) are written, not read; a lane without keys changes no
 /// bit of a row that has some.
 template <class T>
 void merge_panel(const PanelState<T>& panel, bool unscaled, const StateView<T>& state, Index query, Index n, Index head,
@@ -53,7 +53,7 @@ void merge_panel(const PanelState<T>& panel, bool unscaled, const StateView<T>& 
     unseen[i] = !seen;
     all_empty = all_empty && empty[i];
     old_factor[i] = detail::weight_of(m, top), new_factor[i] = detail::weight_of(here, top);
-    l = old_factor[i] * l + new_factor[i] * panel.l[i];
+    l = detail::multiply_add(new_factor[i], panel.l[i], old_factor[i] * l);
     m = top;
   }
   for (Index first = 0; first < n; first += V::width) {
