@@ -49,7 +49,7 @@ Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, 
   const auto state = static_cast<std::size_t>(2 * n_queries * heads.heads) * sizeof(T);
   switch (choose_kernel<T>(kernel, n_queries)) {
     case Kernel::tiled: {
-      const std::size_t per_head = kernel::panel_bytes<kernel::Exact<T>>(
+      const std::size_t per_head = kernel::packed_kv_bytes<kernel::Exact<T>>(
           (n_keys + kernel::tile_keys - 1) / kernel::tile_keys, head_dim, v_head_dim);
       return static_cast<Index>(state + per_head + kernel::TiledScratch<T>::bytes(head_dim, v_head_dim));
     }

@@ -19,7 +19,7 @@ namespace qkv { inline namespace QKV_ABI { namespace detail {
 
 /// The tiled kernel: pack the keys of some kv heads, then attend to them, and so on.
 template <class T>
-void launch_tiled(const kernel::QueryTask<T>& task, const kernel::PackedKeys<T>& keys,
+void launch_tiled(const kernel::QueryTask<T>& task, const kernel::StepSource<T>& keys,
                   const kernel::StateView<T>& state, Workspace& workspace, const AnyExecutor& executor, Done done,
                   Start start) {
   const Index n = task.n_queries(), d = task.head_dim, dv = task.v_head_dim, group = task.heads.group_size();
@@ -30,7 +30,7 @@ void launch_tiled(const kernel::QueryTask<T>& task, const kernel::PackedKeys<T>&
   const Index at_once =
       executor.serial()
           ? 1
-          : kernel::heads_at_once(kernel::panel_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
+          : kernel::heads_at_once(kernel::packed_kv_bytes<kernel::Exact<T>>(n_blocks, d, dv), task.heads.kv_heads);
   const auto memory = workspace.lease(per_head * static_cast<std::size_t>(at_once));
   for (Index first = 0; first < task.heads.kv_heads; first += at_once) {
     const Index count = std::min(at_once, task.heads.kv_heads - first);
@@ -122,7 +122,7 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
                  const AnyExecutor& executor, Done done, Start start) {
   kernel::with_byte_rows(task.keys, workspace, [&](const kernel::ByteRows& rows) {
     const auto tiled = [&]<class A>(A) {
-      const kernel::PackedKeysOf<A> keys(task, kernel::block_source<A>(task.keys, rows));
+      const kernel::StepSourceOf<A> keys(task, kernel::block_source<A>(task.keys, rows));
       launch_tiled(task, keys, state, workspace, executor, done, start);
     };
     const auto decode = [&](const kernel::DecodeSource<T>& source) {

@@ -1,5 +1,15 @@
 // kernel/task.hpp — the input of every kernel, the attention of one sequence; and its output, the softmax state.
 //
+// What kernels call what they work on:
+//
+//     run        rows of the cache at one stride              block     keys that are packed or prepared together
+//     cell       one step of the position grid                chunk     decode's cell: its scores lie in scratch
+//     piece      the part of a cell that lies in one run      split     keys of one partial state, merged in order;
+//     key        the count of a row from the sequence's         section   the tiled kernel's
+//                first, whatever run holds it                 panel     registers of queries side by side
+//     lane       one number of a register: a query, or a      tile      the accumulators of one inner loop
+//                head, whose scores never mix with others'    word      32 bits of narrow numbers
+//
 // Before: kernel/byte_rows.hpp   Next: kernel/reference.hpp
 #pragma once
 

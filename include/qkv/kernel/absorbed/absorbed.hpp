@@ -131,7 +131,8 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
       end = std::max(end, piece.column + piece.count);
     });
     if (end <= begin) return;
-    // Whole pairs and partial sums: a row beside those that are seen must not be NaN times zero unnoticed.
+    // Rounded outwards to whole words (2 or 4 keys) and partial sums. Hidden rows that join by this are multiplied by a weight
+    // of zero: their scores are computed too, so that finite() finds those that are not finite.
     constexpr Index partial_sums = Scores::partial_sums;
     begin = std::max(place.begin, begin / partial_sums * partial_sums);
     end = std::min(place.count, round_up(end, partial_sums));
@@ -219,7 +220,7 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
                                  .p = scores_.weights(begin),
                                  .p_step = panel,
                                  .c = block_->values(begin),
-                                 .c_step = block_->value_step(),
+                                 .c_step = block_->value_stride(),
                                  .o = state_.o + p * state_.o_step,
                                  .o_row = state_.o_step,
                                  .value_step = scores_.value_step()};

@@ -65,7 +65,7 @@ class BlockRows {
     else
       return row(column);
   }
-  Index value_step() const { return narrow ? packed_step() : step_; }
+  Index value_stride() const { return narrow ? packed_step() : step_; }
   const RopeNumber* rope(Index column) const { return rope_first_ + (column - place_.begin) * rope_stride_; }
   Index rope_stride() const { return rope_stride_ * Index(sizeof(RopeNumber)); }
   const float* scales(Index column) const { return scales_ + column; }

@@ -91,9 +91,9 @@ class GroupSourceOf final : public GroupSource<typename A::Scalar> {
   BlockMaker<A> blocks_;
 };
 
-/// Lanes of one work item. They share a prepared block: more lanes where preparing packs or widens rows, fewer where few splits
-/// would leave threads idle. (A state has the same bits in any group.)
-constexpr Index group_lanes(bool prepares, Index n_splits) { return prepares && n_splits >= 4 ? 128 : 64; }
+/// Lanes of one work item, which share a prepared block: 128 where preparing packs or widens rows and there are at least four
+/// work items (several threads: splits; one thread: blocks), else 64. (A state has the same bits in any group.)
+constexpr Index group_lanes(bool prepares, Index items) { return prepares && items >= 4 ? 128 : 64; }
 /// One thread goes through the splits with up to so many groups at once.
 inline constexpr Index most_groups_at_once = 4;
 /// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.

@@ -183,7 +183,7 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
   /// From q·k to scores: scales of the rows, score function, mask. Plain scores that all see leave the scales to
   /// ChunkWeights.
   void finish_scores(const GridPiece& piece, const PairTile& pairs, Cover cover) {
-    const bool all = cover != Cover::all || !task_.rule.plain;
+    const bool apply_key_scales = cover != Cover::all || !task_.rule.plain;
     if constexpr (has_row_scale<S>) {
       T* const scale_k = chunk_.key_scales(piece.column);
       T* const scale_v = chunk_.value_scales(piece.column);
@@ -199,7 +199,7 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
         }
       for (; j < piece.count; ++j)
         scale_k[j] = static_cast<T>(k[j * stride]) * room, scale_v[j] = static_cast<T>(v[j * stride]);
-      if (all) {
+      if (apply_key_scales) {
         for (Index i = 0; i < n_; ++i) {
           T* const s = chunk_.scores(i, piece.column);
           for (j = 0; j < piece.count; ++j) s[j] *= scale_k[j];

@@ -22,10 +22,10 @@ class BlockPacker {
   using T = typename A::Scalar;
   using V = Simd<T>;
   using Shape = TileShape<T>;
-  static constexpr Index R = Panels<A>::rows;
+  static constexpr Index R = PackedKv<A>::rows;
 
  public:
-  BlockPacker(const Panels<A>& panels, const KeyRows<S>& keys, Index kv_head, Index b)
+  BlockPacker(const PackedKv<A>& panels, const KeyRows<S>& keys, Index kv_head, Index b)
       : panels_(panels), keys_(keys), kv_head_(kv_head), b_(b), block_(panels.blocks[b]) {}
 
   void run() {
@@ -176,7 +176,7 @@ class BlockPacker {
     }
   }
 
-  const Panels<A>& panels_;
+  const PackedKv<A>& panels_;
   const KeyRows<S>& keys_;
   Index kv_head_, b_;
   KeyBlock& block_;
@@ -187,7 +187,7 @@ template <class A, StorageType S>
 BlockSource<A> block_source(const KeyRows<S>& keys, const ByteRows& rows) {
   using T = typename A::Scalar;
   BlockSource<A> source{rows, &keys};
-  source.pack_block = [](const void* of, const Panels<A>& panels, Index kv_head, Index b) {
+  source.pack_block = [](const void* of, const PackedKv<A>& panels, Index kv_head, Index b) {
     BlockPacker<A, S>(panels, *static_cast<const KeyRows<S>*>(of), kv_head, b).run();
   };
   source.value = [](const void* of, Index kv_head, std::size_t run, Index row, Index x) {

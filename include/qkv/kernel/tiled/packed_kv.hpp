@@ -44,7 +44,7 @@ struct KeyBlock {
 
 /// Packed keys and values of one kv head.
 template <class A>
-struct Panels {
+struct PackedKv {
   using T = typename A::Scalar;
   using Number = typename A::Number;
   static constexpr Index rows = TileShape<T>::rows;
@@ -59,8 +59,8 @@ struct Panels {
   Index head_dim = 0, v_head_dim = 0;
 
   /// Scratch for `n_blocks` blocks; a carver without memory only counts.
-  static Panels carve(detail::Carver& carver, Index n_blocks, Index head_dim, Index v_head_dim) {
-    Panels p;
+  static PackedKv carve(detail::Carver& carver, Index n_blocks, Index head_dim, Index v_head_dim) {
+    PackedKv p;
     p.head_dim = head_dim, p.v_head_dim = v_head_dim;
     p.blocks = carver.take<KeyBlock>(n_blocks);  // first: where the blocks are does not depend on A
     p.keys = carver.take<Number>(n_blocks * p.key_stride());
@@ -91,9 +91,9 @@ inline Index heads_at_once(std::size_t bytes_per_head, Index kv_heads) {
 
 /// Scratch of the packed keys and values of one kv head.
 template <class A>
-std::size_t panel_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
+std::size_t packed_kv_bytes(Index n_blocks, Index head_dim, Index v_head_dim) {
   detail::Carver carver(nullptr);
-  Panels<A>::carve(carver, n_blocks, head_dim, v_head_dim);
+  PackedKv<A>::carve(carver, n_blocks, head_dim, v_head_dim);
   return carver.used();
 }
 
@@ -119,11 +119,11 @@ struct BlockSource {
 
   ByteRows rows;
   const void* keys = nullptr;  // KeyRows<S>
-  void (*pack_block)(const void* keys, const Panels<A>&, Index kv_head, Index b) = nullptr;
+  void (*pack_block)(const void* keys, const PackedKv<A>&, Index kv_head, Index b) = nullptr;
   /// Feature x of a value row.
   T (*value)(const void* keys, Index kv_head, std::size_t run, Index row, Index x) = nullptr;
 
-  void pack(const Panels<A>& panels, Index kv_head, Index b) const { pack_block(keys, panels, kv_head, b); }
+  void pack(const PackedKv<A>& panels, Index kv_head, Index b) const { pack_block(keys, panels, kv_head, b); }
 };
 
 }}}  // namespace qkv::QKV_ABI::kernel

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "../../parallel.hpp"
 #include "../../product/narrow_tile.hpp"
 #include "../../product/register_tile.hpp"
 #include "../../softmax.hpp"
@@ -68,7 +69,7 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
 
  public:
   /// Scratch: scores and hidden [tile_keys, lanes].
-  PanelStep(const QueryTask<T>& task, const BlockSource<A>& source, const Panels<A>& panels, Index head, T* scores,
+  PanelStep(const QueryTask<T>& task, const BlockSource<A>& source, const PackedKv<A>& panels, Index head, T* scores,
             bool* hidden)
       : task_(task), source_(source), panels_(panels), head_(head), s_(scores), hidden_(hidden) {}
 
@@ -197,17 +198,17 @@ class PanelStep final : public BlockStep<typename A::Scalar> {
 
   const QueryTask<T>& task_;
   const BlockSource<A>& source_;
-  const Panels<A>& panels_;
+  const PackedKv<A>& panels_;
   Index head_;
   T* s_;          // [tile_keys, lanes]: scores, then weights
-  bool* hidden_;  // [tile_keys, lanes]: pairs of the rows that are not finite
+  bool* hidden_;  // [tile_keys, lanes]: whether the lane does not see the key, for value rows that are not finite
   alignas(detail::cache_line) T
       value_step_[std::size_t(A::integer_weights ? lanes : 1)];  // [lanes], integer weights: quantisation step
 };
 
-/// Keys and values of a task in one arithmetic; those of a kv head are packed into `packed`, `bytes` large.
+/// Makes the steps of a task in one arithmetic, and packs the blocks of a kv head into `packed`, scratch of `bytes`.
 template <class T>
-class PackedKeys {
+class StepSource {
  public:
   ByteRows rows;
 
@@ -218,37 +219,37 @@ class PackedKeys {
                          detail::FunctionRef<void(BlockStep<T>&)> use) const = 0;
 
  protected:
-  explicit PackedKeys(const ByteRows& of) : rows(of) {}
-  PackedKeys(const PackedKeys&) = default;
-  PackedKeys& operator=(const PackedKeys&) = default;
-  ~PackedKeys() = default;
+  explicit StepSource(const ByteRows& of) : rows(of) {}
+  StepSource(const StepSource&) = default;
+  StepSource& operator=(const StepSource&) = default;
+  ~StepSource() = default;
 };
 
 template <class A>
-class PackedKeysOf final : public PackedKeys<typename A::Scalar> {
+class StepSourceOf final : public StepSource<typename A::Scalar> {
   using T = typename A::Scalar;
 
  public:
-  PackedKeysOf(const QueryTask<T>& task, const BlockSource<A>& source)
-      : PackedKeys<T>(source.rows), task_(task), source_(source) {}
+  StepSourceOf(const QueryTask<T>& task, const BlockSource<A>& source)
+      : StepSource<T>(source.rows), task_(task), source_(source) {}
 
   std::size_t bytes(Index n_blocks) const override {
-    return panel_bytes<A>(n_blocks, task_.head_dim, task_.v_head_dim);
+    return packed_kv_bytes<A>(n_blocks, task_.head_dim, task_.v_head_dim);
   }
   void pack(std::byte* packed, Index n_blocks, Index kv_head, Index b) const override {
     source_.pack(panels(packed, n_blocks), kv_head, b);
   }
   void with_step(std::byte* packed, Index n_blocks, Index head, T* scores, bool* hidden,
                  detail::FunctionRef<void(BlockStep<T>&)> use) const override {
-    const Panels<A> all = panels(packed, n_blocks);
+    const PackedKv<A> all = panels(packed, n_blocks);
     PanelStep<A> step(task_, source_, all, head, scores, hidden);
     use(step);
   }
 
  private:
-  Panels<A> panels(std::byte* packed, Index n_blocks) const {
+  PackedKv<A> panels(std::byte* packed, Index n_blocks) const {
     detail::Carver carver(packed);
-    return Panels<A>::carve(carver, n_blocks, task_.head_dim, task_.v_head_dim);
+    return PackedKv<A>::carve(carver, n_blocks, task_.head_dim, task_.v_head_dim);
   }
   const QueryTask<T>& task_;
   BlockSource<A> source_;

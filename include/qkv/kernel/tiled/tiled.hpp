@@ -48,7 +48,7 @@ struct TiledScratch {
   static constexpr Index panels = (tile_queries + lanes - 1) / lanes;
 
   T *q, *s, *o, *m, *l, *score_scale;
-  bool* hidden;  // [tile_keys, lanes]: pairs of the rows that are not finite
+  bool* hidden;  // [tile_keys, lanes]: whether the lane does not see the key, for value rows that are not finite
 
   TiledScratch(detail::Carver& carver, Index head_dim, Index v_head_dim)
       : q(carver.take<T>(panels * head_dim * lanes)),
