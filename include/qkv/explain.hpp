@@ -70,7 +70,7 @@ KernelChoice explain_kernel(Kernel forced, Arithmetic arithmetic, Index n_querie
   const Kernel kernel = choose_kernel<T>(forced, n_queries);
   const std::string most = std::to_string(decode_max_queries);
   return {kernel,
-          forced != Kernel::automatic   ? "asked for by options.kernel"
+          forced != Kernel::automatic   ? "forced by options.kernel"
           : kernel == Kernel::reference ? "the scalar is neither float nor double"
           : kernel == Kernel::decode    ? std::to_string(n_queries) + " queries <= " + most
                                         : std::to_string(n_queries) + " queries > " + most,

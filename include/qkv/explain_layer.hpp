@@ -83,7 +83,7 @@ struct LayerExplainer {
   template <StorageType S, class T>
   static void choose(LayerExplanation& e, const LatentAttention<T>& layer, const LayerOptions& options) {
     e.form = choose_latent_form<T, S>(options, layer.config(), e.n_queries, e.n_keys);
-    e.form_why = options.form != LatentForm::automatic ? "asked for by options.form"
+    e.form_why = options.form != LatentForm::automatic ? "forced by options.form"
                  : e.form == LatentForm::absorbed      ? "less time than restoring keys and values"
                                                        : "less time than absorbing them";
     if (e.form == LatentForm::absorbed && kernel::has_absorbed_kernel<T>(options.kernel)) {
