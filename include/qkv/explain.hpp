@@ -127,8 +127,8 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
 
 }  // namespace detail
 
-/// What attention(q, k, v, heads, mask, score, options) will do. Nothing of q, k, v is read but the shapes; what the call
-/// would refuse is refused.
+/// What attention(q, k, v, heads, mask, score, options) will do. Only the shapes of q, k, v are read; errors are those
+/// of the call.
 template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain>
 Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full, const F& score = plain,
                     const Options<ScalarOf<Q>>& options = {}) {
