@@ -4,8 +4,8 @@
 //     head 0: row 0, row 1, … row block_rows-1   head 0: …
 //     head 1: row 0, …                           head 1: …
 //
-// The rows of one head lie one after another, so a kernel reads memory in order. Keys, values and (int8) their scales are
-// four arrays without padding.
+// The rows of one head are contiguous, so a kernel reads memory in order. Keys, values and (int8) their scales are four
+// arrays without padding.
 //
 // Before: layer/ring_positions.hpp   Next: cache/context_shift.hpp
 #pragma once
@@ -21,14 +21,15 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
-struct CacheFile;  // saved_cache.hpp
+struct CacheFile;  // cache/file.hpp
 
-/// What a row consists of.
+/// Heads and features of a row.
 struct CacheShape {
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
 };
 
-/// Refuses rows whose numbers or bytes, of 16 a number and with scales, do not fit an Index: nobody asks again.
+/// Refuses rows whose numbers or bytes, of 16 a number and with scales, do not fit an Index: products of them are
+/// unchecked.
 inline void check(const CacheShape& shape) {
   require(shape.kv_heads >= 1 && shape.head_dim >= 1 && shape.v_head_dim >= 1,
           "a cache needs kv_heads, head_dim and v_head_dim >= 1; given ", shape.kv_heads, ", ", shape.head_dim, ", ",
@@ -36,7 +37,7 @@ inline void check(const CacheShape& shape) {
   checked_product(32, checked_product(shape.kv_heads, checked_sum(shape.head_dim, shape.v_head_dim)));
 }
 
-/// What numbers of storage S are read back as unless the caller says otherwise.
+/// The scalar to which numbers of storage S are converted by default.
 template <StorageType S>
 using ReadAs = std::conditional_t<std::is_floating_point_v<S>, S, float>;
 
@@ -63,8 +64,8 @@ class Numbers {
   std::unique_ptr<T, Delete> memory_;
 };
 
-/// The keys of rows as they came, [row][head][width], and by how many positions context shifts have turned each since. A row
-/// that has turned by 0 is its own original, and has no copy here.
+/// The keys of rows as appended, [row][head][width], and by how many positions context shifts have rotated each row
+/// since. A row rotated by 0 is its own original, and has no copy here.
 template <StorageType S>
 class UnturnedKeys {
  public:
@@ -86,23 +87,23 @@ class UnturnedKeys {
   const S* key(Index row, Index head) const { return keys_.data() + (row * heads_ + head) * width_; }
   float scale(Index row, Index head) const { return has_row_scale<S> ? scales_.data()[row * heads_ + head] : 1.0F; }
 
-  /// These rows have been written anew.
+  /// These rows have been overwritten.
   void forget(Index row, Index rows) const {
     if (*this) std::fill_n(turned_.data() + row, rows, 0);
   }
-  /// The key with which row `from` of the cache came, now to be turned by `turned` in row `row`: one head of it.
+  /// Keeps one head of a key as appended, for row `row`, which is now rotated by `turned` positions.
   void keep(Index row, Index head, const S* key, [[maybe_unused]] float scale, Index turned) const {
     std::copy_n(key, width_, keys_.data() + (row * heads_ + head) * width_);
     if constexpr (has_row_scale<S>) scales_.data()[row * heads_ + head] = scale;
     turned_.data()[row] = turned;
   }
-  /// The same from a copy, of `other`, which may be *this.
+  /// The same from a copy in `other`, which may be *this.
   void copy_row(const UnturnedKeys& other, Index from, Index to, Index turned) const {
     for (Index head = 0; turned > 0 && head < heads_; ++head)
       keep(to, head, other.key(from, head), other.scale(from, head), turned);
     turned_.data()[to] = turned;
   }
-  /// Rows of `other`, which may be *this, as they are there. Allocates where that has copies and this has no memory yet.
+  /// Copies rows of `other`, which may be *this. Allocates where `other` has copies and this has no memory yet.
   void copy_rows(const UnturnedKeys& other, Index from, Index to, Index rows) {
     if (!other) return forget(to, rows);
     if (!*this) *this = UnturnedKeys(other.heads_, other.width_, other.rows_);
@@ -140,7 +141,7 @@ class CacheBlocks {
     return has_row_scale<S> ? key_scales_.data()[head_row(block, head) + row] : 1.0F;
   }
 
-  /// Keys as they came, once memory for that has been taken; where those of a row are.
+  /// Keys as appended, once memory for them is allocated; the index of a row in them.
   const UnturnedKeys<S>& unturned() const { return unturned_; }
   Index unturned_row(Index block, Index row) const { return block * block_rows_ + row; }
   void keep_unturned() {
@@ -160,8 +161,8 @@ class CacheBlocks {
     }
   }
 
-  /// Row `row` of a block gets the keys k [kv_heads·head_dim] and the values of row `from` of a block of `other`, which may
-  /// be *this: same bytes.
+  /// Stores keys k [kv_heads·head_dim] in row `row` of a block, with the values of row `from` of a block of `other`,
+  /// which may be *this: same bytes.
   template <class K>
   void store_keys(Index block, Index row, const K* k, const CacheBlocks& other, Index from_block, Index from) {
     for (Index head = 0; head < shape_.kv_heads; ++head) {
@@ -174,7 +175,7 @@ class CacheBlocks {
     }
   }
 
-  /// Copies `rows` rows of a block of `other`, which may be *this, from its row from_row on to a block of this one, from its
+  /// Copies `rows` rows of a block of `other`, which may be *this, from row from_row on to a block of this one, from
   /// row to_row on: same bytes.
   void copy_rows(const CacheBlocks& other, Index from_block, Index from_row, Index to_block, Index to_row, Index rows) {
     unturned_.copy_rows(other.unturned_, other.unturned_row(from_block, from_row), unturned_row(to_block, to_row),
@@ -204,7 +205,7 @@ class CacheBlocks {
     }
   }
 
-  /// Rows `row` … row+rows-1 of a block, as kernels see them.
+  /// Rows `row` … row+rows-1 of a block, as a run.
   KeyRun<S> run(Index block, Index row, Index rows, Index position) const {
     const Index at = head_row(block, 0) + row;
     KeyRun<S> run{.rows = rows,
@@ -231,7 +232,7 @@ class CacheBlocks {
   UnturnedKeys<S> unturned_;
 };
 
-/// The runs of a cache whose blocks have `block_rows` rows, with the strides that follow from it.
+/// The rows of a cache whose blocks have `block_rows` rows: its runs, and the strides that follow from it.
 template <StorageType S>
 KeyRows<S> key_rows_of(const CacheShape& shape, Index block_rows, std::span<const KeyRun<S>> runs, Index rows) {
   return {.runs = runs,

@@ -98,14 +98,14 @@ class LatentMemory {
             .rope_row_stride = one_row ? latent_stride() : rope_dim_};
   }
 
-  /// Rope keys as they came, once memory for that has been taken.
+  /// Rope keys as appended, once memory for them is allocated.
   const UnturnedKeys<WideStorage<S>>& unturned() const { return unturned_; }
   void keep_unturned() {
     if (!unturned_) unturned_ = UnturnedKeys<WideStorage<S>>(1, rope_dim_, rows_);
   }
 
-  /// Context shift: rows first + n … rows - 1 go n down, their rope keys turned by -n; at(i) is the place of row i. Memory is
-  /// there: scratch of shift_bytes, and for an exact shift the unturned keys.
+  /// Context shift: rows first + n … rows - 1 move n down, their rope keys rotated by -n; at(i) is the place of row i.
+  /// Memory is allocated: scratch of shift_bytes, and for an exact shift the unturned keys.
   template <class T, class At>
   void shift(Index first, Index n, Index rows, const Rope<T>* rotation, Shift how, std::byte* scratch, const At& at) {
     struct Rows {
