@@ -4,8 +4,8 @@
 //                               m, l, Sᵀ ← softmax, lane by lane                    kernel/absorbed/scores.hpp
 //                               O += S C[:, latent]             [lanes, latent]     lanes of registers are features
 //
-// 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is bound
-// by multiply-adds. Lane i is head i mod heads of token i / heads, so several new tokens fill registers too.
+// 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is
+// bound by multiply-adds. Lane i is head i mod heads of token i / heads, so several new tokens fill registers too.
 //
 // A sum is the same chain in every lane and panel: a prompt in pieces gives the same bits as at once.
 // DeepSeek-V2, arXiv:2405.04434, appendix C; blocks of keys as in Dao et al. 2022, arXiv:2205.14135.
@@ -34,7 +34,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// Numbers of an output in whole registers.
+/// Numbers of an output row in whole registers.
 template <class T>
 Index features(const LaneTask<T>& task) {
   return round_up(task.latent_dim, Simd<T>::width);
@@ -131,7 +131,7 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
       end = std::max(end, piece.column + piece.count);
     });
     if (end <= begin) return;
-    // Whole pairs and partial sums: a row beside those that are seen must not be NaN times zero unnoticed.
+    // Whole partial sums: hidden rows in them are multiplied by weights of zero, so they too are checked to be finite.
     constexpr Index partial_sums = Scores::partial_sums;
     begin = std::max(place.begin, begin / partial_sums * partial_sums);
     end = std::min(place.count, round_up(end, partial_sums));
