@@ -4,7 +4,7 @@
 //
 //     q [n_queries, heads·(latent_dim + rope_dim)]   of head h [q_nope·W_UK(h)ᵀ | q_rope]: W_UK absorbed into the query
 //     latents                                         LatentCache, PagedLatentCache, or latent_rows(matrix, latent_dim)
-//     out [n_queries, heads·latent_dim]               Σ p·c of every head; not yet multiplied by W_UV
+//     out [n_queries, heads·latent_dim]               Σ p·c of every head; without W_UV
 //
 // It is attention() with kv_heads = 1, keys [c | r] and values c; mask, score, options and executor are the same. The
 // scale has no default: a model's is computed from nope_dim, which latents do not have.
@@ -24,8 +24,7 @@ concept LatentSource = requires(const C& source) {
   source.latent_rows().latent_dim;
 };
 
-/// The rows [c | r] of a matrix, at positions 0 … n_keys-1: a view, which the matrix and, for the call, this object
-/// outlive.
+/// The rows [c | r] of a matrix, at positions 0 … n_keys-1: a view of it, which must outlive the call.
 template <StorageType S>
 class LatentMatrix {
  public:

@@ -13,7 +13,7 @@
 // Arguments after heads, in this order; before options the score, or mask and score, may be omitted.
 //
 // Queries are the *last* tokens unless options.first_position says otherwise: with n_keys keys of which none is padding,
-// query i stands at position n_keys - n_queries + i. The output of a query that sees no key is zero.
+// query i is at position n_keys - n_queries + i. The output of a query that sees no key is zero.
 // Vaswani et al. 2017, arXiv:1706.03762, equation 1; semantics of ONNX Attention, opset 25.
 //
 // Before: options.hpp   Next: explain.hpp
@@ -252,9 +252,8 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
 
 }  // namespace detail
 
-/// The attention weights, for learning and debugging: [heads·n_queries, n_keys], head h in rows h·n_queries …; this is
-/// the
-/// matrix that attention() never builds. stage: by default Stage::probabilities. Loops of kernel::reference.
+/// The attention weights, for learning and debugging: [heads·n_queries, n_keys], head h in rows h·n_queries …: the matrix
+/// that attention() never builds. stage: by default Stage::probabilities. Loops of kernel::reference.
 template <MatrixLike Q, MatrixLike K, class M = Full, class F = Plain>
 Matrix<ScalarOf<Q>> attention_weights(const Q& q, const K& k, Heads heads = {}, const M& mask = full,
                                       const F& score = plain, std::optional<Stage> stage = {},

@@ -1,5 +1,4 @@
-// explain.hpp — what a call of attention() will do, in one printable line: which kernel and why, what is skipped, what it
-// costs.
+// explain.hpp — what a call of attention() will do, in one printable line: kernel and reason, blocks skipped, cost.
 //
 //     std::puts(explain(q, k, v, {8, 2}, causal).text().c_str());
 //

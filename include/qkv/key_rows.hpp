@@ -1,4 +1,4 @@
-// key_rows.hpp — the only thing a kernel knows of a cache: runs of rows, and where each run begins in the sequence.
+// key_rows.hpp — a cache as kernels see it: runs of rows, and the position at which each run begins.
 //
 //     run 0: rows at positions 0 … 3         (pinned first tokens)      logical rows 0 … 3
 //     run 1: rows at positions 96 … 127      (a page, a ring's tail)    logical rows 4 … 35

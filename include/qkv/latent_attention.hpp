@@ -113,7 +113,7 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
     return PagedLatentCache<S>(pool);
   }
 
-  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  /// The steps one by one. x [n, model_dim]; row i is at position first_position + i.
   template <MatrixLike X, Executor E = Serial>
   Matrix<T> queries(const X& x, Index first_position = 0,
                     const E& executor = serial) const {  // [n, heads·(nope_dim + rope_dim)], rope part rotated

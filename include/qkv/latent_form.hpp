@@ -1,4 +1,4 @@
-// latent_form.hpp — which of the two forms of latent attention takes less time.
+// latent_form.hpp — which of the two forms of latent attention needs less time.
 //
 //     absorbed    attends to the latents themselves: few queries
 //     naive       restores keys and values first: many queries

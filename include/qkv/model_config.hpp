@@ -30,7 +30,7 @@ struct MultiHeadAttentionConfig {
   bool qkv_bias = false, out_bias = false;
   bool qk_norm = false;                              // RMSNorm of every query and key head before RoPE
   double norm_eps = 1e-6;                            // of qk_norm
-  std::optional<RopeConfig> rope = {};               // none: positions come from elsewhere
+  std::optional<RopeConfig> rope = {};               // none: no rotation
   std::optional<double> scale = {};                  // none, or 0: 1/√head_dim
   Index key_dim = model_dim, value_dim = model_dim;  // features of the inputs of W_k and W_v: cross-attention
 

@@ -93,7 +93,7 @@ class MultiHeadAttention : public detail::LayerCalls<MultiHeadAttention<T>, T> {
     return PagedCache<S>(pool);
   }
 
-  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  /// The steps one by one. x [n, model_dim]; row i is at position first_position + i.
   template <MatrixLike X, Executor E = Serial>
   Matrix<T> queries(const X& x, Index first_position = 0, const E& executor = serial) const {  // [n, heads·head_dim]
     Matrix<T> q = weights_.query.forward(x, executor);

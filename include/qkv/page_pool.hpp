@@ -116,7 +116,7 @@ class PageUse {
                     " and ", pages);
     references_.assign(static_cast<std::size_t>(pages), 0);
     free_.reserve(references_.size());
-    for (Index page = pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
+    for (Index page = pages; page-- > 0;) free_.push_back(page);  // page 0 is used first
   }
   PageUse(const PageUse&) = delete;  // sequences point here
   PageUse& operator=(const PageUse&) = delete;

@@ -21,8 +21,8 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// One sequence: a table of pages, freed when it is cleared, truncated or destroyed. Appending a row costs O(1) beyond
-/// writing its bytes, whatever the number of pages, and allocates nothing.
+/// One sequence: a table of pages, released when it is cleared, truncated or destroyed. Appending a row costs O(1)
+/// beyond writing its bytes, whatever the number of pages, and allocates nothing.
 template <StorageType S = float>
 class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::PagedRows<PagePool<S>> {
   using Base = CacheInterface<PagedCache<S>, S>;

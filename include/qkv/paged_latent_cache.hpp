@@ -78,7 +78,7 @@ class LatentPagePool : public PageUse {
   detail::LatentMemory<S> memory_;
 };
 
-/// One sequence: a table of pages, freed when it is cleared, truncated or destroyed.
+/// One sequence: a table of pages, released when it is cleared, truncated or destroyed.
 template <StorageType S = float>
 class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   using Pages = detail::PagedRows<LatentPagePool<S>>;
@@ -135,7 +135,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
     return true;
   }
 
-  /// Truncates to `position`; pages that are empty then are freed. std::out_of_range unless can_truncate(position).
+  /// Truncates to `position`; pages without rows are released. std::out_of_range unless can_truncate(position).
   void truncate(Index position) {
     detail::require<std::out_of_range>(can_truncate(position), "truncate(position) needs 0 <= position <= ", rows(),
                                        "; given position ", position);

@@ -59,7 +59,7 @@
 #include "score.hpp"                          // what happens to q·k
 #include "softmax.hpp"                        // softmax, and the state (m, l, o) that merges
 #include "options.hpp"                        // options of a call; which kernel runs it
-#include "key_rows.hpp"                       // what a kernel knows of a cache
+#include "key_rows.hpp"                       // a cache as kernels see it
 #include "kernel/pair_rule.hpp"               // all that a kernel knows of masks and scores
 #include "kernel/position_grid.hpp"           // keys in cells of absolute positions
 #include "kernel/byte_rows.hpp"               // rows of a sequence without their storage type

@@ -126,7 +126,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
 
   /// Bytes of keys, values and scales at capacity.
   Index bytes() const { return block_.bytes(); }
-  /// Bytes of the workspace beside them.
+  /// All other bytes: the workspace.
   Index overhead_bytes() const { return this->workspace_.bytes(); }
 
   /// Rollback, for a layer's call that fails (layer/appended.hpp): saves the old rows that n more rows overwrite. Sized

@@ -1,5 +1,5 @@
-// cache/file.hpp — reads and writes the bytes of a saved cache: byte order, checksum, errors. The format:
-// saved_cache.hpp.
+// cache/file.hpp — the bytes of a saved cache, read and written: byte order, checksum, errors.
+// Format: saved_cache.hpp.
 //
 // Before: cache/paged_rows.hpp   Next: compress/key_directions.hpp
 #pragma once

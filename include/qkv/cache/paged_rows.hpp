@@ -74,7 +74,7 @@ class PagedRows {
   void set_busy(bool on) { busy_ += on ? 1 : -1; }
   void require_idle() const { require<std::logic_error>(busy_ == 0, busy_rule); }
 
-  /// Removes all rows and frees the pages.
+  /// Removes all rows and releases the pages.
   void clear() { rewind(0); }
 
   /// Bytes of the pages in its table, shared or not. They belong to the pool: see memory.hpp.

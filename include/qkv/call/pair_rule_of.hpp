@@ -1,10 +1,9 @@
-// call/pair_rule_of.hpp — any mask and any score as a PairRule, the plain value that kernels call:
-// kernel/pair_rule.hpp.
+// call/pair_rule_of.hpp — any mask and any score as the PairRule that kernels call: kernel/pair_rule.hpp.
 //
-// The one place that knows the protocol of masks (mask_protocol.hpp). Where the visible lanes or keys form one interval
-// (causal, windows, prefixes, lengths, and what & and | make of them), `seen_by` and `keys_seen` return it, and one
-// comparison per register masks the rest. For other masks sees(at) is called for every pair. The library's own scores
-// work on whole registers; a user's score is called for every pair, inlined in the loop over the tile.
+// All kernels but the reference call masks (mask_protocol.hpp) through this. Where the visible lanes or keys form one
+// interval (causal, windows, prefixes, lengths, and what & and | make of them), `seen_by` and `keys_seen` return it,
+// and one comparison per register masks the rest. For other masks sees(at) is called for every pair. The library's own
+// scores work on whole registers; a user's score is called for every pair, inlined in the loop over the tile.
 //
 // Before: call/rule.hpp   Next: call/checks.hpp
 #pragma once

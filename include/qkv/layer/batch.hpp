@@ -68,8 +68,7 @@ void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index o
     for (Index s = first; s < last; ++s)
       if (batch.n(s) > 0) attend_to_all_heads(s);
   } else {
-    // The cost of a sequence is its pairs of query and key. One with more than 1/32 of the cost in an item is divided
-    // further.
+    // The cost of a sequence is its pairs of query and key. Where an item has over 1/32 of all cost, it is divided.
     constexpr double finest = 32;
     const auto cost = [&](Index s) {
       return static_cast<double>(batch.cache(s).rows() - own) * static_cast<double>(batch.n(s));

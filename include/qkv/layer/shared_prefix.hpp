@@ -62,7 +62,7 @@ struct Stacked {
     const auto after = std::upper_bound(row_offsets.begin(), row_offsets.end(), row + row_offsets.front());
     return static_cast<std::size_t>(after - row_offsets.begin()) - 1;
   }
-  /// The mask or score of sequence s of the group; of that of a query.
+  /// The mask or score of sequence s of the group; of the sequence of a query.
   template <class M>
   decltype(auto) of(const M& mask, std::size_t s) const {
     return of_sequence(mask, first + static_cast<Index>(s), count);

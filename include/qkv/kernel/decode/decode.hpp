@@ -9,7 +9,7 @@
 //
 // The work is bound by memory bandwidth: 2 · n_keys · kv_heads · head_dim numbers. Queries of a group (and several new
 // tokens) share each row while it is in registers (kernel/decode/scores.hpp); narrow storage is widened there, int8
-// mostly multiplied as it is. Splits lie on a grid of absolute positions and merge in order, so paged, ring and
+// is mostly multiplied as stored. Splits lie on a grid of absolute positions and merge in order, so paged, ring and
 // contiguous caches, any number of threads and a prompt in pieces give the same bits. Dao et al. 2023, "Flash-Decoding
 // for long-context inference".
 //

@@ -109,7 +109,7 @@ class Tiled {
         if (b == last || section_of(b + 1) != section)
           fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim), state_.weighted.outerStride(),
                                    task_.v_head_dim, panel_queries(p), true));
-        if (b == last && p + 1 == n_panels)  // of the item that is likely to come next
+        if (b == last && p + 1 == n_panels)  // of the item that likely runs next
           fetch_queries(query_ + n_queries_);
         fetch_block(b + 1, p, n_panels);
         if (b == first && p + 1 < n_panels) fetch_queries(query_ + (p + 1) * lanes);
