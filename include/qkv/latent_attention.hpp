@@ -10,7 +10,7 @@
 // Nothing is approximated at run time: the model *is* of low rank.
 //
 // Two forms compute the same: naive (restores keys and values; for many queries) and absorbed (never restores them; for
-// few), see call/latent_forms.hpp. `automatic` chooses by numbers of queries and keys only: latent_form.hpp. The calls
+// few), see call/latent_forms.hpp. `automatic` chooses by sizes and arithmetic of the call: latent_form.hpp. The calls
 // with caches: layer/forward.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //

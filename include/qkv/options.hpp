@@ -56,13 +56,16 @@ constexpr Kernel choose_kernel(Kernel forced, Index n_queries, Index decode_most
 /// The number types in which the tiled kernel and absorbed latent attention multiply, and decode an int8 cache. Sums
 /// are always in the scalar of q, or wider.
 enum class Arithmetic {
-  automatic,  // as stored: a bfloat16 cache in bfloat16, an int8 cache in int8 (q·k) and bfloat16 (values; int16 with
-              // AVX-VNNI), where the CPU has the instructions and q is float; otherwise exact. Decode: int8 alone; for
-  // groups of heads q·k in int8 and values in int16 where the CPU can. With AVX2 and SSE2 all three kernels
-  // multiply an int8 cache in int16. Errors grow with the scores: docs/numerics.md
-  exact,  // everything widened to the scalar of q
-  int8,   // as automatic, but where the CPU has int8 products an int8 cache in int8 throughout: weights in 8 bits,
-          // faster and coarser
+  /// As stored, where the CPU has the instructions and q is float: a bfloat16 cache in bfloat16, an int8 cache in int8
+  /// (q·k) and bfloat16 (values; int16 with AVX-VNNI); otherwise exact. Decode: int8 caches only; for groups of heads
+  /// q·k in int8 and values in int16 where the CPU can. With AVX2 and SSE2 all three kernels multiply an int8 cache in
+  /// int16. Errors grow with the scores: docs/numerics.md.
+  automatic,
+  /// Everything is widened to the scalar of q.
+  exact,
+  /// As automatic, but where the CPU has int8 products an int8 cache in int8 throughout: weights in 8 bits, faster and
+  /// coarser.
+  int8,
 };
 
 /// The two forms of latent attention; see call/latent_forms.hpp.

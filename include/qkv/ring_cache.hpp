@@ -97,7 +97,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   /// the window is not full.
   Index max_append() const { return ring_ - position_ + first_visible(position_); }
 
-  /// Every row that a query at `position` sees must still be held; always so for the last slack positions.
+  /// Whether every row that a query at `position` sees is still held; true for the last slack positions.
   bool can_truncate(Index position) const {
     return position >= 0 && position <= position_ &&
            (first_visible(position) >= oldest_ || first_visible(position) >= position);

@@ -76,7 +76,7 @@ class Appended {
   Workspace::Lease memory_;
 };
 
-/// Appends each sequence's rows; raises should a cache refuse what it had room for.
+/// Appends each sequence's rows; raises if a cache refuses rows for which it had room.
 template <class C, class A, class B>
 void append_all(std::span<const Index> row_offsets, std::span<C* const> caches, const A& a, const B& b) {
   for (std::size_t s = 0; s < caches.size(); ++s) {

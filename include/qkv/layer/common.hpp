@@ -82,7 +82,7 @@ concept SlidingCache = requires(const C& cache) {
   cache.capacity();
 };
 
-/// A cache whose memory is a pool's, which other sequences may share.
+/// A cache that stores rows in a pool, which other sequences may share.
 template <class C>
 concept PooledCache = requires(const C& cache) {
   cache.pool()->free_pages();

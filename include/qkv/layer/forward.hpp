@@ -108,7 +108,7 @@ class LayerCalls {
   const Layer& self() const { return static_cast<const Layer&>(*this); }
   Index model_dim() const { return self().config().model_dim; }
 
-  /// All that is compiled for each mask and score.
+  /// Only this is compiled for each mask and score.
   template <class C, class M, class F>
   void call(View<T> out, const ConstView<T>& x, std::span<const Index> row_offsets, std::span<C* const> caches,
             const M& given_mask, const F& score, const LayerOptions& options, const AnyExecutor& executor) const {

@@ -156,7 +156,8 @@ class PrefixStates {
     });
   }
 
-  /// Copies the states of query rows [row, row + to's rows) of the batch and some heads: what their own rows merge into.
+  /// Copies the prefix states of query rows [row, row + n) of the batch, heads first_head …, to `to`: the states into
+  /// which the sequence's own rows merge.
   void copy_to(const kernel::StateView<T>& to, Index row, Index n, Index first_head, Index v_head_dim) const {
     for (Index i = 0; i < n; ++i)
       for (Index h = 0; h < to.heads; ++h) {

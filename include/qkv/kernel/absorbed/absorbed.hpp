@@ -153,7 +153,7 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
     multiply_tiles(tiles_.whole, rows, p, begin, tiles);
     begin += tiles * rows;
     if (begin == end) return;
-    if (tiles > 0) return multiply_tiles(tiles_.whole, rows, p, end - rows, 1);  // rows twice: the same bits
+    if (tiles > 0) return multiply_tiles(tiles_.whole, rows, p, end - rows, 1);  // some rows again: the same bits
     multiply_tiles(tiles_.four, 4, p, begin, (end - begin) / 4);
     begin += (end - begin) / 4 * 4;
     multiply_tiles(tiles_.one, 1, p, begin, end - begin);
