@@ -31,7 +31,7 @@ TEST_CASE("explain names the kernel that the rule picks, and why", "[explain]") 
   CHECK(later.blocks_all + later.blocks_some == 0);
   const auto asked = explain(q, k, v, heads, causal, plain, {.kernel = Kernel::reference});
   CHECK(asked.kernel == Kernel::reference);
-  CHECK(asked.why == "asked for by options.kernel");
+  CHECK(asked.why == "forced by options.kernel");
   const Matrix<long double> wide = Matrix<long double>::Zero(9, 4);
   CHECK(explain(wide, wide, wide).kernel == Kernel::reference);
   CHECK(explain(wide, wide, wide).why == "the scalar is neither float nor double");
@@ -164,7 +164,7 @@ TEST_CASE("explain says of a layer what it projects, in which form, by which ker
     for (const Index n : {1, 40}) {
       CHECK(explain(gqa, n, keys, {.kernel = kernel}).kernel == name(kernel));
       CHECK(explain(mla, n, latents, {.kernel = kernel}).kernel == name(kernel));
-      CHECK(contains(explain(gqa, n, n, {.kernel = kernel}).text(), "asked for by options.kernel"));
+      CHECK(contains(explain(gqa, n, n, {.kernel = kernel}).text(), "forced by options.kernel"));
     }
   // The same numbers as attention over as many keys.
   for (const Index n : {1, 8, 9})
@@ -184,7 +184,7 @@ TEST_CASE("explain says of a layer what it projects, in which form, by which ker
   CHECK(absorbed.kernel == (kernel::absorbed::serves<float> ? "absorbed" : "tiled"));
   CHECK(contains(absorbed.text(), "bf16 rows multiplied in bf16") == kernel::Isa::bf16_products);
   CHECK(std::string(explain(mla, 1, latents, {.arithmetic = Arithmetic::exact}).arithmetic).empty());
-  CHECK(contains(naive.text(), "naive form (asked for by options.form); decode kernel (1 queries <= 8)"));
+  CHECK(contains(naive.text(), "naive form (forced by options.form); decode kernel (1 queries <= 8)"));
   CHECK(std::string(naive.arithmetic).empty());  // restored rows are in the layer's scalar
   for (const Index n : {1, 20, 60, 200, 900}) {
     CHECK(explain(mla, n, n).form == choose_latent_form(LatentForm::automatic, config, n, n));

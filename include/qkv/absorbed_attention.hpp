@@ -1,13 +1,13 @@
-// absorbed_attention.hpp — latent attention on matrices: absorbed queries against latent rows, all heads of which share one.
+// absorbed_attention.hpp — latent attention on matrices: absorbed queries against latent rows that all heads share.
 //
 //     out = absorbed_attention(q, cache, 128, causal, {.scale = layer.scale()});
 //
 //     q [n_queries, heads·(latent_dim + rope_dim)]   of head h [q_nope·W_UK(h)ᵀ | q_rope]: W_UK absorbed into the query
 //     latents                                         LatentCache, PagedLatentCache, or latent_rows(matrix, latent_dim)
-//     out [n_queries, heads·latent_dim]               Σ p·c of every head; W_UV comes afterwards
+//     out [n_queries, heads·latent_dim]               Σ p·c of every head; without W_UV
 //
-// It is attention() with kv_heads = 1, keys [c | r] and values c, and has its mask, score, options and executor. What it has
-// not is a default scale: 1/√(latent_dim + rope_dim) is that of no model, and the latents do not know nope_dim.
+// It is attention() with kv_heads = 1, keys [c | r] and values c; mask, score, options and executor are the same. The
+// scale has no default: a model's is computed from nope_dim, which latents do not have.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C; the two forms: call/latent_forms.hpp.
 //
 // Before: paged_latent_cache.hpp   Next: latent_attention.hpp
@@ -26,7 +26,7 @@ concept LatentSource = requires(const C& source) {
   source.latent_rows().latent_dim;
 };
 
-/// The rows [c | r] of a matrix, at positions 0 … n_keys-1. Looks at it, and must outlive the call itself.
+/// The rows [c | r] of a matrix, at positions 0 … n_keys-1: a view of it, which must outlive the call.
 template <StorageType S>
 class LatentMatrix {
  public:

@@ -5,15 +5,15 @@
 //     q [n_queries, heads·head_dim]   k [n_keys, kv_heads·head_dim]   v [n_keys, kv_heads·v_head_dim]
 //     out [n_queries, heads·v_head_dim]                       cost 2·n_queries·n_keys·heads·(head_dim + v_head_dim) flops
 //
-//     mask      who may see whom         mask.hpp     default: full
+//     mask      which keys a query sees  mask.hpp     default: full
 //     score     what happens to q·k      score.hpp    default: plain
 //     options   scale, positions, sinks, kernel, log-sum-exp, workspace, batches      options.hpp
-//     executor  who does the work        parallel.hpp default: serial
+//     executor  where work items run     parallel.hpp default: serial
 //
-// They follow heads in this order; options may also follow heads or the mask at once: no score, or neither.
+// Arguments after heads, in this order; before options the score, or mask and score, may be omitted.
 //
 // Queries are the *last* tokens unless options.first_position says otherwise: with n_keys keys of which none is padding,
-// query i stands at position n_keys - n_queries + i. A query that sees nothing gives zeros.
+// query i is at position n_keys - n_queries + i. The output of a query that sees no key is zero.
 // Vaswani et al. 2017, arXiv:1706.03762, equation 1; semantics of ONNX Attention, opset 25.
 //
 // Before: options.hpp   Next: explain.hpp
@@ -34,11 +34,11 @@ concept KeySource = !MatrixLike<C> && requires(const C& cache) {
   cache.key_rows().kv_heads;
 };
 
-/// Scratch bytes that a call of these sizes holds with the serial executor, in two or three leases; after one call a
-/// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and with
-/// n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys. Of keys
-/// and values in T, the keys at positions from 0 on: for an int8 cache decode may hold more, and with heads of one feature
-/// prefill.
+/// Scratch bytes that a call of these sizes needs with the serial executor, in two or three leases; after one call a
+/// Workspace holds them and further calls allocate nothing. Grows with n_queries (two numbers per query and head) and
+/// with n_keys (packed keys of one kv head; other executors: of as many as fit 32 MB), never with n_queries · n_keys.
+/// For keys and values in T, at positions from 0 on. An int8 cache may need more: in decode, and in prefill with heads
+/// of one feature.
 template <class T>
 Index required_bytes(Kernel kernel, Index n_queries, Index n_keys, Heads heads, Index head_dim, Index v_head_dim) {
   check(heads);
@@ -100,7 +100,7 @@ void attention_into(Out&& out, const Q& q, const K& k, const V& v, Heads heads, 
   attention_into(out, q, k, v, heads, mask, plain, options, executor);
 }
 
-/// Takes any Eigen expressions; what is not row-major in memory is copied first.
+/// Operands are any Eigen expressions; those that are not row-major in memory are copied first.
 template <MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted,
           detail::MaskOrScore F = detail::Omitted, Executor E = Serial>
 Matrix<ScalarOf<Q>> attention(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = {},
@@ -194,10 +194,11 @@ SoftmaxState<T> state_of(const ConstView<T>& q, const ConstView<S>& k, const Con
 
 }  // namespace detail
 
-/// The mergeable state of q over these keys: states over disjoint keys merge, and finish() gives what attention gives. Of a
-/// part of the keys that begins with row r of all say .first_key_position = r: masks and scores then see the positions of the
-/// whole text (operands that go by rows, such as lengths and bias, are those of the part). Say .first_position too, unless the
-/// queries are the last tokens of this part. Sinks are refused here; they join in finish().
+/// The softmax state of q over these keys: states over disjoint keys merge, and finish() gives the output of
+/// attention(). For a part of the keys that begins at row r set .first_key_position = r: masks and scores then see the
+/// positions of the whole text (operands indexed by rows, such as lengths and bias, are those of the part). Set
+/// .first_position too, unless the queries are the last tokens of this part. Sinks are refused here; they join in
+/// finish().
 template <MatrixLike Q, MatrixLike K, MatrixLike V, detail::MaskOrScore M = detail::Omitted,
           detail::MaskOrScore F = detail::Omitted, Executor E = Serial>
 SoftmaxState<ScalarOf<Q>> attention_state(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = {},
@@ -251,8 +252,8 @@ Matrix<T> weights_of(const ConstView<T>& q, const KeyRows<S>& keys, Heads heads,
 
 }  // namespace detail
 
-/// Who looks at whom, for learning and debugging: [heads·n_queries, n_keys], head h in rows h·n_queries …; this is the
-/// matrix that attention() never builds. stage: by default Stage::probabilities. Loops of kernel::reference.
+/// The attention weights, for learning and debugging: [heads·n_queries, n_keys], head h in rows h·n_queries …: the matrix
+/// that attention() never builds. stage: by default Stage::probabilities. Loops of kernel::reference.
 template <MatrixLike Q, MatrixLike K, class M = Full, class F = Plain>
 Matrix<ScalarOf<Q>> attention_weights(const Q& q, const K& k, Heads heads = {}, const M& mask = full,
                                       const F& score = plain, std::optional<Stage> stage = {},

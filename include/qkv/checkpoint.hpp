@@ -1,6 +1,6 @@
-// checkpoint.hpp — attention weights as other programs keep them, by the names they give them.
+// checkpoint.hpp — attention weights from the tensors of other programs, by their names.
 //
-//     Tensors<float> tensors = …;                       // read from a file by whatever reads such files
+//     Tensors<float> tensors = …;                       // from a file, by a reader of your choice
 //     MultiHeadAttention layer(config, llama_weights(config, tensors));
 //
 //     torch_mha_weights    torch.nn.MultiheadAttention   in_proj_weight, in_proj_bias, out_proj.weight …
@@ -8,11 +8,11 @@
 //     llama_weights        Llama, Mistral, Qwen3         wq wk wv wo, or q_proj.weight …; q_norm, k_norm
 //     deepseek_weights     DeepSeek-V2, V3               wq | wq_a q_norm wq_b, wkv_a kv_norm wkv_b wo, or q_a_proj …
 //
-// All take (config, tensors), and refuse by name what does not fit the config. Where the tensors alone say all sizes, the
-// config may be left out.
+// Arguments are (config, tensors); a tensor that does not fit the config is an error that names it. Where tensors
+// determine all sizes, the config may be omitted.
 //
-// PyTorch keeps Wᵀ [out, in]; Conv1D keeps W [in, out]; everything here becomes x·W. A vector is a matrix [1, n]. A missing
-// tensor or one of the wrong shape throws std::invalid_argument that names it.
+// PyTorch stores Wᵀ [out, in], Conv1D W [in, out]; both become W of x·W. A vector is a matrix [1, n]. A missing tensor
+// or one of the wrong shape throws std::invalid_argument that names it.
 //
 // Before: explain_layer.hpp   Next: compress.hpp
 #pragma once
@@ -34,7 +34,7 @@ using Tensors = std::map<std::string, Matrix<T>, std::less<>>;
 
 namespace detail {
 
-/// The name and tensor of the first of these names that is there, or null. Each name may carry ".weight".
+/// The name and tensor of the first of these names that exists, or null. A name may be followed by ".weight".
 template <class T>
 const typename Tensors<T>::value_type* find_tensor(const Tensors<T>& tensors,
                                                    std::initializer_list<std::string_view> names) {

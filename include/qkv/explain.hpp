@@ -1,5 +1,4 @@
-// explain.hpp — what a call of attention() will do, in one printable line: which kernel and why, what is skipped, what it
-// costs.
+// explain.hpp — what a call of attention() will do, in one printable line: kernel and reason, blocks skipped, cost.
 //
 //     std::puts(explain(q, k, v, {8, 2}, causal).text().c_str());
 //
@@ -70,7 +69,7 @@ KernelChoice explain_kernel(Kernel forced, Arithmetic arithmetic, Index n_querie
   const Kernel kernel = choose_kernel<T>(forced, n_queries);
   const std::string most = std::to_string(decode_max_queries);
   return {kernel,
-          forced != Kernel::automatic   ? "asked for by options.kernel"
+          forced != Kernel::automatic   ? "forced by options.kernel"
           : kernel == Kernel::reference ? "the scalar is neither float nor double"
           : kernel == Kernel::decode    ? std::to_string(n_queries) + " queries <= " + most
                                         : std::to_string(n_queries) + " queries > " + most,
@@ -127,8 +126,8 @@ Explanation explain_rows(Index n_queries, Index q_cols, const KeyRows<S>& keys, 
 
 }  // namespace detail
 
-/// What attention(q, k, v, heads, mask, score, options) will do. Nothing of q, k, v is read but the shapes; what the call
-/// would refuse is refused.
+/// What attention(q, k, v, heads, mask, score, options) will do. Only the shapes of q, k, v are read; errors are those
+/// of the call.
 template <MatrixLike Q, MatrixLike K, MatrixLike V, class M = Full, class F = Plain>
 Explanation explain(const Q& q, const K& k, const V& v, Heads heads = {}, const M& mask = full, const F& score = plain,
                     const Options<ScalarOf<Q>>& options = {}) {

@@ -21,8 +21,8 @@
 namespace qkv { inline namespace QKV_ABI {
 
 struct LayerExplanation {
-  Index n_queries = 0, n_keys = 0;  // keys: with those of the call
-  Index pieces = 1;                 // in which a ring is given its rows; all else is about the first
+  Index n_queries = 0, n_keys = 0;  // keys: those of the call included
+  Index pieces = 1;                 // of a call on a ring; the other members describe the first
   std::string projections;
   Index weight_bytes = 0;
   LatentForm form = LatentForm::automatic;  // automatic: a layer without forms
@@ -83,7 +83,7 @@ struct LayerExplainer {
   template <StorageType S, class T>
   static void choose(LayerExplanation& e, const LatentAttention<T>& layer, const LayerOptions& options) {
     e.form = choose_latent_form<T, S>(options, layer.config(), e.n_queries, e.n_keys);
-    e.form_why = options.form != LatentForm::automatic ? "asked for by options.form"
+    e.form_why = options.form != LatentForm::automatic ? "forced by options.form"
                  : e.form == LatentForm::absorbed      ? "less time than restoring keys and values"
                                                        : "less time than absorbing them";
     if (e.form == LatentForm::absorbed && kernel::has_absorbed_kernel<T>(options.kernel)) {
@@ -129,7 +129,7 @@ struct LayerExplainer {
 
 }  // namespace detail
 
-/// What layer.forward(x [n_queries, model_dim], cache, options) will do. What it would refuse is refused.
+/// What layer.forward(x [n_queries, model_dim], cache, options) will do. Errors are those of the call.
 template <class Layer, class C>
 requires(Layer::template serves<C>) LayerExplanation
     explain(const Layer& layer, Index n_queries, const C& cache, const LayerOptions& options = {}) {

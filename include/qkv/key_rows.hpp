@@ -1,13 +1,13 @@
-// key_rows.hpp — the only thing a kernel knows of a cache: runs of rows, and where each run begins in the sequence.
+// key_rows.hpp — a cache as kernels see it: runs of rows, and the position at which each run begins.
 //
 //     run 0: rows at positions 0 … 3         (pinned first tokens)      logical rows 0 … 3
 //     run 1: rows at positions 96 … 127      (a page, a ring's tail)    logical rows 4 … 35
 //     run 2: rows at positions 128 … 140                                logical rows 36 … 48
 //
 // Inside a run, row i of key/value head h begins at  keys + h·key_head_stride + i·key_row_stride  (elements), and its
-// position is  position + i. Plain matrices, contiguous, ring and paged caches all look like this; nobody copies.
-// Rows are given in ascending position from 0 on, none twice: a call refuses others (it looks, but for the library's own
-// caches). Scales (int8 only) follow the same pattern with their own strides.
+// position is  position + i. Plain matrices, contiguous, ring and paged caches all have this form; no rows are copied.
+// Positions ascend from 0 on, none twice; a call refuses other rows (checked for all but the library's own caches).
+// Scales (int8 only) follow the same pattern with their own strides.
 //
 // Before: explain.hpp   Next: model_config.hpp
 #pragma once
@@ -54,7 +54,7 @@ struct KeyRows {
   float value_scale(const KeyRun<S>& run, Index kv_head, Index row) const {
     return has_row_scale<S> ? run.value_scales[scale_at(kv_head, row)] : 1.0F;
   }
-  /// Where a row's scales stand in key_scales and value_scales.
+  /// Index of a row's scales in key_scales and value_scales.
   Index scale_at(Index kv_head, Index row) const {
     return (first_kv_head + kv_head) * scale_head_stride + row * scale_row_stride;
   }
@@ -62,8 +62,8 @@ struct KeyRows {
 
 namespace detail {
 
-/// Caches whose runs are known to be in order, and in memory that no output can share. All others are looked at once a call,
-/// also what is derived from one: 6 µs for 2,048 pages.
+/// Caches whose runs are known to be in order, and in memory that no output can share. Runs of all other types, derived
+/// ones included, are checked once per call: 6 µs for 2,048 pages.
 template <class C>
 inline constexpr bool owns_rows = false;
 

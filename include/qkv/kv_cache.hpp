@@ -1,10 +1,11 @@
-// kv_cache.hpp — keys and values of the tokens so far, kept so that a new token costs one row of K and V and not all.
+// kv_cache.hpp — keys and values of the tokens so far: a new token computes one row of K and V, not all of them.
 //
 //     without:  step n projects n tokens and scores n² pairs           a whole text:  O(n²) projections, O(n³) pairs
 //     with:     step n projects one token and scores n pairs           a whole text:  O(n) projections,  O(n²) pairs
 //
-// Three things that a cache keeps apart: `position` of the next token in its sequence, `rows` held, and `capacity`.
-// In a KvCache position = rows; a RingCache forgets rows and its position goes on; a PagedCache borrows its capacity.
+// A cache distinguishes the `position` of the next token in its sequence, the `rows` held, and the `capacity`. In a
+// KvCache position = rows; a RingCache evicts rows while its position goes on; a PagedCache stores rows in pages of a
+// pool.
 //
 // Layout [kv_head][token][head_dim]: the rows of one head lie one after another, as decoding reads them. A token costs
 // kv_heads·(head_dim + v_head_dim) numbers per layer: memory.hpp. Rows are stored as S (float, half, bfloat16, int8 with a
@@ -27,7 +28,8 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// All that attention and the layers ask of a cache; KvCache, RingCache and PagedCache are models, yours may be another.
+/// All that attention and the layers require of a cache. KvCache, RingCache and PagedCache satisfy it; so may your own
+/// type.
 template <class C>
 concept KeyValueCache = requires(C& cache, const C& constant, const View<float>& rows, Index position) {
   typename C::Storage;
@@ -37,15 +39,15 @@ concept KeyValueCache = requires(C& cache, const C& constant, const View<float>&
   { constant.v_head_dim() } -> std::same_as<Index>;
   { constant.position() } -> std::same_as<Index>;    // of the next token
   { constant.rows() } -> std::same_as<Index>;        // held
-  { constant.max_append() } -> std::same_as<Index>;  // rows that one append may bring now
+  { constant.max_append() } -> std::same_as<Index>;  // rows that one append may add now
   cache.append(rows, rows);
-  { cache.try_append(rows, rows) } -> std::same_as<bool>;  // false, and nothing has changed, where it does not fit
+  { cache.try_append(rows, rows) } -> std::same_as<bool>;  // false, cache unchanged, where they do not fit
   cache.truncate(position);
   { cache.workspace() } -> std::same_as<Workspace&>;
 };
 
 /// What the three caches share. Errors leave a cache as it was; the try_ forms return false instead of raising where a
-/// cache is full or a position out of reach (wrong shapes always raise std::invalid_argument).
+/// cache is full or a position out of range (wrong shapes always raise std::invalid_argument).
 template <class Cache, StorageType S>
 class CacheInterface {
  public:
@@ -72,11 +74,11 @@ class CacheInterface {
     return true;
   }
 
-  /// Whether n more rows fit. Every cache has it; paged ones ask their pool's owner for pages first.
+  /// Whether n more rows fit. Of a paged cache, after its pool has evicted for missing pages (page_pool.hpp).
   bool make_room(Index n) const { return n <= self().max_append(); }
 
-  /// Goes back to `position`, forgetting the rows from there on: as if they had never been appended.
-  /// std::out_of_range unless can_truncate(position).
+  /// Truncates to `position`: as if the rows from there on had never been appended. std::out_of_range unless
+  /// can_truncate(position).
   void truncate(Index position) {
     detail::require<std::out_of_range>(self().can_truncate(position),
                                        "truncate(position) needs 0 <= position <= ", self().position(),
@@ -134,8 +136,8 @@ struct KvCacheConfig {
 /// What scatter_rows does at the end of the storage: stop, or go on at its beginning.
 enum class Wrap { none, circular };
 
-/// Every row from position 0 on. Growing (config.block) never copies what is there: attention walks the blocks as runs. A
-/// row costs amortised O(1) beside its own bytes to append, however many blocks there are.
+/// Every row from position 0 on. Growing (config.block) never copies rows: attention iterates over the blocks as runs.
+/// Appending a row costs amortised O(1) beyond writing its bytes, whatever the number of blocks.
 template <StorageType S = float>
 class KvCache : public CacheInterface<KvCache<S>, S> {
   using Base = CacheInterface<KvCache<S>, S>;
@@ -157,7 +159,7 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
       blocks_[b].copy_rows(other.blocks_[b], 0, 0, 0, 0, other.runs_[b].rows);
     rewind(other.rows_);
   }
-  /// What was moved from has capacity 0.
+  /// A moved-from cache has capacity 0.
   KvCache(KvCache&& other) noexcept { swap(other); }
   KvCache& operator=(KvCache other) noexcept {
     swap(other);
@@ -173,31 +175,32 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
 
   void clear() { rewind(0); }
 
-  /// Context shift: forgets rows first … first+n-1; those behind them move n positions down, values as they are, keys
-  /// turned by -n. `rope`: the layer's rope(), always the same; std::nullopt: keys know no position and stay as they are.
-  /// Equal to a cache built without those rows, but for one more rounding of each key to S (int8: half a step of its scale),
-  /// however many shifts there were: the first one takes memory for the keys once more and 8 bytes a row of the blocks that
-  /// turn; Shift::in_place takes none, and rounds at every shift. A copied cache keeps that, a loaded one begins with the
-  /// keys of the file. std::out_of_range unless 0 <= first and first + n <= rows(). Later shifts allocate nothing once the
-  /// workspace is warm.
+  /// Context shift: evicts rows first … first+n-1; later rows move n positions down, values unchanged, keys rotated by
+  /// -n. `rope`: the layer's rope(), the same at every shift; std::nullopt: keys have no positions and stay unchanged.
+  /// Equal to a cache built without those rows, but for one more rounding of each key to S (int8: half a quantisation
+  /// step), after any number of shifts: the first one allocates a second copy of the keys, and 8 bytes per row, for the
+  /// blocks it rotates. Shift::in_place allocates neither, and rounds at every shift. A copy of the cache includes the
+  /// unrotated keys; a loaded cache starts from the keys of the file. std::out_of_range unless 0 <= first and first + n
+  /// <= rows(). Later shifts allocate nothing once the workspace is warm.
   template <class R>
   void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
     const auto* const rotation = detail::rope_of(rope);
     detail::check_shift(first, n, rows_, rotation, this->head_dim());
     const auto scratch = this->workspace_.lease(detail::shift_bytes<S>(rotation, this->kv_heads() * this->head_dim()));
     const Index left = rows_ - n;
-    const auto unturned = [](const auto& block) { return static_cast<bool>(block.unturned()); };
-    if (n > 0 && (rotation ? how == Shift::exact : std::any_of(blocks_.begin(), blocks_.end(), unturned)))
-      for (Index row = first; row < left; row += block_ - row % block_) block_of(row).keep_unturned();
+    const auto unrotated = [](const auto& block) { return static_cast<bool>(block.unrotated()); };
+    if (n > 0 && (rotation ? how == Shift::exact : std::any_of(blocks_.begin(), blocks_.end(), unrotated)))
+      for (Index row = first; row < left; row += block_ - row % block_) block_of(row).keep_unrotated();
     detail::shift_blocks<S>(first, n, rows_, this->shape_, rotation, how, scratch.data(), [&](Index row) {
       return detail::BlockRow<S>{block_of(row), 0, row % block_};
     });
     rewind(left);
   }
 
-  /// Below append: overwrites rows position … position+n-1, and appends those past rows(). Circular: ONNX TensorScatter,
-  /// row (position + i) modulo capacity, for caches that are full or become so; rows then are slots, not positions
-  /// (RingCache keeps both apart). std::out_of_range where rows would be left out, std::length_error past capacity.
+  /// Lower-level than append: overwrites rows position … position+n-1, and appends those past rows(). Circular: ONNX
+  /// TensorScatter, row (position + i) modulo capacity, for caches that are full or become so; rows then are slots, not
+  /// positions (RingCache distinguishes them). std::out_of_range where rows would be left out, std::length_error past
+  /// capacity.
   template <MatrixLike K, MatrixLike V>
   void scatter_rows(Index position, const K& k, const V& v, Wrap wrap = Wrap::none) {
     detail::check_rows(this->shape_, k, v);
@@ -219,7 +222,7 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     hold(std::max(rows_, end), rows_ / block_);
   }
 
-  /// Allocates now what `rows` rows will need, so that appending them does not.
+  /// Allocates memory for `rows` rows now, so that appending them allocates nothing.
   void reserve(Index rows) {
     rows = std::clamp<Index>(rows, 0, capacity_);
     const auto blocks = static_cast<std::size_t>(rows / block_ + (rows % block_ > 0 ? 1 : 0));
@@ -228,17 +231,17 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
     while (blocks_.size() < blocks) blocks_.emplace_back(this->shape_, block_, 1);
   }
 
-  /// Bytes of keys, values and scales: of all capacity, or of the blocks so far where the cache grows. memory.hpp has the rule.
+  /// Bytes of keys, values and scales: of all capacity, or of the blocks so far where the cache grows. See memory.hpp.
   Index bytes() const {
     Index sum = 0;
     for (const auto& block : blocks_) sum += block.bytes();
     return sum;
   }
-  /// Bytes beside them: tables, workspace, and what context shifts keep.
+  /// All other bytes: tables, workspace, and unrotated keys for context shifts.
   Index overhead_bytes() const {
     Index sum = static_cast<Index>(blocks_.capacity() * sizeof(blocks_[0]) + runs_.capacity() * sizeof(runs_[0])) +
                 this->workspace_.bytes();
-    for (const auto& block : blocks_) sum += block.unturned().bytes();
+    for (const auto& block : blocks_) sum += block.unrotated().bytes();
     return sum;
   }
 
@@ -251,12 +254,13 @@ class KvCache : public CacheInterface<KvCache<S>, S> {
   bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity_; }
   void restore(Index, Index rows) {
     reserve(rows);
-    for (const auto& block : blocks_) block.unturned().forget(0, block_);
+    for (const auto& block : blocks_) block.unrotated().forget(0, block_);
     hold(rows, 0);
   }
   detail::CacheBlocks<S>& block_of(Index row) { return blocks_[static_cast<std::size_t>(row / block_)]; }
   void rewind(Index position) { hold(position, position / block_); }
-  /// Holds `rows` rows; the runs of the first `unchanged` blocks are as they were, so that an append touches the last ones.
+  /// Sets the number of rows. Runs of the first `unchanged` blocks are kept, so that an append updates only the last
+  /// ones.
   void hold(Index rows, Index unchanged) {
     rows_ = rows;
     runs_.resize(std::min(static_cast<std::size_t>(unchanged), runs_.size()));

@@ -9,9 +9,9 @@
 // DeepSeek-V3. RoPE does not commute with the up-projection, hence the separate rope key r, one per token for all heads.
 // Nothing is approximated at run time: the model *is* of low rank.
 //
-// Two forms compute the same: naive (restore keys and values, for many queries) and absorbed (never restore them, for few);
-// see call/latent_forms.hpp. `automatic` chooses by numbers of queries and keys only: latent_form.hpp. The calls with caches:
-// layer/forward.hpp.
+// Two forms compute the same: naive (restores keys and values; for many queries) and absorbed (never restores them; for
+// few), see call/latent_forms.hpp. `automatic` chooses by sizes and arithmetic of the call: latent_form.hpp. The calls
+// with caches: layer/forward.hpp.
 // DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437.
 //
 // Before: absorbed_attention.hpp   Next: explain_layer.hpp
@@ -35,7 +35,7 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// All that the layer needs of what holds one sequence's latent rows: LatentCache, PagedLatentCache, or your own type.
+/// All that the layer requires of a cache of latent rows: LatentCache, PagedLatentCache, or your own type.
 template <class C>
 concept LatentKeySource = requires(C& cache, const C& constant, const View<float>& rows, Index position) {
   typename C::Storage;
@@ -83,17 +83,17 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
   Heads heads() const { return {config_.heads, config_.heads}; }
   Index head_dim() const { return config_.head_dim(); }  // nope_dim + rope_dim
   Index v_head_dim() const { return config_.v_head_dim; }
-  /// What scores are multiplied with: config.scale, or 1/√(nope_dim + rope_dim) times YaRN's m².
+  /// The scale of scores: config.scale, or 1/√(nope_dim + rope_dim) times YaRN's m².
   double scale() const { return softmax_scale(config_); }
 
-  /// Keeps RoPE's cosines for positions 0 … n-1: faster, same bits.
+  /// Precomputes RoPE's cosines for positions 0 … n-1: faster, same bits.
   void reserve_positions(Index n) {
     if (rope_) rope_->reserve(n);
   }
   /// The rotation of its rope keys: for cache.drop_rows.
   const std::optional<Rope<T>>& rope() const { return rope_; }
 
-  /// Empty caches, and a pool for them, that fit this layer. A config says everything but latent_dim and rope_dim, which are
+  /// Empty caches, and a pool for them, that fit this layer. Leave latent_dim and rope_dim out of a config: they are
   /// the layer's.
   template <StorageType S = T>
   LatentCache<S> make_cache(Index capacity) const {
@@ -113,7 +113,7 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
     return PagedLatentCache<S>(pool);
   }
 
-  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  /// The steps one by one. x [n, model_dim]; row i is at position first_position + i.
   template <MatrixLike X, Executor E = Serial>
   Matrix<T> queries(const X& x, Index first_position = 0,
                     const E& executor = serial) const {  // [n, heads·(nope_dim + rope_dim)], rope part rotated
@@ -148,8 +148,7 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
     return weights_.output.forward(context, executor);
   }
 
-  /// A whole text at positions 0 … n-1, through a cache of its own. The mask is causal unless it is given, also where it is
-  /// `{}`.
+  /// A whole text at positions 0 … n-1, through a cache of its own. The mask is causal by default, and for `{}`.
   template <MatrixLike X, detail::InMaskPlace M = detail::Omitted, class F = detail::Omitted, Executor E = Serial>
   Matrix<T> forward(const X& x, const M& mask = {}, const F& score = {}, const LayerOptions& options = {},
                     const E& executor = serial) const {
@@ -220,7 +219,7 @@ class LatentAttention : public detail::LayerCalls<LatentAttention<T>, T> {
     }
   }
 
-  /// What x is multiplied with for queries, or for their latents.
+  /// The projections of x that give queries, or their latents.
   const Projection<T>& first_queries() const {
     return config_.q_latent_dim == 0 ? weights_.query : weights_.query_down;
   }

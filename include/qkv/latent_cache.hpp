@@ -42,7 +42,7 @@ class LatentCache {
     memory_.copy_rows(other.memory_, 0, 0, other.rows_);
     hold(other.rows_);
   }
-  /// What was moved from has capacity 0.
+  /// A moved-from cache has capacity 0.
   LatentCache(LatentCache&& other) noexcept { swap(other); }
   LatentCache& operator=(LatentCache other) noexcept {
     swap(other);
@@ -72,7 +72,7 @@ class LatentCache {
                                        latent.rows());
     write(latent, rope_key);
   }
-  /// False where the cache is full; nothing has changed then.
+  /// False where the cache is full; the cache is unchanged then.
   template <MatrixLike C, MatrixLike R>
   [[nodiscard]] bool try_append(const C& latent, const R& rope_key) {
     detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
@@ -81,7 +81,7 @@ class LatentCache {
     return true;
   }
 
-  /// Goes back to `position`, forgetting the rows from there on. std::out_of_range unless can_truncate(position).
+  /// Truncates to `position`: rows from there on are removed. std::out_of_range unless can_truncate(position).
   void truncate(Index position) {
     detail::require<std::out_of_range>(can_truncate(position), "truncate(position) needs 0 <= position <= ", rows_,
                                        "; given position ", position);
@@ -95,26 +95,26 @@ class LatentCache {
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
   void clear() { hold(0); }
 
-  /// Context shift: forgets rows first … first+n-1, and those behind them move n positions down. A latent knows no
-  /// position and is moved as it is; only the rope keys turn, by -n (`rope`: as for KvCache, of head_dim rope_dim). Equal to
-  /// a cache built without those rows, but for one more rounding of each rope key to S, however many shifts there were: as
-  /// KvCache::drop_rows. The first one takes memory for the rope keys once more and 8 bytes a row; Shift::in_place takes
-  /// none, and rounds at every shift. std::out_of_range unless 0 <= first and first + n <= rows(). Later shifts allocate
-  /// nothing once the workspace is warm.
+  /// Context shift: evicts rows first … first+n-1; later rows move n positions down. Latents have no position and are
+  /// moved unchanged; rope keys are rotated by -n (`rope`: as for KvCache, of head_dim rope_dim). Equal to a cache
+  /// built without those rows, but for one more rounding of each rope key to S, after any number of shifts: as
+  /// KvCache::drop_rows. The first one allocates a second copy of the rope keys and 8 bytes per row; Shift::in_place
+  /// allocates neither, and rounds at every shift. std::out_of_range unless 0 <= first and first + n <= rows(). Later
+  /// shifts allocate nothing once the workspace is warm.
   template <class R>
   void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
     const auto* const rotation = detail::rope_of(rope);
     detail::check_shift(first, n, rows_, rotation, rope_dim());
     const auto scratch = workspace_.lease(detail::shift_bytes<WideStorage<S>>(rotation, rope_dim()));
-    if (rotation && how == Shift::exact && n > 0 && first + n < rows_) memory_.keep_unturned();
+    if (rotation && how == Shift::exact && n > 0 && first + n < rows_) memory_.keep_unrotated();
     memory_.shift(first, n, rows_, rotation, how, scratch.data(), [](Index row) { return row; });
     hold(rows_ - n);
   }
 
   /// Bytes of latents, rope keys and scales at capacity.
   Index bytes() const { return memory_.bytes(); }
-  /// Bytes beside them: of the workspace, and what context shifts keep.
-  Index overhead_bytes() const { return memory_.unturned().bytes() + workspace_.bytes(); }
+  /// All other bytes: workspace, and unrotated rope keys for context shifts.
+  Index overhead_bytes() const { return memory_.unrotated().bytes() + workspace_.bytes(); }
 
   /// What the cache holds: latents [rows, latent_dim], rope keys [rows, rope_dim].
   template <class T = detail::ReadAs<S>>
@@ -133,7 +133,7 @@ class LatentCache {
   friend detail::CacheFile;
   bool can_restore(Index position, Index rows) const { return rows == position && rows >= 0 && rows <= capacity(); }
   void restore(Index, Index rows) {
-    memory_.unturned().forget(0, rows);
+    memory_.unrotated().forget(0, rows);
     hold(rows);
   }
   template <class C, class R>

@@ -1,10 +1,10 @@
-// latent_form.hpp — which of the two forms of latent attention takes less time.
+// latent_form.hpp — which of the two forms of latent attention needs less time.
 //
 //     absorbed    attends to the latents themselves: few queries
 //     naive       restores keys and values first: many queries
 //
-// By sizes and arithmetic of the call, never by time: the same program takes the same form on every machine, and its result
-// has the same bits. LayerOptions name a form where that must not depend on the chunks of a prompt.
+// Chosen by sizes and arithmetic of the call, never by timing: every run of a program on a machine picks the same form
+// and gives the same bits. LayerOptions force a form where it must not depend on the chunks of a prompt.
 //
 // Before: latent_weights.hpp   Next: latent_cache.hpp
 #pragma once
@@ -17,18 +17,19 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// What a multiply-add takes beside one of the absorbed kernel in float: in the naive form's attention, in projections, and
-/// in the absorbed kernel on narrow rows (bfloat16, int8) where it multiplies them as they are. Measured once at DeepSeek's
+/// Cost of a multiply-add relative to one of the absorbed kernel in float: in the attention of the naive form, in
+/// projections, and in the absorbed kernel on rows (bfloat16, int8) multiplied as stored. Measured once at DeepSeek's
 /// sizes, never at run time: benchmarks/results/latent.md, `break_even`. In int16 (AVX2): 0.87 over 1.24 of the peak.
 inline constexpr double naive_attention_cost = 1.05, projection_cost = 1.15, narrow_absorbed_cost = 0.5,
                         int16_absorbed_cost = 0.7;
 
-/// The form that takes less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, of which
-/// each sees the old and, causally, those up to itself: pairs = s·c + s(s + 1)/2. For each head, in multiply-adds
+/// The form that needs less time. The n_keys rows are c = n_keys - s old ones and the s = n_queries new ones, each of
+/// which attends to the old ones and, causally, to those up to itself: pairs = s·c + s(s + 1)/2. For each head, in
+/// multiply-adds
 ///   absorbed  pairs·(2·latent_dim + rope_dim)·absorbed_cost         + s·latent_dim·(nope_dim + v_head_dim)·1.15
 ///   naive     pairs·(nope_dim + rope_dim + v_head_dim)·1.05  + (c + s)·latent_dim·(nope_dim + v_head_dim)·1.15
-/// At DeepSeek's sizes and in float naive wins from about √(c² + 400.9·c) - c new tokens on: 132 at c = 128, never more
-/// than 201. By flops alone it would be √(c² + 341.3·c) - c, 117 and 171.
+/// At DeepSeek's sizes and in float naive is faster from about √(c² + 400.9·c) - c new tokens on: 132 at c = 128, at
+/// most 201. By flops alone it would be √(c² + 341.3·c) - c: 117 and 171.
 constexpr LatentForm choose_latent_form(LatentForm forced, const LatentAttentionConfig& c, Index n_queries,
                                         Index n_keys, double absorbed_cost = 1) {
   if (forced != LatentForm::automatic) return forced;

@@ -1,7 +1,7 @@
 // latent_weights.hpp — the matrices of a latent attention layer, their shapes, and random ones.
 //
 //     W_Q    or    W_DQ, norm, W_UQ        queries        W_DKV, norm      what is cached
-//     W_UK, W_UV                           keys and values from a latent   W_O    the way out
+//     W_UK, W_UV                           keys and values from a latent   W_O    output
 //
 // As in DeepSeek-V2, arXiv:2405.04434, section 2.1. checkpoint.hpp fills them from a model's tensors.
 //

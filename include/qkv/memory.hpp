@@ -1,4 +1,4 @@
-// memory.hpp — what a token costs in a cache, known before anything is allocated.
+// memory.hpp — bytes of a token in a cache, before anything is allocated.
 //
 //     numbers per token and layer                                            DeepSeek-V3's sizes
 //     MHA         heads·(head_dim + v_head_dim)                              128·(128 + 128) = 32768     56.9
@@ -10,11 +10,11 @@
 // Bytes follow from the storage: int8 adds a float per row, and keeps MLA's rope key as floats. DeepSeek-V2, arXiv:2405.04434,
 // table 1.
 //
-// Of every cache   bytes()            these figures, exactly, times the rows that it has memory for: its capacity, the blocks so
-//                                     far, or the pages in its table. Nothing is padded.
-//                  overhead_bytes()   what it has allocated beside rows: tables, workspace, copies of keys for context shifts
-// The two add up to what a cache or a pool has allocated. A paged sequence has allocated its overhead only: its pages are
-// the pool's, whose bytes() are all pages and used_bytes() those in use, one that sequences share counted once.
+// Of every cache   bytes()            exactly these figures times the rows it has memory for: its capacity, the blocks so
+//                                     far, or the pages in its table. There is no padding.
+//                  overhead_bytes()   all else that it has allocated: tables, workspace, unrotated keys for context shifts
+// The two add up to what a cache or a pool has allocated. A paged sequence has allocated its overhead only: its pages belong
+// to the pool, whose bytes() are all pages and used_bytes() those in use, shared ones counted once.
 //
 // Before: model_config.hpp   Next: kv_cache.hpp
 #pragma once

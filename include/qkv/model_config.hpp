@@ -1,4 +1,4 @@
-// model_config.hpp — the sizes of an attention layer, and those of some models everybody knows.
+// model_config.hpp — the sizes of an attention layer, and those of well-known models.
 //
 //     MultiHeadAttentionConfig   MHA, GQA and MQA: one setting, kv_heads          Vaswani 2017, Ainslie 2023, Shazeer 2019
 //     LatentAttentionConfig      multi-head latent attention (MLA)                DeepSeek-V2, arXiv:2405.04434
@@ -25,14 +25,14 @@ struct MultiHeadAttentionConfig {
   Index model_dim = 0;
   Index heads = 1;
   Index kv_heads = heads;
-  Index head_dim = heads > 0 && model_dim % heads == 0 ? model_dim / heads : 0;  // 0: has to be given
+  Index head_dim = heads > 0 && model_dim % heads == 0 ? model_dim / heads : 0;  // 0: must be given
   Index v_head_dim = head_dim;
   bool qkv_bias = false, out_bias = false;
   bool qk_norm = false;                              // RMSNorm of every query and key head before RoPE
   double norm_eps = 1e-6;                            // of qk_norm
-  std::optional<RopeConfig> rope = {};               // none: positions come from elsewhere
+  std::optional<RopeConfig> rope = {};               // none: no rotation
   std::optional<double> scale = {};                  // none, or 0: 1/√head_dim
-  Index key_dim = model_dim, value_dim = model_dim;  // features of what keys and values are made from: cross-attention
+  Index key_dim = model_dim, value_dim = model_dim;  // features of the inputs of W_k and W_v: cross-attention
 
   friend constexpr bool operator==(const MultiHeadAttentionConfig&, const MultiHeadAttentionConfig&) = default;
 };

@@ -11,9 +11,10 @@
 //     layer.forward(query, key, value)        cross-attention, no mask
 //     …_into(out, x, …)                       the same without an allocation; the calls with caches: layer/forward.hpp
 //
-// A prompt gives the same numbers whole, in chunks and token by token. Layers attend what the cache holds: with a
-// quantised cache that includes the rows of this very call. A const layer may be used from several threads at once; the
-// workspace belongs to the cache. Vaswani et al. 2017, section 3.2.2; GQA arXiv:2305.13245; QK-norm arXiv:2010.04245.
+// A prompt gives the same numbers whole, in chunks and token by token. Layers attend to the rows as the cache stores
+// them: in a quantised cache, the rows of this very call too. A const layer may be used from several threads at once;
+// the workspace belongs to the cache. Vaswani et al. 2017, section 3.2.2; GQA arXiv:2305.13245; QK-norm
+// arXiv:2010.04245.
 //
 // Before: multi_head_weights.hpp   Next: latent_weights.hpp
 #pragma once
@@ -62,18 +63,18 @@ class MultiHeadAttention : public detail::LayerCalls<MultiHeadAttention<T>, T> {
   Heads heads() const { return {config_.heads, config_.kv_heads}; }
   Index head_dim() const { return config_.head_dim; }
   Index v_head_dim() const { return config_.v_head_dim; }
-  /// What scores are multiplied with: config.scale, or 1/√head_dim as T has it.
+  /// The scale of scores: config.scale, or 1/√head_dim in T.
   double scale() const { return static_cast<double>(detail::scale_of(call_options({}, 0), config_.head_dim)); }
 
-  /// Keeps RoPE's cosines for positions 0 … n-1: faster, same bits.
+  /// Precomputes RoPE's cosines for positions 0 … n-1: faster, same bits.
   void reserve_positions(Index n) {
     if (rope_) rope_->reserve(n);
   }
   /// The rotation of its queries and keys, if it has one: for cache.drop_rows.
   const std::optional<Rope<T>>& rope() const { return rope_; }
 
-  /// Empty caches, and a pool for them, that fit this layer. A config says everything but kv_heads, head_dim and v_head_dim,
-  /// which are the layer's.
+  /// Empty caches, and a pool for them, that fit this layer. Leave kv_heads, head_dim and v_head_dim out of a config:
+  /// they are the layer's.
   template <StorageType S = T>
   KvCache<S> make_cache(Index capacity) const {
     return KvCache<S>(sized(KvCacheConfig{.capacity = capacity}));
@@ -92,7 +93,7 @@ class MultiHeadAttention : public detail::LayerCalls<MultiHeadAttention<T>, T> {
     return PagedCache<S>(pool);
   }
 
-  /// The steps one by one. x [n, model_dim]; row i stands at first_position + i.
+  /// The steps one by one. x [n, model_dim]; row i is at position first_position + i.
   template <MatrixLike X, Executor E = Serial>
   Matrix<T> queries(const X& x, Index first_position = 0, const E& executor = serial) const {  // [n, heads·head_dim]
     Matrix<T> q = weights_.query.forward(x, executor);
@@ -114,7 +115,7 @@ class MultiHeadAttention : public detail::LayerCalls<MultiHeadAttention<T>, T> {
     return weights_.output.forward(context, executor);
   }
 
-  /// A whole text at positions 0 … n-1, without a cache. The mask is causal unless it is given, also where it is `{}`.
+  /// A whole text at positions 0 … n-1, without a cache. The mask is causal by default, and for `{}`.
   template <MatrixLike X, detail::InMaskPlace M = detail::Omitted, class F = detail::Omitted, Executor E = Serial>
   Matrix<T> forward(const X& x, const M& mask = {}, const F& score = {}, const LayerOptions& options = {},
                     const E& executor = serial) const {

@@ -1,8 +1,8 @@
 // multi_head_weights.hpp — the matrices of a multi-head attention layer, their shapes, and random ones.
 //
-//     W_q, W_k, W_v    queries, keys and values, heads as column blocks        W_o    the way out
+//     W_q, W_k, W_v    queries, keys and values, heads as column blocks        W_o    output
 //
-// Beside them, where a model has them, the gains of a QK-norm and learned sinks. checkpoint.hpp fills them from a model's
+// Where a model has them, also the gains of a QK-norm and learned sinks. checkpoint.hpp fills them from a model's
 // tensors. Vaswani et al. 2017, section 3.2.2.
 //
 // Before: saved_cache.hpp   Next: multi_head_attention.hpp

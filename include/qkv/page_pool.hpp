@@ -1,13 +1,13 @@
-// page_pool.hpp — a fixed number of pages that sequences share: who uses which, which are free, whom to ask for more.
+// page_pool.hpp — a fixed number of pages that sequences share: reference counts, free pages, eviction.
 //
 //     [page 0][page 1][page 2] …      a page: [kv_head][page_tokens][head_dim] of keys, the same of values
 //     references   2  0  1            how many sequences use it; 0: free
 //
-// When a sequence needs more pages than are free, the pool asks its owner (`on_exhausted`), who may give up sequences:
-// others than those that the call in progress is about, which refuse to be changed until it has its pages.
+// When a sequence needs more pages than are free, the pool calls `on_exhausted`, which may evict sequences: any but
+// those of the call in progress, which refuse changes until it has its pages.
 //
-// The pool owns the bytes and must outlive its sequences: one that is destroyed while there are any stops the program, with
-// this rule as its message (set_error_handler, which prints and aborts unless another is set).
+// The pool owns the bytes and must outlive its sequences: destroying it earlier terminates the program, with this rule
+// as the message (set_error_handler, which prints and aborts unless another is set).
 //
 // Before: ring_cache.hpp   Next: paged_cache.hpp
 #pragma once
@@ -38,26 +38,26 @@ template <class Pool>
 class PagedRows;
 }  // namespace detail
 
-/// How many sequences use each page of a pool, which are free, and whom to ask for more.
+/// Reference counts of the pages of a pool, the free pages, and the eviction callback.
 class PageUse {
  public:
   Index page_tokens() const { return page_tokens_; }
   Index pages() const { return static_cast<Index>(references_.size()); }
   Index free_pages() const { return static_cast<Index>(free_.size()); }
-  /// How many sequences there are that take pages from here, also those that hold none at present.
+  /// Number of sequences of this pool, those without pages included.
   Index sequences() const { return sequences_; }
   /// Bytes of the tables.
   Index overhead_bytes() const {
     return static_cast<Index>(references_.capacity() * sizeof(references_[0]) + free_.capacity() * sizeof(free_[0]));
   }
 
-  /// How many sequences use a page; 0 where it is free. std::out_of_range for a page that is not there.
+  /// Number of sequences that use a page; 0: free. std::out_of_range unless 0 <= page < pages().
   Index references(Index page) const {
     detail::require<std::out_of_range>(page >= 0 && page < pages(), "the pool has pages 0 ... ", pages() - 1,
                                        "; given page ", page);
     return references_[static_cast<std::size_t>(page)];
   }
-  /// A page of one's own. std::length_error where none is free and evicting frees none.
+  /// A free page, now with one reference. std::length_error where none is free and eviction frees none.
   Index acquire() {
     const std::optional<Index> page = try_acquire();
     detail::require<std::length_error>(page.has_value(), "all ", pages(), " pages of the pool are in use");
@@ -70,27 +70,27 @@ class PageUse {
     references_[static_cast<std::size_t>(page)] = 1;
     return page;
   }
-  /// One user more. std::out_of_range for a page that nobody holds.
+  /// One reference more. std::out_of_range for a free page.
   void retain(Index page) {
     require_used(page);
     ++references_[static_cast<std::size_t>(page)];
   }
-  /// One user less; the last one frees the page.
+  /// One reference fewer; without any the page is free.
   void release(Index page) {
     require_used(page);
     if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
   }
 
-  /// evict(missing) is called when a sequence needs `missing` pages more than are free. It may clear, truncate, replace or
-  /// destroy sequences of this pool, except those that the call in progress is about: to change one of them is a
-  /// std::logic_error, which leaves it as it was; to destroy or move one, or the pool, stops the program with that rule.
-  /// Whoever asked looks again, and asks again as long as that helps. An empty function: nobody is asked. Not called from
-  /// inside itself, nor may it be replaced there (std::logic_error).
+  /// evict(missing) is called when a sequence needs `missing` pages more than are free. It may clear, truncate, replace
+  /// or destroy sequences of this pool, except those of the call in progress: to change one of them is a
+  /// std::logic_error, which leaves it as it was; to destroy or move one, or the pool, terminates the program with that
+  /// rule. It is called again while pages are missing and the last call reduced their number. An empty function: no
+  /// eviction. It is never called from inside itself, nor may it be replaced there (std::logic_error).
   void on_exhausted(std::function<void(Index missing)> evict) {
     detail::require<std::logic_error>(!evicting_, "on_exhausted cannot be replaced from inside itself");
     evict_ = std::move(evict);
   }
-  /// Asks while missing() > 0 and asking helps; says whether nothing is missing now.
+  /// Calls evict while missing() > 0 and decreases; whether nothing is missing now.
   template <class Missing>
   bool make_room(Missing&& missing) {
     for (Index before = missing(); before > 0;) {
@@ -116,7 +116,7 @@ class PageUse {
                     " and ", pages);
     references_.assign(static_cast<std::size_t>(pages), 0);
     free_.reserve(references_.size());
-    for (Index page = pages; page-- > 0;) free_.push_back(page);  // page 0 goes first
+    for (Index page = pages; page-- > 0;) free_.push_back(page);  // page 0 is used first
   }
   PageUse(const PageUse&) = delete;  // sequences point here
   PageUse& operator=(const PageUse&) = delete;
@@ -151,7 +151,7 @@ class PageUse {
 template <StorageType S = float>
 class PagePool : public PageUse {
  public:
-  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
+  /// Allocates all its memory here. std::invalid_argument unless all sizes are positive.
   explicit PagePool(const PagePoolConfig& config) : PageUse(config.page_tokens, config.pages), config_(config) {
     detail::check(shape());
     pages_ = detail::CacheBlocks<S>(shape(), config.page_tokens, config.pages);
@@ -166,8 +166,8 @@ class PagePool : public PageUse {
   /// … and in those that are in use; a shared page counts once.
   Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
   Index page_bytes() const { return bytes() / pages(); }
-  /// Bytes of the tables, and of what context shifts keep.
-  Index overhead_bytes() const { return PageUse::overhead_bytes() + pages_.unturned().bytes(); }
+  /// Bytes of the tables, and of unrotated keys for context shifts.
+  Index overhead_bytes() const { return PageUse::overhead_bytes() + pages_.unrotated().bytes(); }
 
  private:
   friend PagedCache<S>;
@@ -177,13 +177,15 @@ class PagePool : public PageUse {
   Run run(Index page, Index rows, Index position) const { return pages_.run(page, 0, rows, position); }
   void copy_page(Index from, Index to, Index rows) { pages_.copy_rows(pages_, from, 0, to, 0, rows); }
 
-  Index turned_dim() const { return head_dim(); }
+  Index rotated_dim() const { return head_dim(); }
   template <class T>
   std::size_t shift_bytes(const Rope<T>* rope) const {
     return detail::shift_bytes<S>(rope, kv_heads() * head_dim());
   }
-  void keep_unturned() { pages_.keep_unturned(); }
-  void forget_unturned(Index page, Index rows) const { pages_.unturned().forget(pages_.unturned_row(page, 0), rows); }
+  void keep_unrotated() { pages_.keep_unrotated(); }
+  void forget_unrotated(Index page, Index rows) const {
+    pages_.unrotated().forget(pages_.unrotated_row(page, 0), rows);
+  }
   template <class T, class At>
   void shift(Index first, Index n, Index rows, const Rope<T>* rope, Shift how, std::byte* scratch, const At& at) {
     detail::shift_blocks<S>(first, n, rows, shape(), rope, how, scratch, [&](Index row) {

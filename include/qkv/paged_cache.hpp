@@ -1,10 +1,10 @@
-// paged_cache.hpp — many sequences in one pool of pages: memory is taken as it is needed, and shared prefixes are kept once.
+// paged_cache.hpp — many sequences in one pool of pages: allocated page by page, shared prefixes stored once.
 //
 //     pool      [page 0][page 1][page 2][page 3][page 4] …       a page: [kv_head][page_tokens][head_dim]
 //     sequence  table 3, 0, 4    rows 0 … 2·page_tokens+i        fork: table 3, 0, 4 as well, each page counted once
 //
-// `fork` gives a second sequence over the same pages; whoever writes into a page that others read copies it first
-// (copy-on-write). `fork(position)` shares a prefix. PagedAttention: Kwon et al. 2023, arXiv:2309.06180.
+// `fork` gives a second sequence over the same pages; a shared page is copied before it is written (copy-on-write).
+// `fork(position)` shares a prefix. PagedAttention: Kwon et al. 2023, arXiv:2309.06180.
 //
 // Where the pool has no page left and evicting frees none (page_pool.hpp), a write is an error, or false from the try_
 // forms, and the sequence is as it was. Pool and sequences belong to one thread at a time.
@@ -21,8 +21,8 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed. A row costs O(1) beside
-/// its own bytes to append, however many pages there are, and allocates nothing.
+/// One sequence: a table of pages, released when it is cleared, truncated or destroyed. Appending a row costs O(1)
+/// beyond writing its bytes, whatever the number of pages, and allocates nothing.
 template <StorageType S = float>
 class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::PagedRows<PagePool<S>> {
   using Base = CacheInterface<PagedCache<S>, S>;
@@ -31,11 +31,11 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
  public:
   using Pages::page_tokens, Pages::make_room;
 
-  /// A sequence of at most `capacity` rows (at most, and unless given, those of the whole pool).
+  /// A sequence of at most `capacity` rows; by default, and at most, those of the whole pool.
   explicit PagedCache(PagePool<S>& pool) : PagedCache(pool, pool.pages() * pool.page_tokens()) {}
   PagedCache(PagePool<S>& pool, Index capacity) : Base(pool.shape()), Pages(pool, capacity) {}
   PagedCache(const PagedCache&) = delete;  // fork() instead
-  /// What was moved from has capacity 0.
+  /// A moved-from sequence has capacity 0.
   PagedCache(PagedCache&& other) noexcept { swap(other); }
   PagedCache& operator=(PagedCache&& other) noexcept {
     PagedCache moved(std::move(other));
@@ -54,9 +54,9 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
     return copy;
   }
 
-  /// Below append: overwrites rows position … position+n-1, and appends those past rows(). Pages that another sequence
-  /// reads are copied first. std::out_of_range where rows would be left out, std::length_error where capacity or the
-  /// pool is exhausted: nothing has changed then.
+  /// Lower-level than append: overwrites rows position … position+n-1, and appends those past rows(). Shared pages are
+  /// copied first. std::out_of_range where rows would be left out, std::length_error where capacity or the pool is
+  /// exhausted: nothing has changed then.
   template <MatrixLike K, MatrixLike V>
   void scatter_rows(Index position, const K& k, const V& v) {
     detail::check_rows(this->shape_, k, v);
@@ -75,9 +75,9 @@ class PagedCache : public CacheInterface<PagedCache<S>, S>, public detail::Paged
     this->hold(std::max(this->rows(), position + n), position / page_tokens());
   }
 
-  /// Context shift, as KvCache::drop_rows: the same bits. Pages from row `first` on that other sequences read are copied
-  /// first; std::length_error where the pool has none for that: nothing has changed then. It is the pool that takes memory for
-  /// the keys of all its pages once more, at the first exact shift of any sequence.
+  /// Context shift, as KvCache::drop_rows: the same bits. Shared pages from row `first` on are copied first;
+  /// std::length_error where the pool has no pages for that: nothing has changed then. The first exact shift of any
+  /// sequence allocates a second copy of the keys of all pages in the pool.
   template <class R>
   void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
     this->shift_rows(first, n, detail::rope_of(rope), how, this->workspace_);

@@ -3,7 +3,7 @@
 //     pool      [page 0][page 1][page 2] …       a page: page_tokens rows of one latent and one rope key
 //     sequence  table 2, 0, 1                    fork: the same table, each page counted once more
 //
-// The paged cache of keys and values (paged_cache.hpp) for MLA: whoever writes into a page that others read copies it first.
+// The paged cache of keys and values (paged_cache.hpp) for MLA: a shared page is copied before it is written.
 // Rows are stored as in latent_cache.hpp, and a sequence gives the same bits from either.
 // PagedAttention: Kwon et al. 2023, arXiv:2309.06180.
 //
@@ -28,11 +28,11 @@ struct LatentPagePoolConfig {
 template <StorageType S>
 class PagedLatentCache;
 
-/// Pages of latents and rope keys. PageUse: who uses which, and whom to ask for more.
+/// Pages of latents and rope keys. PageUse: reference counts, free pages, eviction.
 template <StorageType S = float>
 class LatentPagePool : public PageUse {
  public:
-  /// Allocates everything it will ever need. std::invalid_argument unless all sizes are positive.
+  /// Allocates all its memory here. std::invalid_argument unless all sizes are positive.
   explicit LatentPagePool(const LatentPagePoolConfig& config) : PageUse(config.page_tokens, config.pages) {
     detail::require(config.latent_dim >= 1 && config.rope_dim >= 1,
                     "a pool of latent pages needs latent_dim and rope_dim >= 1; given ", config.latent_dim, " and ",
@@ -49,8 +49,8 @@ class LatentPagePool : public PageUse {
   /// … and in those that are in use; a shared page counts once.
   Index used_bytes() const { return page_bytes() * (pages() - free_pages()); }
   Index page_bytes() const { return bytes() / pages(); }
-  /// Bytes of the tables, and of what context shifts keep.
-  Index overhead_bytes() const { return PageUse::overhead_bytes() + memory_.unturned().bytes(); }
+  /// Bytes of the tables, and of unrotated rope keys for context shifts.
+  Index overhead_bytes() const { return PageUse::overhead_bytes() + memory_.unrotated().bytes(); }
 
  private:
   friend PagedLatentCache<S>;
@@ -60,13 +60,13 @@ class LatentPagePool : public PageUse {
   void copy_page(Index from, Index to, Index rows) {
     memory_.copy_rows(memory_, from * page_tokens(), to * page_tokens(), rows);
   }
-  Index turned_dim() const { return rope_dim(); }
+  Index rotated_dim() const { return rope_dim(); }
   template <class T>
   std::size_t shift_bytes(const Rope<T>* rope) const {
     return detail::shift_bytes<WideStorage<S>>(rope, rope_dim());
   }
-  void keep_unturned() { memory_.keep_unturned(); }
-  void forget_unturned(Index page, Index rows) const { memory_.unturned().forget(page * page_tokens(), rows); }
+  void keep_unrotated() { memory_.keep_unrotated(); }
+  void forget_unrotated(Index page, Index rows) const { memory_.unrotated().forget(page * page_tokens(), rows); }
   template <class T, class At>
   void shift(Index first, Index n, Index rows, const Rope<T>* rope, Shift how, std::byte* scratch, const At& at) {
     memory_.shift(first, n, rows, rope, how, scratch, [&](Index row) {
@@ -78,7 +78,7 @@ class LatentPagePool : public PageUse {
   detail::LatentMemory<S> memory_;
 };
 
-/// One sequence: a table of pages. Gives its pages back when it is cleared, truncated or destroyed.
+/// One sequence: a table of pages, released when it is cleared, truncated or destroyed.
 template <StorageType S = float>
 class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   using Pages = detail::PagedRows<LatentPagePool<S>>;
@@ -87,11 +87,11 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   using Storage = S;
   using Pages::rows, Pages::max_append, Pages::page_tokens, Pages::make_room, Pages::can_truncate;
 
-  /// A sequence of at most `capacity` rows (at most, and unless given, those of the whole pool).
+  /// A sequence of at most `capacity` rows; by default, and at most, those of the whole pool.
   explicit PagedLatentCache(LatentPagePool<S>& pool) : PagedLatentCache(pool, pool.pages() * pool.page_tokens()) {}
   PagedLatentCache(LatentPagePool<S>& pool, Index capacity) : Pages(pool, capacity) {}
   PagedLatentCache(const PagedLatentCache&) = delete;  // fork() instead
-  /// What was moved from has capacity 0.
+  /// A moved-from sequence has capacity 0.
   PagedLatentCache(PagedLatentCache&& other) noexcept { this->swap_pages(other); }
   PagedLatentCache& operator=(PagedLatentCache&& other) noexcept {
     PagedLatentCache moved(std::move(other));
@@ -116,7 +116,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
   Workspace& workspace() { return workspace_; }
 
   /// Appends latent [n, latent_dim] (normed) and rope_key [n, rope_dim] (rotated) of any floating-point scalar.
-  /// std::length_error where capacity or pool have no room, and the pool's owner finds none: nothing has changed then.
+  /// std::length_error where capacity or pool have no room, eviction included: nothing has changed then.
   template <MatrixLike C, MatrixLike R>
   void append(const C& latent, const R& rope_key) {
     detail::check_latents(latent_dim(), rope_dim(), latent, rope_key);
@@ -135,8 +135,7 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
     return true;
   }
 
-  /// Goes back to `position`; pages that hold no row any more are given back. std::out_of_range unless
-  /// can_truncate(position).
+  /// Truncates to `position`; pages without rows are released. std::out_of_range unless can_truncate(position).
   void truncate(Index position) {
     detail::require<std::out_of_range>(can_truncate(position), "truncate(position) needs 0 <= position <= ", rows(),
                                        "; given position ", position);
@@ -148,9 +147,9 @@ class PagedLatentCache : public detail::PagedRows<LatentPagePool<S>> {
     return true;
   }
 
-  /// Context shift, as LatentCache::drop_rows: the same bits. Pages from row `first` on that other sequences read are
-  /// copied first; std::length_error where the pool has none for that: nothing has changed then. It is the pool that takes
-  /// memory for the rope keys of all its pages once more, at the first exact shift of any sequence.
+  /// Context shift, as LatentCache::drop_rows: the same bits. Shared pages from row `first` on are copied first;
+  /// std::length_error where the pool has no pages for that: nothing has changed then. The first exact shift of any
+  /// sequence allocates a second copy of the rope keys of all pages in the pool.
   template <class R>
   void drop_rows(Index first, Index n, const R& rope, Shift how = Shift::exact) {
     this->shift_rows(first, n, detail::rope_of(rope), how, workspace_);

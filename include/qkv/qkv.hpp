@@ -59,7 +59,7 @@
 #include "score.hpp"                          // what happens to q·k
 #include "softmax.hpp"                        // softmax, and the state (m, l, o) that merges
 #include "options.hpp"                        // options of a call; which kernel runs it
-#include "key_rows.hpp"                       // what a kernel knows of a cache
+#include "key_rows.hpp"                       // a cache as kernels see it
 #include "kernel/pair_rule.hpp"               // all that a kernel knows of masks and scores
 #include "kernel/position_grid.hpp"           // keys in cells of absolute positions
 #include "kernel/byte_rows.hpp"               // rows of a sequence without their storage type
@@ -109,13 +109,13 @@
 #include "cache/latent_memory.hpp"            // rows of latents in memory
 #include "latent_cache.hpp"                   // MLA: one latent per token
 #include "paged_latent_cache.hpp"             // latents in pages of a shared pool
-#include "cache/file.hpp"                     // the format of a saved cache
+#include "cache/file.hpp"                     // the bytes of a saved cache, read and written
 #include "saved_cache.hpp"                    // a cache in a file: checksum, version, the same bits
 
 // Layers
 #include "layer/common.hpp"                   // what the two layers share
 #include "multi_head_weights.hpp"             // their matrices
-#include "layer/appended.hpp"                 // rows that are taken back should a call fail
+#include "layer/appended.hpp"                 // appended rows, rolled back where a call fails
 #include "layer/batch_rows.hpp"               // a batch as a layer has it
 #include "layer/shared_prefix.hpp"            // pages that sequences begin with, attended to once
 #include "layer/ring_positions.hpp"           // a ring that counts positions in the cache

@@ -1,16 +1,17 @@
-// ring_cache.hpp — a sliding window in fixed memory: endless input, the same bytes for ever.
+// ring_cache.hpp — a sliding window in fixed memory, for input of any length.
 //
 //     pinned │ slack + window                      slot(p) = p                                    p < pinned
 //     0 … 3  │ 36 37 38 │ 31 32 33 34 35           slot(p) = pinned + (p − pinned) mod (window + slack)
 //
 // capacity = pinned + window + slack. A query at position p sees itself, the `window` positions before it and the pinned
-// first ones: mask `prefix(pinned) | window(window, 0)`, which layers apply themselves. `slack` is what may be in flight:
-// a chunk of up to slack rows is appended before its first token has looked at its old window, and up to slack rows can
-// be taken back (speculative decoding). Longer chunks go in pieces of max_append() rows, as the layers do.
+// first ones: mask `prefix(pinned) | window(window, 0)`, which layers apply themselves. `slack` rows are held beyond
+// the window: a chunk of up to slack rows is appended at once, while its first token still has its whole window, and up
+// to slack rows can be truncated (speculative decoding). Longer chunks are appended in pieces of max_append() rows, as
+// layers do.
 //
-// Pinned tokens keep their absolute positions, and so move away from the query for ever. Models with RoPE that were not
-// trained for that want `positions_in_cache`: a pinned token then stands as far from the query as it would if what was
-// forgotten had never been there (layers with RoPE do it; stored keys, masks and scores know nothing of it).
+// Pinned tokens keep their absolute positions, so their distance from the query grows without bound. Models with RoPE
+// that were not trained for that need `positions_in_cache`: distances to pinned tokens are then those in a text without
+// the evicted rows (in the rotation by layers with RoPE; stored keys, masks and scores are unaffected).
 //
 // Sliding window: Beltagy et al. 2020, arXiv:2004.05150; pinned first tokens ("attention sinks"): Xiao et al. 2023,
 // arXiv:2309.17453.
@@ -34,8 +35,8 @@ struct RingCacheConfig {
   Index head_dim = 0;
   Index v_head_dim = head_dim;
   Index window = 0;                 // rows before its own that a query sees: the `left` of window(left, 0)
-  Index pinned = 0;                 // first rows that are never forgotten
-  Index slack = 1;                  // the longest piece that can be appended, or taken back, at once
+  Index pinned = 0;                 // first rows, never evicted
+  Index slack = 1;                  // the most rows that can be appended, or truncated, at once
   bool positions_in_cache = false;  // of the pinned rows, for RoPE: as in StreamingLLM
 };
 
@@ -44,7 +45,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   using Base = CacheInterface<RingCache<S>, S>;
 
  public:
-  /// Allocates everything it will ever need. std::invalid_argument unless window, pinned >= 0 and slack >= 1.
+  /// Allocates all its memory here. std::invalid_argument unless window, pinned >= 0 and slack >= 1.
   explicit RingCache(const RingCacheConfig& config)
       : Base({config.kv_heads, config.head_dim, config.v_head_dim}),
         window_(config.window),
@@ -76,7 +77,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
     }
     update_runs();
   }
-  /// What was moved from has capacity 0.
+  /// A moved-from cache has capacity 0.
   RingCache(RingCache&& other) noexcept { swap(other); }
   RingCache& operator=(RingCache other) noexcept {
     swap(other);
@@ -92,11 +93,11 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   Index slack() const { return ring_ - window_; }
   bool positions_in_cache() const { return positions_in_cache_; }
 
-  /// The longest piece whose first token still finds its window once the piece is appended: slack, and more while the
-  /// window is not full.
+  /// The most rows that one append may add while the first of them still has its whole window: slack, and more while
+  /// the window is not full.
   Index max_append() const { return ring_ - position_ + first_visible(position_); }
 
-  /// Every row that a query at `position` sees must still be held; always so for the last slack positions.
+  /// Whether every row that a query at `position` sees is still held; true for the last slack positions.
   bool can_truncate(Index position) const {
     return position >= 0 && position <= position_ &&
            (first_visible(position) >= oldest_ || first_visible(position) >= position);
@@ -104,8 +105,8 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
 
   void clear() { rewind(0); }
 
-  /// Below append: overwrites the held rows at absolute positions position … position+n-1, and appends those from
-  /// position() on. std::out_of_range where one of them is neither, std::length_error past max_append().
+  /// Lower-level than append: overwrites the held rows at absolute positions position … position+n-1, and appends those
+  /// from position() on. std::out_of_range where one of them is neither, std::length_error past max_append().
   template <MatrixLike K, MatrixLike V>
   void scatter_rows(Index position, const K& k, const V& v) {
     detail::check_rows(this->shape_, k, v);
@@ -125,11 +126,11 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
 
   /// Bytes of keys, values and scales at capacity.
   Index bytes() const { return block_.bytes(); }
-  /// Bytes of the workspace beside them.
+  /// All other bytes: the workspace.
   Index overhead_bytes() const { return this->workspace_.bytes(); }
 
-  /// For layers, whose calls may fail (layer/appended.hpp): n more rows overwrite old ones, which are kept until then.
-  /// The memory is that of the most rows that n can overwrite: a ring that fills up needs no more than it did from the start.
+  /// Rollback, for a layer's call that fails (layer/appended.hpp): saves the old rows that n more rows overwrite. Sized
+  /// for the most rows that n can overwrite, so it does not depend on how full the ring is.
   std::size_t undo_bytes(Index n) const {
     detail::Carver carver(nullptr);
     carver.take<Undo>(1);
@@ -150,7 +151,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
     update_runs();
   }
 
-  /// For kernels; valid until the next change of the cache. One run until the first row is forgotten, then up to three:
+  /// For kernels; valid until the next change of the cache. One run until the first row is evicted, then up to three:
   /// pinned, tail and head of the ring.
   KeyRows<S> key_rows() const {
     return detail::key_rows_of<S>(this->shape_, capacity(), std::span(runs_).first(n_runs_), rows());
@@ -160,7 +161,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   friend Base;
   friend detail::CacheFile;
 
-  /// Where the rows beside the pinned ones begin if so many are held; the ring's own rules then say whether they can be.
+  /// The first position in the ring if so many rows are held; can_restore checks that it is valid.
   Index oldest_for(Index position, Index rows) const {
     return std::max(pinned_, position) - (rows - std::min(position, pinned_));
   }
@@ -176,7 +177,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
     position_ = position;
     update_runs();
   }
-  /// The oldest position beside the pinned ones that a query at `position` sees.
+  /// The oldest position outside the pinned ones that a query at `position` sees.
   Index first_visible(Index position) const { return std::max(pinned_, position - window_); }
   Index slot(Index position) const { return position < pinned_ ? position : pinned_ + (position - pinned_) % ring_; }
   void rewind(Index position) {
@@ -187,7 +188,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   struct Undo {
     Index n, position, oldest;
   };
-  /// f(held, kept, count) for the arrays of the rows that n more rows will overwrite, and their places in `memory`.
+  /// f(held, kept, count) for the arrays of the rows that n more rows will overwrite, and their copies in `memory`.
   template <class F>
   void for_each_undone(Index n, std::byte* memory, F&& f) const {
     detail::Carver carver(memory);
@@ -203,7 +204,7 @@ class RingCache : public CacheInterface<RingCache<S>, S> {
   }
   void update_runs() {
     n_runs_ = 0;
-    if (oldest_ == pinned_) return add_run(0, position_);  // nothing forgotten: slots are positions
+    if (oldest_ == pinned_) return add_run(0, position_);  // nothing evicted: slots are positions
     add_run(0, pinned_);
     const Index rows = position_ - oldest_, before_end = std::min(rows, capacity() - slot(oldest_));
     add_run(oldest_, before_end);

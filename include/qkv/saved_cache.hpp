@@ -1,4 +1,4 @@
-// saved_cache.hpp — a cache in a stream: a prompt is read once, kept in a file, and taken up again with the same bits.
+// saved_cache.hpp — a cache in a stream: the rows of a prompt are saved once and loaded with the same bits.
 //
 //     bytes     little-endian, whatever the machine
 //      0   8    "qkvcache"
@@ -14,11 +14,12 @@
 //               (latents: latent, rope key, scale if any)
 //      …   4    CRC-32C of bytes 0 … 83 and the rows
 //
-// Refused, with the target left exactly as it was: another kind, storage, shape or ring; rows that do not fit; a stream
+// Refused, with the cache left exactly as it was: another kind, storage, shape or ring; rows that do not fit; a stream
 // that is too short; any altered byte. KvCache and PagedCache hold the same and read each other's files, and so do
-// LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is taken as bytes arrive, and pages from
-// others once all have, never because a header promises them. Caches may follow one another in a stream: one per layer.
-// Keys that a context shift has turned are saved as they are: to the cache that loads them they are the originals.
+// LatentCache and PagedLatentCache; capacities and blocks may differ. Memory is allocated as bytes arrive, not for what
+// a header claims, and pages are evicted only for rows whose checksum was right. Caches may follow one another in a
+// stream: one per layer. Keys rotated by a context shift are saved as rotated: a cache that loads them treats them as
+// the originals.
 // CRC-32C: Castagnoli et al. 1993; RFC 3720, appendix B.4.
 //
 // Before: paged_cache.hpp   Next: multi_head_weights.hpp
@@ -82,8 +83,8 @@ void save_cache(std::ostream& out, const Cache& cache) {
   detail::require<std::runtime_error>(try_save_cache(out, cache), "the stream did not take the saved cache");
 }
 
-/// Replaces what the cache holds by what was saved: the same bits. False where the stream's next bytes are no saved cache
-/// for this one; `why`, where given, then says so. A cache that was refused a file is exactly as it was.
+/// Replaces the rows of the cache by the saved ones: the same bits. False where the next bytes of the stream are not a
+/// saved cache that fits this one; `why`, where given, then states the reason, and the cache is exactly as it was.
 template <class Cache>
 [[nodiscard]] bool try_load_cache(std::istream& in, Cache& cache, std::string* why = nullptr) {
   const std::string text = detail::load_or_say_why(in, cache);

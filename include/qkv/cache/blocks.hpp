@@ -4,8 +4,8 @@
 //     head 0: row 0, row 1, … row block_rows-1   head 0: …
 //     head 1: row 0, …                           head 1: …
 //
-// The rows of one head lie one after another, so a kernel reads memory in order. Keys, values and (int8) their scales are
-// four arrays without padding.
+// The rows of one head are contiguous, so a kernel reads memory in order. Keys, values and (int8) their scales are four
+// arrays without padding.
 //
 // Before: layer/ring_positions.hpp   Next: cache/context_shift.hpp
 #pragma once
@@ -21,14 +21,15 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
-struct CacheFile;  // saved_cache.hpp
+struct CacheFile;  // cache/file.hpp
 
-/// What a row consists of.
+/// Heads and features of a row.
 struct CacheShape {
   Index kv_heads = 1, head_dim = 0, v_head_dim = 0;
 };
 
-/// Refuses rows whose numbers or bytes, of 16 a number and with scales, do not fit an Index: nobody asks again.
+/// Refuses rows whose numbers or bytes, of 16 a number and with scales, do not fit an Index: products of them are
+/// unchecked.
 inline void check(const CacheShape& shape) {
   require(shape.kv_heads >= 1 && shape.head_dim >= 1 && shape.v_head_dim >= 1,
           "a cache needs kv_heads, head_dim and v_head_dim >= 1; given ", shape.kv_heads, ", ", shape.head_dim, ", ",
@@ -36,7 +37,7 @@ inline void check(const CacheShape& shape) {
   checked_product(32, checked_product(shape.kv_heads, checked_sum(shape.head_dim, shape.v_head_dim)));
 }
 
-/// What numbers of storage S are read back as unless the caller says otherwise.
+/// The scalar to which numbers of storage S are converted by default.
 template <StorageType S>
 using ReadAs = std::conditional_t<std::is_floating_point_v<S>, S, float>;
 
@@ -63,57 +64,57 @@ class Numbers {
   std::unique_ptr<T, Delete> memory_;
 };
 
-/// The keys of rows as they came, [row][head][width], and by how many positions context shifts have turned each since. A row
-/// that has turned by 0 is its own original, and has no copy here.
+/// The keys of rows as appended, [row][head][width], and by how many positions context shifts have rotated each row
+/// since. A row rotated by 0 is its own original, and has no copy here.
 template <StorageType S>
-class UnturnedKeys {
+class UnrotatedKeys {
  public:
-  UnturnedKeys() = default;
-  UnturnedKeys(Index heads, Index width, Index rows)
+  UnrotatedKeys() = default;
+  UnrotatedKeys(Index heads, Index width, Index rows)
       : heads_(heads),
         width_(width),
         rows_(rows),
         keys_(checked_product(rows, checked_product(heads, width))),
         scales_(has_row_scale<S> ? rows * heads : 0),
-        turned_(rows) {
+        rotated_by_(rows) {
     forget(0, rows);
   }
 
-  explicit operator bool() const { return turned_.data() != nullptr; }
-  Index bytes() const { return keys_.bytes() + scales_.bytes() + turned_.bytes(); }
+  explicit operator bool() const { return rotated_by_.data() != nullptr; }
+  Index bytes() const { return keys_.bytes() + scales_.bytes() + rotated_by_.bytes(); }
 
-  Index turned(Index row) const { return *this ? turned_.data()[row] : 0; }
+  Index rotated_by(Index row) const { return *this ? rotated_by_.data()[row] : 0; }
   const S* key(Index row, Index head) const { return keys_.data() + (row * heads_ + head) * width_; }
   float scale(Index row, Index head) const { return has_row_scale<S> ? scales_.data()[row * heads_ + head] : 1.0F; }
 
-  /// These rows have been written anew.
+  /// These rows have been overwritten.
   void forget(Index row, Index rows) const {
-    if (*this) std::fill_n(turned_.data() + row, rows, 0);
+    if (*this) std::fill_n(rotated_by_.data() + row, rows, 0);
   }
-  /// The key with which row `from` of the cache came, now to be turned by `turned` in row `row`: one head of it.
-  void keep(Index row, Index head, const S* key, [[maybe_unused]] float scale, Index turned) const {
+  /// Keeps one head of a key as appended, for row `row`, which is now rotated by `rotated_by` positions.
+  void keep(Index row, Index head, const S* key, [[maybe_unused]] float scale, Index rotated_by) const {
     std::copy_n(key, width_, keys_.data() + (row * heads_ + head) * width_);
     if constexpr (has_row_scale<S>) scales_.data()[row * heads_ + head] = scale;
-    turned_.data()[row] = turned;
+    rotated_by_.data()[row] = rotated_by;
   }
-  /// The same from a copy, of `other`, which may be *this.
-  void copy_row(const UnturnedKeys& other, Index from, Index to, Index turned) const {
-    for (Index head = 0; turned > 0 && head < heads_; ++head)
-      keep(to, head, other.key(from, head), other.scale(from, head), turned);
-    turned_.data()[to] = turned;
+  /// The same from a copy in `other`, which may be *this.
+  void copy_row(const UnrotatedKeys& other, Index from, Index to, Index rotated_by) const {
+    for (Index head = 0; rotated_by > 0 && head < heads_; ++head)
+      keep(to, head, other.key(from, head), other.scale(from, head), rotated_by);
+    rotated_by_.data()[to] = rotated_by;
   }
-  /// Rows of `other`, which may be *this, as they are there. Allocates where that has copies and this has no memory yet.
-  void copy_rows(const UnturnedKeys& other, Index from, Index to, Index rows) {
+  /// Copies rows of `other`, which may be *this. Allocates where `other` has copies and this has no memory yet.
+  void copy_rows(const UnrotatedKeys& other, Index from, Index to, Index rows) {
     if (!other) return forget(to, rows);
-    if (!*this) *this = UnturnedKeys(other.heads_, other.width_, other.rows_);
-    for (Index i = 0; i < rows; ++i) copy_row(other, from + i, to + i, other.turned(from + i));
+    if (!*this) *this = UnrotatedKeys(other.heads_, other.width_, other.rows_);
+    for (Index i = 0; i < rows; ++i) copy_row(other, from + i, to + i, other.rotated_by(from + i));
   }
 
  private:
   Index heads_ = 0, width_ = 0, rows_ = 0;
   Numbers<S> keys_;
   Numbers<float> scales_;
-  Numbers<Index> turned_;
+  Numbers<Index> rotated_by_;
 };
 
 /// `blocks` blocks of `block_rows` rows.
@@ -140,17 +141,17 @@ class CacheBlocks {
     return has_row_scale<S> ? key_scales_.data()[head_row(block, head) + row] : 1.0F;
   }
 
-  /// Keys as they came, once memory for that has been taken; where those of a row are.
-  const UnturnedKeys<S>& unturned() const { return unturned_; }
-  Index unturned_row(Index block, Index row) const { return block * block_rows_ + row; }
-  void keep_unturned() {
-    if (!unturned_) unturned_ = UnturnedKeys<S>(shape_.kv_heads, shape_.head_dim, blocks_ * block_rows_);
+  /// Keys as appended, once memory for them is allocated; the index of a row in them.
+  const UnrotatedKeys<S>& unrotated() const { return unrotated_; }
+  Index unrotated_row(Index block, Index row) const { return block * block_rows_ + row; }
+  void keep_unrotated() {
+    if (!unrotated_) unrotated_ = UnrotatedKeys<S>(shape_.kv_heads, shape_.head_dim, blocks_ * block_rows_);
   }
 
   /// Writes row `row` of block `block` from k [kv_heads·head_dim] and v [kv_heads·v_head_dim].
   template <class K, class V>
   void store(Index block, Index row, const K* k, const V* v) {
-    unturned_.forget(unturned_row(block, row), 1);
+    unrotated_.forget(unrotated_row(block, row), 1);
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index at = head_row(block, head) + row;
       store_row(k + head * shape_.head_dim, shape_.head_dim, keys_.data() + at * shape_.head_dim,
@@ -160,8 +161,8 @@ class CacheBlocks {
     }
   }
 
-  /// Row `row` of a block gets the keys k [kv_heads·head_dim] and the values of row `from` of a block of `other`, which may
-  /// be *this: same bytes.
+  /// Stores keys k [kv_heads·head_dim] in row `row` of a block, with the values of row `from` of a block of `other`,
+  /// which may be *this: same bytes.
   template <class K>
   void store_keys(Index block, Index row, const K* k, const CacheBlocks& other, Index from_block, Index from) {
     for (Index head = 0; head < shape_.kv_heads; ++head) {
@@ -174,11 +175,11 @@ class CacheBlocks {
     }
   }
 
-  /// Copies `rows` rows of a block of `other`, which may be *this, from its row from_row on to a block of this one, from its
+  /// Copies `rows` rows of a block of `other`, which may be *this, from row from_row on to a block of this one, from
   /// row to_row on: same bytes.
   void copy_rows(const CacheBlocks& other, Index from_block, Index from_row, Index to_block, Index to_row, Index rows) {
-    unturned_.copy_rows(other.unturned_, other.unturned_row(from_block, from_row), unturned_row(to_block, to_row),
-                        rows);
+    unrotated_.copy_rows(other.unrotated_, other.unrotated_row(from_block, from_row), unrotated_row(to_block, to_row),
+                         rows);
     for (Index head = 0; head < shape_.kv_heads; ++head) {
       const Index from = other.head_row(from_block, head) + from_row, to = head_row(to_block, head) + to_row;
       const auto copy = [&](auto* out, const auto* in, Index width) {
@@ -204,7 +205,7 @@ class CacheBlocks {
     }
   }
 
-  /// Rows `row` … row+rows-1 of a block, as kernels see them.
+  /// Rows `row` … row+rows-1 of a block, as a run.
   KeyRun<S> run(Index block, Index row, Index rows, Index position) const {
     const Index at = head_row(block, 0) + row;
     KeyRun<S> run{.rows = rows,
@@ -228,10 +229,10 @@ class CacheBlocks {
   Index block_rows_ = 0, blocks_ = 0;
   Numbers<S> keys_, values_;
   Numbers<float> key_scales_, value_scales_;
-  UnturnedKeys<S> unturned_;
+  UnrotatedKeys<S> unrotated_;
 };
 
-/// The runs of a cache whose blocks have `block_rows` rows, with the strides that follow from it.
+/// The rows of a cache whose blocks have `block_rows` rows: its runs, and the strides that follow from it.
 template <StorageType S>
 KeyRows<S> key_rows_of(const CacheShape& shape, Index block_rows, std::span<const KeyRun<S>> runs, Index rows) {
   return {.runs = runs,

@@ -1,12 +1,12 @@
-// cache/context_shift.hpp — rows are dropped, those behind them move down, and their keys turn to the new positions.
+// cache/context_shift.hpp — rows are evicted, later rows move down, and their keys are rotated to the new positions.
 //
-//     as it came      k                        turned by 0
-//     shifted by n    round(R₋ₙ k)             turned by n           k is kept: UnturnedKeys
-//     … and by m      round(R₋₍ₙ₊ₘ₎ k)         turned by n + m       one rounding, however many shifts there were
-//     no rotation     k                        a model whose keys know no position: rows move as they are
+//     as appended     k                        rotated by 0
+//     shifted by n    round(R₋ₙ k)             rotated by n          k is kept: UnrotatedKeys
+//     … and by m      round(R₋₍ₙ₊ₘ₎ k)         rotated by n + m      one rounding, after any number of shifts
+//     no rotation     k                        a model whose keys have no positions: rows move unchanged
 //
-// Angles are taken in double, and so are products where numbers are stored with an exponent of their own: then the storage's
-// rounding is the only one that counts, of the smaller number of a pair too.
+// Angles are computed in double, and so are products, except for int8: then the rounding of the storage is the only one
+// that counts, also for the smaller number of a pair.
 //
 // Before: cache/blocks.hpp   Next: cache/latent_memory.hpp
 #pragma once
@@ -20,23 +20,23 @@
 
 namespace qkv { inline namespace QKV_ABI {
 
-/// How a context shift (drop_rows of a cache) turns keys.
+/// How a context shift (drop_rows of a cache) rotates keys.
 enum class Shift {
-  /// From copies of the keys as they came: one rounding, however many shifts. The first shift takes memory for the keys (of
-  /// MLA the rope keys) once more and 8 bytes a row.
+  /// From copies of the keys as appended: one rounding, after any number of shifts. The first shift allocates a second
+  /// copy of the keys (MLA: of the rope keys) and 8 bytes per row.
   exact,
-  /// From the keys as they are: takes no memory, and every shift rounds again. Errors grow up to k-fold over k shifts, for
-  /// a turn of less than a step of the storage is lost every time: 2000 shifts by one leave 1e-6 of a key's size in float,
-  /// 0.1 in half, 0.8 in bfloat16, and noise in int8. For a few shifts.
+  /// From the keys as stored: allocates nothing, and every shift rounds again. Errors grow up to k-fold over k shifts,
+  /// for a rotation by less than a rounding step of the storage is lost every time: 2000 shifts by one leave an error
+  /// of 1e-6 of a key's size in float, 0.1 in half, 0.8 in bfloat16, and noise in int8. For a few shifts.
   in_place,
 };
 
 namespace detail {
 
-/// Rows that a context shift turns at a time: few enough for the cache, enough to share their cosines.
+/// Rows that a context shift rotates at a time: few enough for the processor's cache, enough to share their cosines.
 inline constexpr Index shift_rows = 64;
 
-/// In what keys of storage S turn by a Rope<T>.
+/// The scalar in which keys of storage S are rotated by a Rope<T>.
 template <class S, class T>
 using ShiftScalar = std::conditional_t<std::is_same_v<T, float> && !has_row_scale<S>, double, T>;
 
@@ -51,7 +51,7 @@ const Rope<T>* rope_of(const std::optional<Rope<T>>& rope) {
 }
 inline const Rope<float>* rope_of(std::nullopt_t) { return nullptr; }
 
-/// width: of the keys that turn; head_dim, or rope_dim of latents.
+/// width: features per head that are rotated; head_dim, or rope_dim of latents.
 template <class T>
 void check_shift(Index first, Index n, Index rows, const Rope<T>* rope, Index width) {
   require<std::out_of_range>(first >= 0 && n >= 0 && first <= rows && n <= rows - first,
@@ -62,19 +62,20 @@ void check_shift(Index first, Index n, Index rows, const Rope<T>* rope, Index wi
           rope == nullptr ? 0 : rope->head_dim());
 }
 
-/// The scratch memory of a shift; width of all heads that turn.
+/// The scratch memory of a shift; width: rotated features of all heads.
 template <class S, class T>
 std::size_t shift_bytes(const Rope<T>* rope, Index width) {
   return rope == nullptr ? 0 : static_cast<std::size_t>(checked_product(shift_rows, width)) * sizeof(ShiftScalar<S, T>);
 }
 
-/// Turns row i of x [n, heads·head_dim] back by turned(i) positions. Neighbours that turn alike share their cosines.
-template <class X, class T, class Turned>
-void turn_back(const View<X>& x, Index heads, const Rope<T>& rope, const Turned& turned) {
+/// Rotates row i of x [n, heads·head_dim] back by rotated_by(i) positions. Consecutive rows with equal angles share their
+/// cosines.
+template <class X, class T, class RotatedBy>
+void rotate_back(const View<X>& x, Index heads, const Rope<T>& rope, const RotatedBy& rotated_by) {
   X cos[rope_block], sin[rope_block];
   Index held_pair = -1, held = 0;
   const auto angles = [&](Index row, Index pair, Index n) -> CosSin<X> {
-    const Index by = turned(row);
+    const Index by = rotated_by(row);
     if (pair != held_pair || by != held) cos_sin(-by, rope.frequencies().data() + pair, n, 1.0, cos, sin);
     held_pair = pair, held = by;
     return {cos, sin};
@@ -82,12 +83,12 @@ void turn_back(const View<X>& x, Index heads, const Rope<T>& rope, const Turned&
   rotate_rows<X>(x, view(x), heads, 0, rope.dim(), rope.config().pairing, angles);
 }
 
-/// Rows first + n … rows - 1 go n down, their keys turned by -n. Cannot fail: memory is there, for an exact shift also the
-/// copies that rows first … rows - n - 1 need. `all` knows the rows, of storage S:
-///     unturned(row), place(row)           the copies among which the row's is or would be, and its place there
-///     key(row, head), scale(row, head)    as they are now
-///     move(row, to, keys)                 all of the row, but with these keys [heads·width]
-///     move(row, to)                       all of the row, and its copy
+/// Rows first + n … rows - 1 move n down, their keys rotated by -n. Cannot fail: memory is allocated, for an exact shift
+/// also for the copies that rows first … rows - n - 1 need. `all` gives access to the rows, of storage S:
+///     unrotated(row), place(row)           the copies of keys as appended, and the index of the row in them
+///     key(row, head), scale(row, head)    as stored now
+///     move(row, to, keys)                 the whole row, but with these keys [heads·width]
+///     move(row, to)                       the whole row, and its copy
 template <class S, class T, class Rows>
 void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>* rotation, Shift how, std::byte* scratch,
                 const Rows& all) {
@@ -101,26 +102,26 @@ void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>* ro
   const bool exact = how == Shift::exact;
   const Index head_dim = rope.head_dim(), width = heads * head_dim;
   X* const keys = reinterpret_cast<X*>(scratch);
-  const auto turned = [&](Index row) { return exact ? all.unturned(row).turned(all.place(row)) : 0; };
+  const auto rotated_by = [&](Index row) { return exact ? all.unrotated(row).rotated_by(all.place(row)) : 0; };
   for (Index from = first + n; from < rows; from += shift_rows) {
     const Index count = std::min(shift_rows, rows - from);
     for (Index i = 0; i < count; ++i) {
       const Index row = from + i, place = all.place(row);
-      const bool kept = turned(row) > 0;
-      const auto& copies = all.unturned(row);
+      const bool kept = rotated_by(row) > 0;
+      const auto& copies = all.unrotated(row);
       for (Index h = 0; h < heads; ++h)
         load_row(kept ? copies.key(place, h) : all.key(row, h), head_dim,
                  kept ? copies.scale(place, h) : all.scale(row, h), keys + i * width + h * head_dim);
     }
-    turn_back(View<X>(keys, count, width, Eigen::OuterStride<>(width)), heads, rope,
-              [&](Index i) { return turned(from + i) + n; });
-    for (Index i = 0; i < count; ++i) {  // in this order: what a row overwrites has moved
-      const Index row = from + i, to = row - n, before = turned(row);
-      const auto& copies = all.unturned(to);
+    rotate_back(View<X>(keys, count, width, Eigen::OuterStride<>(width)), heads, rope,
+                [&](Index i) { return rotated_by(from + i) + n; });
+    for (Index i = 0; i < count; ++i) {  // ascending: the row that is overwritten has moved already
+      const Index row = from + i, to = row - n, before = rotated_by(row);
+      const auto& copies = all.unrotated(to);
       if (!exact)
         copies.forget(all.place(to), 1);
       else if (before > 0)
-        copies.copy_row(all.unturned(row), all.place(row), all.place(to), before + n);
+        copies.copy_row(all.unrotated(row), all.place(row), all.place(to), before + n);
       else
         for (Index h = 0; h < heads; ++h) copies.keep(all.place(to), h, all.key(row, h), all.scale(row, h), n);
       all.move(row, to, keys + i * width);
@@ -128,7 +129,7 @@ void shift_keys(Index first, Index n, Index rows, Index heads, const Rope<T>* ro
   }
 }
 
-/// A row of keys and values: in which block of which memory.
+/// A row of keys and values: the memory, the block and the row in the block.
 template <StorageType S>
 struct BlockRow {
   CacheBlocks<S>& memory;
@@ -141,10 +142,10 @@ void shift_blocks(Index first, Index n, Index rows, const CacheShape& shape, con
                   std::byte* scratch, const At& at) {
   struct Rows {
     const At& of;
-    const UnturnedKeys<S>& unturned(Index row) const { return of(row).memory.unturned(); }
+    const UnrotatedKeys<S>& unrotated(Index row) const { return of(row).memory.unrotated(); }
     Index place(Index row) const {
       const BlockRow<S> r = of(row);
-      return r.memory.unturned_row(r.block, r.row);
+      return r.memory.unrotated_row(r.block, r.row);
     }
     const S* key(Index row, Index head) const {
       const BlockRow<S> r = of(row);

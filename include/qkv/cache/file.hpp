@@ -1,5 +1,5 @@
-// cache/file.hpp — the bytes of a saved cache: their order, their checksum, and the way back. saved_cache.hpp has
-// the format.
+// cache/file.hpp — the bytes of a saved cache, read and written: byte order, checksum, errors.
+// Format: saved_cache.hpp.
 //
 // Before: cache/paged_rows.hpp   Next: compress/key_directions.hpp
 #pragma once
@@ -35,7 +35,7 @@ class Crc32c {
   std::uint32_t value() const { return ~state_; }
 
  private:
-  /// tables[k][b]: what byte b does to the sum when k more bytes follow it.
+  /// tables[k][b]: the contribution of byte b to the sum when k more bytes follow it.
   static constexpr auto tables = [] {
     std::array<std::array<std::uint32_t, 256>, 8> t{};
     for (std::uint32_t b = 0; b < 256; ++b) {
@@ -50,7 +50,7 @@ class Crc32c {
   std::uint32_t state_ = ~0U;
 };
 
-/// Numbers as they stand in memory <-> little-endian bytes.
+/// Numbers in the machine's byte order <-> little-endian bytes.
 template <class T>
 void little_endian([[maybe_unused]] std::byte* p, [[maybe_unused]] std::size_t n) {
   if constexpr (std::endian::native == std::endian::big)
@@ -90,7 +90,7 @@ struct SavedHeader {
 inline constexpr const char* saved_magic = "qkvcache";
 inline constexpr std::uint32_t saved_version = 1;
 
-/// The caches' friend: what of a cache goes into a stream, and how it comes back.
+/// The caches' friend: what of a cache is saved, and how it is restored.
 struct CacheFile {
   template <class Cache>
   static constexpr bool latent = requires(const Cache& cache) {
@@ -160,7 +160,7 @@ struct CacheFile {
   static bool can_restore(const Cache& cache, Index position, Index rows) {
     return cache.can_restore(position, rows);
   }
-  /// Asked last, for others may have to give up memory for it.
+  /// Called last, for it may evict other sequences.
   template <class Cache>
   static bool make_room(Cache& cache, Index rows) {
     if constexpr (requires { cache.make_room_to_restore(rows); })
@@ -168,10 +168,10 @@ struct CacheFile {
     else
       return true;
   }
-  /// Writes the rows that a checked file has brought.
+  /// Writes the rows of a file whose checksum was right.
   template <class Cache>
   static void restore(Cache& cache, Index position, Index rows, std::byte* from) {
-    cache.restore(position, rows);  // holds them, unwritten
+    cache.restore(position, rows);  // sets their number; they are uninitialised
     for_each_array(cache, [&]<class T>(const T* p, Index n) {
       const auto count = static_cast<std::size_t>(n);
       little_endian<T>(from, count);
@@ -181,7 +181,7 @@ struct CacheFile {
   }
 };
 
-/// The next n bytes, or fewer where the stream ends; memory follows what has arrived.
+/// The next n bytes, or fewer where the stream ends; memory is allocated as bytes arrive.
 inline std::vector<std::byte> read_bytes(std::istream& in, Index n) {
   constexpr Index at_once = Index{1} << 20;
   std::vector<std::byte> bytes;
@@ -201,7 +201,8 @@ inline std::uint32_t little_endian_word(const std::byte* p) {
   return word;
 }
 
-/// Why the stream's next bytes are not a cache for `cache`, or an empty text and the cache restored.
+/// Why the next bytes of the stream are not a saved cache that fits `cache`; or an empty text, and the cache is
+/// restored.
 template <class Cache>
 std::string load_or_say_why(std::istream& in, Cache& cache) {
   const auto refuse = [](const auto&... parts) { return message_of({"the saved cache ", MessagePart(parts)...}); };

@@ -74,11 +74,11 @@ class LatentMemory {
   void store(Index row, const C* c, const R* r) const {
     store_row(c, latent_dim_, latent(row), scale(row));
     store_row(r, rope_dim_, rope(row), nullptr);
-    unturned_.forget(row, 1);
+    unrotated_.forget(row, 1);
   }
   /// n rows of `other`, which may be *this: same bytes.
   void copy_rows(const LatentMemory& other, Index from, Index to, Index n) {
-    unturned_.copy_rows(other.unturned_, from, to, n);
+    unrotated_.copy_rows(other.unrotated_, from, to, n);
     std::copy_n(other.latent(from), n * latent_stride(), latent(to));
     if constexpr (!one_row) {
       std::copy_n(other.rope(from), n * rope_dim_, rope(to));
@@ -98,20 +98,20 @@ class LatentMemory {
             .rope_row_stride = one_row ? latent_stride() : rope_dim_};
   }
 
-  /// Rope keys as they came, once memory for that has been taken.
-  const UnturnedKeys<WideStorage<S>>& unturned() const { return unturned_; }
-  void keep_unturned() {
-    if (!unturned_) unturned_ = UnturnedKeys<WideStorage<S>>(1, rope_dim_, rows_);
+  /// Rope keys as appended, once memory for them is allocated.
+  const UnrotatedKeys<WideStorage<S>>& unrotated() const { return unrotated_; }
+  void keep_unrotated() {
+    if (!unrotated_) unrotated_ = UnrotatedKeys<WideStorage<S>>(1, rope_dim_, rows_);
   }
 
-  /// Context shift: rows first + n … rows - 1 go n down, their rope keys turned by -n; at(i) is the place of row i. Memory is
-  /// there: scratch of shift_bytes, and for an exact shift the unturned keys.
+  /// Context shift: rows first + n … rows - 1 move n down, their rope keys rotated by -n; at(i) is the place of row i.
+  /// Memory is allocated: scratch of shift_bytes, and for an exact shift the unrotated keys.
   template <class T, class At>
   void shift(Index first, Index n, Index rows, const Rope<T>* rotation, Shift how, std::byte* scratch, const At& at) {
     struct Rows {
       LatentMemory& memory;
       const At& place;
-      const UnturnedKeys<WideStorage<S>>& unturned(Index) const { return memory.unturned_; }
+      const UnrotatedKeys<WideStorage<S>>& unrotated(Index) const { return memory.unrotated_; }
       const WideStorage<S>* key(Index row, Index) const { return memory.rope(place(row)); }
       float scale(Index, Index) const { return 1.0F; }
       void move(Index from, Index to, const ShiftScalar<WideStorage<S>, T>* keys) const {
@@ -131,7 +131,7 @@ class LatentMemory {
   Index latent_dim_ = 0, rope_dim_ = 0, rows_ = 0;
   Numbers<S> latent_;             // with the rope keys in it, except in int8
   Numbers<float> rope_, scales_;  // int8 only
-  UnturnedKeys<WideStorage<S>> unturned_;
+  UnrotatedKeys<WideStorage<S>> unrotated_;
 };
 
 /// Shapes of an append.

@@ -1,9 +1,9 @@
 // cache/paged_rows.hpp — one sequence's table of pages over a pool, whatever a page holds: room, forks, copy-on-write.
 //
-//     table    3, 0, 4      page i holds rows i·page_tokens …; what other sequences use too is copied before it is written
+//     table    3, 0, 4      page i holds rows i·page_tokens …; a shared page is copied before it is written
 //
-// A pool has pages (PageUse), `Run`, run(page, rows, position), copy_page(from, to, rows), and for context shifts turned_dim(),
-// shift_bytes(rope), keep_unturned(), forget_unturned(page, rows) and shift(…, at), at(row) being {page, place in it}.
+// A pool has pages (PageUse), `Run`, run(page, rows, position), copy_page(from, to, rows), and for context shifts rotated_dim(),
+// shift_bytes(rope), keep_unrotated(), forget_unrotated(page, rows) and shift(…, at), at(row) being {page, place in it}.
 //
 // Before: cache/latent_memory.hpp   Next: cache/file.hpp
 #pragma once
@@ -28,7 +28,7 @@ class PagedRows {
   /// The table: page i holds rows i·page_tokens …
   std::span<const Index> pages() const { return table_; }
 
-  /// What capacity and the pool's free pages allow now; other sequences of the pool change it.
+  /// As capacity and the free pages of the pool allow now; other sequences of the pool change it.
   Index max_append() const {
     if (!pool_) return 0;
     const Index in_last_page = static_cast<Index>(table_.size()) * page_tokens() - rows_;
@@ -36,15 +36,15 @@ class PagedRows {
     const Index free = pool_->free_pages() - (copies_last_page ? 1 : 0);
     return free < 0 ? 0 : std::min(capacity_ - rows_, in_last_page + free * page_tokens());
   }
-  /// Whether n more rows fit, once the pool's owner has been asked for what is missing.
+  /// Whether n more rows fit, after eviction for missing pages.
   bool make_room(Index n) {
     ask_for([&] { return missing_pages(rows_, n); });
     return n <= max_append();
   }
   bool can_truncate(Index position) const { return position >= 0 && position <= rows_; }
 
-  /// For batches, which must fit as a whole: where the pages come from, how many free ones n more rows take once `copied`
-  /// other users of the last page have copied it, and whether another sequence would be such a user.
+  /// For batches, which must fit as a whole: the pool; the free pages that n more rows need once `copied` other
+  /// sequences that share the last page have copied it; whether another sequence shares it.
   Pool* pool() const { return pool_; }
   Index pages_to_append(Index n, Index copied = 0) const {
     if (n == 0) return 0;
@@ -55,7 +55,7 @@ class PagedRows {
     return pool_ == other.pool_ && fills_last_page() && other.fills_last_page() && table_.back() == other.table_.back();
   }
 
-  /// For layers, whose calls may fail (layer/appended.hpp): a shared last page that was copied is shared again.
+  /// Rollback, for a layer's call that fails (layer/appended.hpp): a shared last page that was copied is shared again.
   std::size_t undo_bytes(Index) const { return sizeof(Undo); }
   void prepare_undo(Index, std::byte* memory) const {
     *reinterpret_cast<Undo*>(memory) = {rows_, fills_last_page() ? table_.back() : Index(-1)};
@@ -70,14 +70,14 @@ class PagedRows {
     hold(rows_, static_cast<Index>(table_.size()) - 1);
   }
 
-  /// While a call asks for pages, the sequences that it is about are busy: they refuse to be changed.
+  /// While a call evicts to get pages, its sequences are busy: they refuse changes.
   void set_busy(bool on) { busy_ += on ? 1 : -1; }
   void require_idle() const { require<std::logic_error>(busy_ == 0, busy_rule); }
 
-  /// Forgets all rows and gives the pages back.
+  /// Removes all rows and releases the pages.
   void clear() { rewind(0); }
 
-  /// Bytes of the pages in its table, shared or not. They are the pool's: memory.hpp has the rule.
+  /// Bytes of the pages in its table, shared or not. They belong to the pool: see memory.hpp.
   Index bytes() const { return pool_ ? static_cast<Index>(table_.size()) * pool_->page_bytes() : 0; }
 
  protected:
@@ -105,7 +105,7 @@ class PagedRows {
     require<std::out_of_range>(can_truncate(position), "fork(position) needs 0 <= position <= ", rows_, "; given ",
                                position);
   }
-  /// Takes the rows before `position` of another sequence, in the same pages.
+  /// Shares the pages of the rows before `position` of another sequence.
   void share(const PagedRows& other, Index position) {
     if (!other.pool_) return;
     pool_ = other.pool_;
@@ -120,8 +120,8 @@ class PagedRows {
     rewind(position);
   }
 
-  /// Rows go into pages of its own; those that only this sequence uses are given back first. The pool's owner is asked for
-  /// pages once the rows have arrived unharmed.
+  /// Restored rows go into unshared pages; those that only this sequence uses are freed first. Eviction for pages comes
+  /// after the checksum of the rows.
   bool can_restore(Index position, Index rows) const {
     return pool_ && rows == position && rows >= 0 && rows <= capacity_;
   }
@@ -135,21 +135,21 @@ class PagedRows {
   void restore(Index, Index rows) {
     rewind(0);
     own(0, rows);
-    for (const Index page : table_) pool_->forget_unturned(page, page_tokens());
+    for (const Index page : table_) pool_->forget_unrotated(page, page_tokens());
     hold(rows, 0);
   }
 
-  /// Context shift: forgets rows first … first+n-1. Pages that the rows behind them go into become its own first.
+  /// Context shift: evicts rows first … first+n-1. Shared pages that later rows move into are copied first.
   template <class T>
   void shift_rows(Index first, Index n, const Rope<T>* rope, Shift how, Workspace& workspace) {
-    check_shift(first, n, rows_, rope, pool_ ? pool_->turned_dim() : 0);
+    check_shift(first, n, rows_, rope, pool_ ? pool_->rotated_dim() : 0);
     const Index left = rows_ - n, moved = left - first;
     if (n == 0) return;
     if (moved > 0) {
       ask_for([&] { return missing_pages(first, moved); });
       require_pages(first, moved);
-      const auto scratch = workspace.lease(pool_->shift_bytes(rope));  // what may fail comes before copies
-      if (rope && how == Shift::exact) pool_->keep_unturned();
+      const auto scratch = workspace.lease(pool_->shift_bytes(rope));  // fails before pages are copied
+      if (rope && how == Shift::exact) pool_->keep_unrotated();
       own(first, moved);
       pool_->shift(first, n, rows_, rope, how, scratch.data(),
                    [&](Index row) { return std::pair(page(row / page_tokens()), row % page_tokens()); });
@@ -158,8 +158,8 @@ class PagedRows {
     hold(left, first / page_tokens());
   }
 
-  /// Asks the pool's owner while missing() > 0 and that helps. Whoever changes rows asks first, and so is told here, before
-  /// anything has changed, that the sequence is busy.
+  /// Evicts while missing() > 0 and that helps. Every change of rows begins here: a busy sequence is refused before
+  /// anything has changed.
   template <class Missing>
   bool ask_for(const Missing& missing) {
     require_idle();
@@ -174,14 +174,14 @@ class PagedRows {
   Index pages_for(Index rows) const { return rows / page_tokens() + (rows % page_tokens() > 0 ? 1 : 0); }
   Index page(Index i) const { return table_[static_cast<std::size_t>(i)]; }
 
-  /// How many pages more than are free it takes to write n rows at `position`; 0 too where no page would help.
+  /// Pages beyond the free ones that writing n rows at `position` needs; 0 too where no page would help.
   Index missing_pages(Index position, Index n) const {
     if (n <= 0 || position < 0 || position > rows_ || n > capacity_ - position) return 0;
     Index needed = 0;
     for (Index i = position / page_tokens(); i < pages_for(position + n); ++i) needed += owned(i) ? 0 : 1;
     return std::max<Index>(needed - pool_->free_pages(), 0);
   }
-  /// std::length_error unless they are there.
+  /// std::length_error unless there are enough.
   void require_pages(Index position, Index n) const {
     const Index missing = missing_pages(position, n);
     require<std::length_error>(missing == 0, "the pool has ", pool_->free_pages(), " free pages of ", pool_->pages(),
@@ -189,7 +189,7 @@ class PagedRows {
                                pool_->free_pages() + missing);
   }
 
-  /// Makes the pages of rows position … position+n-1 pages that nobody else reads.
+  /// Makes the pages of rows position … position+n-1 unshared.
   void own(Index position, Index n) {
     for (Index i = position / page_tokens(); i < pages_for(position + n); ++i) make_owned(i);
   }
@@ -197,7 +197,8 @@ class PagedRows {
     require_idle();
     go_back(position);
   }
-  /// Holds `rows` rows; the runs of the first `unchanged` pages are as they were, so that an append touches the last ones.
+  /// Sets the number of rows. Runs of the first `unchanged` pages are kept, so that an append updates only the last
+  /// ones.
   void hold(Index rows, Index unchanged) {
     rows_ = rows;
     runs_.resize(std::min(static_cast<std::size_t>(unchanged), runs_.size()));
@@ -226,21 +227,21 @@ class PagedRows {
  private:
   static constexpr const char* busy_rule =
       "a sequence stays as it is while a call about it asks for pages: on_exhausted may give up others only";
-  void stop_if_busy() const {  // where nothing can be thrown
+  void stop_if_busy() const {  // where errors cannot be thrown
     if (busy_ > 0) [[unlikely]]
       give_up(busy_rule);
   }
   struct Undo {
-    Index rows, last_page;  // that more rows would go into, or -1
+    Index rows, last_page;  // partly filled, or -1
   };
   void go_back(Index position) {
     release_from(pages_for(position));
     hold(position, position / page_tokens());
   }
-  bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the next row goes into a page that is there
+  bool fills_last_page() const { return rows_ % page_tokens() > 0; }  // the last page has room
   bool owned(Index i) const { return i < static_cast<Index>(table_.size()) && pool_->references(page(i)) == 1; }
 
-  /// Makes entry i of the table, which may be the next one, a page that nobody else reads.
+  /// Makes entry i of the table, which may be the next one, an unshared page.
   void make_owned(Index i) {
     if (owned(i)) return;
     const Index fresh = pool_->acquire();
@@ -256,7 +257,7 @@ class PagedRows {
     }
   }
 
-  int busy_ = 0;  // calls that ask for pages for it, one inside another
+  int busy_ = 0;  // calls that evict on its behalf, nested
 };
 
 }}}  // namespace qkv::QKV_ABI::detail

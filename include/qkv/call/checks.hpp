@@ -19,7 +19,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
-/// Misplaced or unusable operands, in words rather than in a page of templates.
+/// Readable compiler errors for misplaced or unusable operands.
 template <class GivenMask, class GivenScore, class T>
 constexpr void check_functions() {
   using M = std::conditional_t<std::is_same_v<GivenMask, Omitted>, Full, GivenMask>;
@@ -93,7 +93,7 @@ class Sequences {
   Index n_queries_, n_keys_;
 };
 
-/// Kernels multiply with the scale and with log2(e) times it: both must be normal numbers of T.
+/// Kernels multiply by the scale and by log2(e) times it: both must be normal numbers of T.
 template <class T>
 void check_scale(std::optional<double> given_scale) {
   const double scale = given_scale.value_or(0);
@@ -139,8 +139,8 @@ inline void check_query(Index q_cols, Heads heads, Index kv_heads, Index head_di
           "q must have heads*head_dim columns; given ", q_cols, " for heads ", heads.heads, ", head_dim ", head_dim);
 }
 
-/// Kernels multiply sizes with each other and with small constants, unchecked: here is the room for it. (Matrices without
-/// columns take no memory, so nothing else bounds their rows, nor heads of no features.)
+/// Bounds sizes so that unchecked products of them in kernels, with small constants, do not overflow. (Matrices without
+/// columns need no memory, so nothing else bounds their rows, nor the number of heads without features.)
 inline void check_sizes(Index n_queries, Index n_keys, Heads heads, Index head_dim, Index v_head_dim) {
   const double rows = static_cast<double>(n_queries) + static_cast<double>(n_keys),
                numbers = static_cast<double>(head_dim) + static_cast<double>(v_head_dim) + 2;
@@ -151,7 +151,7 @@ inline void check_sizes(Index n_queries, Index n_keys, Heads heads, Index head_d
                              ", v_head_dim ", v_head_dim);
 }
 
-/// A cache knows where its rows stand.
+/// A cache has its own positions: first_key_position must not be set.
 template <class T>
 void check_own_positions(const Options<T>& options) {
   require(options.first_key_position == 0,
@@ -160,7 +160,7 @@ void check_own_positions(const Options<T>& options) {
           options.first_key_position);
 }
 
-/// What is of one sequence takes no offsets.
+/// A call on one sequence has no offsets.
 template <class T>
 void check_one_sequence(const Options<T>& options, const char* what) {
   require(options.query_offsets.empty() && options.key_offsets.empty(), what,
@@ -185,7 +185,7 @@ void check_out(const Out& out, Index rows, Index cols) {
   require_rows_apart(out);
 }
 
-/// Whether a call that writes `output` would write into keys or values: a user's own source may hold them anywhere.
+/// Whether a call that writes `output` would write into keys or values: those of a user's own type may lie anywhere.
 template <StorageType S>
 bool lies_in(const Footprint& output, const KeyRows<S>& keys) {
   if (output.empty()) return false;
@@ -207,8 +207,8 @@ bool lies_in(const Footprint& output, const KeyRows<S>& keys) {
   return false;
 }
 
-/// Kernels walk a grid of positions and write where a run says that its rows are: those of your own cache are looked at
-/// once a call (owns_rows: not the library's). Runs [runs] of key rows or of latent rows.
+/// Kernels iterate over a grid of positions and index scratch by the positions of runs; runs of a user's cache are
+/// therefore checked once per call (owns_rows: the library's are not). Runs [runs] of key rows or of latent rows.
 template <class Run>
 void check_runs(std::span<const Run> runs, Index rows) {
   constexpr Index far = std::numeric_limits<Index>::max() / 4;
@@ -226,7 +226,7 @@ void check_runs(std::span<const Run> runs, Index rows) {
   require(held == rows, "key rows must be as many as their runs hold; given ", rows, " for runs of ", held);
 }
 
-/// Position one past logical row `rows - 1`: where the next token would stand. Of key rows or of latent rows.
+/// Position one past logical row `rows - 1`: that of the next token. Of key rows or of latent rows.
 template <class Rows>
 Index end_position(const Rows& keys, Index rows) {
   for (const auto& run : keys.runs) {

@@ -1,4 +1,4 @@
-// call/dispatch.hpp — runs the kernel that serves a task, item by item, and finishes what each item has computed.
+// call/dispatch.hpp — runs the kernel of a task, item by item, and finishes the output of each item.
 //
 // Before: call/checks.hpp   Next: call/latent_forms.hpp
 #pragma once
@@ -26,7 +26,8 @@ void launch_tiled(const kernel::QueryTask<T>& task, const kernel::StepSource<T>&
   const Index n_blocks = kernel::count_cells(keys.rows.runs, kernel::tile_keys),
               query_blocks = (n + kernel::tile_queries - 1) / kernel::tile_queries;
   const std::size_t per_head = keys.bytes(n_blocks);
-  // One thread packs each block when it first needs it; several meet once, when all blocks of some heads are packed.
+  // One thread packs each block when it first needs it; several wait for each other once all blocks of some heads are
+  // packed.
   const Index at_once =
       executor.serial()
           ? 1
@@ -74,7 +75,7 @@ void launch_decode(const kernel::QueryTask<T>& task, const kernel::DecodeSource<
   Index splits = 0, at_once = kernel::decode_heads_at_once(rows.key.head_stride, kv_heads, source.head_bytes);
   if (!executor.serial()) splits = kernel::count_cells(rows.runs, kernel::decode_split);
   const bool parallel = splits > 1 || (splits == 1 && large);
-  if (parallel) at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);  // heads share an item past sixteen
+  if (parallel) at_once = std::clamp<Index>(splits * kv_heads / 16, 1, at_once);  // enough items: heads share them
   const auto heads_of = [&](Index item) { return std::min(at_once, kv_heads - item * at_once); };
   const auto scratch_bytes = [&](Index count) { return Decode::bytes(count, source.head_bytes); };
   const Index items = (kv_heads + at_once - 1) / at_once;
@@ -116,7 +117,7 @@ void launch_decode(const kernel::QueryTask<T>& task, const kernel::DecodeSource<
   });
 }
 
-/// Leaves the softmax state, by the tiled or the decode kernel; `done` is called by the item that computed its part.
+/// Computes the softmax state, by the tiled or the decode kernel; `done` is called by the item that computed its part.
 template <class T, StorageType S>
 void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::StateView<T>& state, Workspace& workspace,
                  const AnyExecutor& executor, Done done, Start start) {
@@ -143,7 +144,7 @@ void launch_fast(Kernel kernel, const kernel::Task<T, S>& task, const kernel::St
   });
 }
 
-/// Leaves the softmax state of a task, whose rule is set here.
+/// Computes the softmax state of a task, whose rule is set here.
 template <class T, StorageType S>
 void launch(Kernel kernel, kernel::Task<T, S> task, const Rule<T, S>& rule, const kernel::StateView<T>& state,
             Workspace& workspace, const AnyExecutor& executor, Done done, Start start = Start::empty) {
@@ -153,7 +154,7 @@ void launch(Kernel kernel, kernel::Task<T, S> task, const Rule<T, S>& rule, cons
   launch_fast(kernel, task, state, workspace, executor, done, start);
 }
 
-/// Divides by the sums: the last step of every item. The sinks join here; first_row is that of the log-sum-exp.
+/// Divides by the sums: the last step of every item. Sinks are included here; first_row is that of the log-sum-exp.
 template <class T>
 void finish_rows(const kernel::StateView<T>& state, Index query, Index n_queries, Index head, Index n_heads,
                  Index v_head_dim, const Options<T>& options, Index first_row) {

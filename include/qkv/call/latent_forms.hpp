@@ -1,14 +1,14 @@
 // call/latent_forms.hpp — attention over latent rows, in its two forms.
 //
 //     naive      k_h = [c·W_UK(h) | r],  v_h = c·W_UV(h)      restore every head's keys and values, then attend
-//                q·k_h over nope_dim + rope_dim numbers       pays per (key, head): good for many queries
+//                q·k_h over nope_dim + rope_dim numbers       cost per (key, head): good for many queries
 //
 //     absorbed   q_h·k_h = (q_nope·W_UK(h)ᵀ)·c + q_rope·r     move W_UK to the query and W_UV behind the sum:
 //                out_h   = (Σ p c)·W_UV(h)                    one key and value row for all heads; good for few queries
 //
 // with c [latent_dim] the cached latent of a key and r [rope_dim] its rotated key part, shared by all heads. Both are the
-// same sum, in another order. The naive form restores a bounded number of rows at a time in scratch and merges the states:
-// the whole of K and V is never there. DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C.
+// same sum, in another order. The naive form restores a bounded number of rows at a time in scratch and merges the
+// states: K and V never exist in whole. DeepSeek-V2, arXiv:2405.04434, section 2.1 and appendix C.
 //
 // Before: call/dispatch.hpp   Next: layer/common.hpp
 #pragma once
@@ -31,7 +31,7 @@ namespace qkv { inline namespace QKV_ABI { namespace kernel {
 inline constexpr Index latent_chunk = 192;
 
 /// Rows restored at a time: as many as fit 32 MB, up to 960. Every chunk merges its state into that of all queries, so
-/// few large ones are better. By sizes of the layer only: bits stay.
+/// few large ones are better. By sizes of the layer only, so that bits do not depend on the call.
 template <class T>
 constexpr Index naive_chunk(Index numbers_per_row) {
   constexpr Index budget = Index(32) << 20;
@@ -71,12 +71,12 @@ struct LatentTask {
   Arithmetic arithmetic = Arithmetic::automatic;
 };
 
-/// Whether absorbed rows are attended to by the kernel of their own. A forced kernel serves them in the general way.
+/// Whether absorbed rows have their own kernel. A forced kernel runs on rows converted to T.
 template <class T>
 constexpr bool has_absorbed_kernel(Kernel forced) {
   return absorbed::serves<T> && forced == Kernel::automatic;
 }
-/// The kernel that serves them in the general way. With one lane that is one kernel for any number of queries.
+/// The kernel on rows converted to T. With one lane it is the same for any number of queries.
 template <class T>
 constexpr Kernel general_absorbed_kernel(Kernel forced, Index n_queries) {
   constexpr bool fast = std::is_same_v<T, float> || std::is_same_v<T, double>;

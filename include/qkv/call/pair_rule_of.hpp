@@ -1,9 +1,9 @@
-// call/pair_rule_of.hpp — any mask and any score as the plain value that kernels ask: kernel/pair_rule.hpp.
+// call/pair_rule_of.hpp — any mask and any score as the PairRule that kernels call: kernel/pair_rule.hpp.
 //
-// The one place that knows the protocol of masks (mask_protocol.hpp). What a mask allows is often one interval of lanes or keys
-// (causal, windows, prefixes, lengths, and what & and | make of them): `seen_by` and `keys_seen` say so, and one comparison
-// per register hides the rest. For other masks sees(at) is called for every pair. The library's own scores work on whole
-// registers; a user's score is called for every pair, inlined in the loop over the tile.
+// All kernels but the reference call masks (mask_protocol.hpp) through this. Where the visible lanes or keys form one
+// interval (causal, windows, prefixes, lengths, and what & and | make of them), `seen_by` and `keys_seen` return it,
+// and one comparison per register masks the rest. For other masks sees(at) is called for every pair. The library's own
+// scores work on whole registers; a user's score is called for every pair, inlined in the loop over the tile.
 //
 // Before: call/rule.hpp   Next: call/checks.hpp
 #pragma once
@@ -29,7 +29,7 @@ inline constexpr bool is_then = false;
 template <class A, class B>
 inline constexpr bool is_then<Then<A, B>> = true;
 
-/// first, first + step, …, each rounded to T for itself. Out of line: distances so long are rare.
+/// first, first + step, …, each rounded to T on its own. Out of line: such long distances are rare.
 template <class T>
 EIGEN_DONT_INLINE typename kernel::Simd<T>::Vec long_distances(Index first, Index step) {
   T one[kernel::Simd<T>::lanes];
@@ -37,7 +37,7 @@ EIGEN_DONT_INLINE typename kernel::Simd<T>::Vec long_distances(Index first, Inde
   return kernel::Simd<T>::load(one);
 }
 
-/// One register of a tile: pairs (i, j), (i + 1, j) … where lanes follow one another, (i, j), (i, j + 1) … where keys do.
+/// One register of a tile: pairs (i, j), (i + 1, j) … where it holds lanes, (i, j), (i, j + 1) … where it holds keys.
 template <class T, kernel::Inner inner>
 class PairRegister {
   using V = kernel::Simd<T>;
@@ -50,8 +50,8 @@ class PairRegister {
   /// All pairs are of one head, at consecutive positions of keys or queries.
   bool in_line() const { return keys || tile_.heads == 1; }
   const At& first() const { return first_; }
-  /// key_position - query_position of every pair, where they are in line. Each is rounded to T by itself, as the scalar
-  /// score rounds it: past 2²⁴ (double: 2⁵³) neighbours are not 1 apart.
+  /// key_position - query_position of every pair, where they are in line. Each is rounded to T on its own, as the
+  /// scalar score rounds it: past 2²⁴ (double: 2⁵³) neighbours are not 1 apart.
   typename V::Vec distances() const {
     constexpr Index exact = Index{1} << std::min(std::numeric_limits<T>::digits, 62);
     const Index first = first_.key_position - first_.query_position, step = keys ? 1 : -1;
@@ -60,7 +60,7 @@ class PairRegister {
     const auto from = V::broadcast(static_cast<T>(first));
     return keys ? V::add(from, V::iota()) : V::sub(from, V::iota());
   }
-  /// f(n, at) for all that are there.
+  /// f(n, at) for every pair inside the tile.
   template <class F>
   EIGEN_ALWAYS_INLINE void for_each(const F& f) const {
     if (!in_line()) {

@@ -1,6 +1,7 @@
-// call/rule.hpp — the mask and the score of a call as one plain value: what is asked of them before, during and by which kernel.
+// call/rule.hpp — the mask and the score of a call as one plain value: its checks, its PairRule, its reference kernel.
 //
-// Everything behind the front doors is compiled once for all masks and scores; only what stands here is compiled for each.
+// Everything behind attention() is compiled once for all masks and scores; only what is defined here is compiled for
+// each.
 //
 // Before: workspace.hpp   Next: call/pair_rule_of.hpp
 #pragma once
@@ -11,14 +12,14 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace detail {
 
-/// Told of parts of a result that are complete: (query, n_queries, head, n_heads).
+/// Called when parts of a result are complete: (query, n_queries, head, n_heads).
 using Done = FunctionRef<void(Index, Index, Index, Index)>;
 inline constexpr auto nothing_more = [](Index, Index, Index, Index) {};
 
 /// Whether a launch begins with the state of no keys, or merges into what is there.
 enum class Start { empty, merge };
 
-/// The reference kernel, which knows the types of mask and score.
+/// The reference kernel, compiled for the types of mask and score.
 template <class T, StorageType S, class M, class F>
 void launch_reference(const kernel::Task<T, S>& task, const M& mask, const F& score, const kernel::StateView<T>& state,
                       Workspace& workspace, const AnyExecutor& executor, Done done, Start start) {
@@ -73,7 +74,7 @@ Rule<T, S> rule_of(const M& mask, const F& score) {
           }};
 }
 
-/// The same, S as the keys have it.
+/// The same, with S deduced from the keys.
 template <class T, StorageType S, class M, class F>
 Rule<T, S> rule_for(const KeyRows<S>&, const M& mask, const F& score) {
   return rule_of<T, S>(mask, score);

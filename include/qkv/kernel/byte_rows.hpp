@@ -1,7 +1,7 @@
 // kernel/byte_rows.hpp — the rows of one sequence without their storage type.
 //
-// Loops over keys (grid, splits, prefetches) need addresses and strides, not the type of a number: they are compiled once for
-// all storages. Only the code that multiplies rows knows their type.
+// Loops over keys (grid, splits, prefetches) need addresses and strides, not the type of a number: they are compiled
+// once for all storages. Only the code that multiplies rows is compiled for their type.
 //
 // Before: kernel/position_grid.hpp   Next: kernel/task.hpp
 #pragma once
@@ -30,7 +30,7 @@ struct ByteRun {
   const std::byte *keys = nullptr, *values = nullptr;
 };
 
-/// A KeyRows; strides and widths in bytes.
+/// A KeyRows, with strides and widths in bytes.
 struct ByteRows {
   struct Layout {
     Index row_stride = 0, head_stride = 0, width = 0;
@@ -48,7 +48,7 @@ struct ByteRows {
   }
 };
 
-/// Calls use(list) with bytes_of(run) of every run. The list lives as long: on the stack where it is short.
+/// Calls use(list) with bytes_of(run) of every run. The list exists during the call: on the stack where it is short.
 template <class Run, class BytesOf, class Use>
 void with_byte_runs(std::span<const Run> runs, Workspace& workspace, const BytesOf& bytes_of, const Use& use) {
   const auto list = [&](ByteRun* to) {

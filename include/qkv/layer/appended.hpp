@@ -1,12 +1,12 @@
 // layer/appended.hpp — rows that a call appends to its caches: all of them stay, or none.
 //
-// A mask, a score, an executor and every allocation may throw while a layer is at work. Before it appends, it keeps what
-// the way back needs; going back allocates nothing and cannot fail. A cache that takes rows back by truncate alone needs no
-// more than that. Others say how, by three members:
+// A mask, a score, an executor and every allocation may throw while a layer runs. Before it appends, it saves what a
+// rollback needs; the rollback allocates nothing and cannot fail. For caches that truncate can restore, nothing is saved.
+// Others have three members:
 //
 //     size_t undo_bytes(n) const               memory for what is lost when n rows are appended
-//     void prepare_undo(n, memory) const       keeps it, before the first of them comes
-//     void undo(memory)                        back to that, however many of the n have come; the memory is let go then
+//     void prepare_undo(n, memory) const       saves it, before the first of them is appended
+//     void undo(memory)                        restores it, however many of the n were appended; memory is freed afterwards
 //
 // Before: layer/forward.hpp   Next: layer/batch_rows.hpp
 #pragma once
@@ -25,8 +25,8 @@ concept CanUndo = requires(C& cache, const C& constant, Index n, std::byte* memo
   cache.undo(memory);
 };
 
-/// The rows row_offsets[s] … row_offsets[s+1]-1 that are about to be appended to caches[s]: removed again unless the call
-/// comes to keep().
+/// The rows row_offsets[s] … row_offsets[s+1]-1 that are about to be appended to caches[s]: removed again unless keep()
+/// is called.
 template <class C>
 class Appended {
  public:
@@ -37,7 +37,7 @@ class Appended {
   Appended(const Appended&) = delete;
   Appended& operator=(const Appended&) = delete;
   ~Appended() {
-    for (std::size_t s = caches_.size(); s-- > 0;) {  // the last first, as page tables grew
+    for (std::size_t s = caches_.size(); s-- > 0;) {  // in reverse order of appending
       C& cache = *caches_[s];
       if constexpr (CanUndo<C>) {
         cache.undo(before_[s].memory);
@@ -55,7 +55,7 @@ class Appended {
     Index position;
     std::byte* memory;
   };
-  /// Without memory it only counts the bytes.
+  /// Without memory only counts the bytes.
   std::size_t prepare(std::span<const Index> row_offsets, std::byte* base) {
     Carver carver(base);
     before_ = carver.take<Before>(static_cast<Index>(caches_.size()));
@@ -76,7 +76,7 @@ class Appended {
   Workspace::Lease memory_;
 };
 
-/// Appends each sequence's rows; raises should a cache refuse what it had room for.
+/// Appends each sequence's rows; raises if a cache refuses rows for which it had room.
 template <class C, class A, class B>
 void append_all(std::span<const Index> row_offsets, std::span<C* const> caches, const A& a, const B& b) {
   for (std::size_t s = 0; s < caches.size(); ++s) {

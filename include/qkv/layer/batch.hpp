@@ -1,8 +1,8 @@
 // layer/batch.hpp — several sequences at once, each against its own cache, as one pool of work items.
 //
-// An item is one kv head of one sequence; the longest go first, so that no thread is left with one at the end. A sequence
-// that is much of the whole work is cut finer, by its own kernel. None of this changes a bit: an item computes what the
-// sequence alone would. What sequences begin with in common may be attended once: layer/shared_prefix.hpp.
+// An item is one kv head of one sequence; the longest go first, so that threads finish together. A sequence that is
+// much of the whole work is divided further, by its own kernel. None of this changes a bit: an item computes what the
+// sequence alone would. A common prefix of sequences may be attended to once: layer/shared_prefix.hpp.
 //
 // Before: layer/batch_rows.hpp   Next: layer/shared_prefix.hpp
 #pragma once
@@ -48,7 +48,7 @@ void attend_heads(const Batch<T, C>& batch, Index s, Index own, const PrefixStat
       prefix != nullptr ? Start::merge : Start::empty);
 }
 
-/// Sequences [first, last) with queries, which have `own` rows and more each; those before are in `prefix`.
+/// Sequences [first, last), those with queries: their rows from `own` on; the rows before are in `prefix`.
 template <class T, class C>
 void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index own, const PrefixStates<T>* prefix,
                       const Rules<T, typename C::Storage>& rules, Workspace& workspace, const AnyExecutor& executor) {
@@ -68,7 +68,7 @@ void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index o
     for (Index s = first; s < last; ++s)
       if (batch.n(s) > 0) attend_to_all_heads(s);
   } else {
-    // Pairs of query and key are the cost. What is more than 1/32 of it in one item has more items of its own.
+    // The cost of a sequence is its pairs of query and key. Where an item has over 1/32 of all cost, it is divided.
     constexpr double finest = 32;
     const auto cost = [&](Index s) {
       return static_cast<double>(batch.cache(s).rows() - own) * static_cast<double>(batch.n(s));
@@ -93,7 +93,7 @@ void attend_sequences(const Batch<T, C>& batch, Index first, Index last, Index o
   }
 }
 
-/// batch.context ← the attention of every sequence over what its cache holds.
+/// batch.context ← the attention of every sequence over the rows in its cache.
 template <class T, class C>
 void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const Rules<T, typename C::Storage>& rules,
                   const AnyExecutor& executor) {
@@ -107,7 +107,7 @@ void attend_batch(const Batch<T, C>& batch, bool share_prefixes, const Rules<T, 
     if (share_prefixes) {
       for (Index s = 0; s < batch.size();) {
         SharedPrefix group = shared_prefix(batch, s);
-        if (group.rows == 0) {  // on to the next that shares anything
+        if (group.rows == 0) {  // up to the next shared prefix
           while (group.last < batch.size() && shared_prefix(batch, group.last).rows == 0) ++group.last;
           attend_sequences<T>(batch, s, group.last, 0, nullptr, rules, workspace, executor);
         } else {

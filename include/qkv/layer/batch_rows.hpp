@@ -1,4 +1,4 @@
-// layer/batch_rows.hpp — a batch of sequences as a layer has it, its masks and scores, and parts of what caches hold.
+// layer/batch_rows.hpp — a batch of sequences in a layer, its masks and scores, and parts of the rows in caches.
 //
 // Before: layer/appended.hpp   Next: layer/batch.hpp
 #pragma once
@@ -22,11 +22,11 @@ struct Rules {
     return rule_of<T, S>(mask, score);
   }
 
-  FunctionRef<void(Index sequence, Use)> of;         // with what its cache lets a query see
+  FunctionRef<void(Index sequence, Use)> of;         // the mask of its cache included
   FunctionRef<void(const Stacked&, Use)> of_prefix;  // for the queries of several sequences: layer/shared_prefix.hpp
 };
 
-/// The batch as the layer has it: rows row_offsets[s] … of q and context belong to caches[s], which holds them already.
+/// The batch in a layer: rows row_offsets[s] … of q and context belong to caches[s], which already holds their keys.
 template <class T, class C>
 struct Batch {
   View<T> context;  // [n, heads·v_head_dim]
@@ -44,7 +44,7 @@ struct Batch {
   Index first_position(Index s) const { return cache(s).position() - n(s); }
 };
 
-/// Rows [row, …) of what a cache holds, for a row that begins a run.
+/// Rows [row, …) of a cache; `row` begins a run.
 template <StorageType S>
 KeyRows<S> rows_from(KeyRows<S> keys, Index row) {
   while (!keys.runs.empty() && row > 0) {

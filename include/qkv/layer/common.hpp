@@ -49,7 +49,7 @@ template <class T>
 void carve_matrix(Carver& carver, View<T>& x, Index rows, Index cols) {
   new (&x) View<T>(carver.take<T>(checked_product(rows, cols)), rows, cols, Eigen::OuterStride<>(cols));
 }
-/// Scratch as layout(carver) lays it out: called once to count the bytes, and once to hand them out.
+/// Scratch laid out by layout(carver), which is called twice: to count the bytes, then to assign them.
 class Scratch {
  public:
   template <class Layout>
@@ -67,15 +67,14 @@ class Scratch {
   Workspace::Lease lease_;
 };
 
-/// What may stand in the place of a layer's mask. Caches, matrices, options and the offsets of a batch belong to other forms of
-/// the call.
+/// What may be passed as a layer's mask. Caches, matrices, options and the offsets of a batch select other overloads.
 template <class M>
 concept InMaskPlace = !MatrixLike<M> && !std::same_as<M, LayerOptions> &&
                       !std::convertible_to<const M&, std::span<const Index>> && !requires(const M& cache) {
   cache.max_append();
 };
 
-/// A cache that forgets rows: it has a window and, perhaps, pinned first tokens; the rest of its capacity is slack.
+/// A cache that evicts rows: it has a window and, perhaps, pinned first tokens; the rest of its capacity is slack.
 template <class C>
 concept SlidingCache = requires(const C& cache) {
   cache.window();
@@ -83,7 +82,7 @@ concept SlidingCache = requires(const C& cache) {
   cache.capacity();
 };
 
-/// A cache whose memory is a pool's, which other sequences may share.
+/// A cache that stores rows in a pool, which other sequences may share.
 template <class C>
 concept PooledCache = requires(const C& cache) {
   cache.pool()->free_pages();
@@ -92,7 +91,7 @@ concept PooledCache = requires(const C& cache) {
   cache.shares_last_page(cache);
 };
 
-/// What a query may see of a cache, whatever else it still holds.
+/// The mask of a cache: which of the held rows a query may see.
 template <class C>
 auto visible(const C& cache) {
   if constexpr (SlidingCache<C>)
@@ -101,7 +100,7 @@ auto visible(const C& cache) {
     return full;
 }
 
-/// How many of n new rows may be appended and attended at once when the cache has come to `position`.
+/// How many of n new rows may be appended and attended to at once when the cache has reached `position`.
 template <class C>
 Index piece(const C& cache, Index position, Index n) {
   if constexpr (SlidingCache<C>) {
@@ -112,7 +111,7 @@ Index piece(const C& cache, Index position, Index n) {
   }
 }
 
-/// Whether a sequence of the batch brings more rows than its window lets it append at once.
+/// Whether a sequence of the batch has more rows than its window lets it append at once.
 template <class C>
 bool needs_pieces(std::span<const Index> row_offsets, std::span<C* const> caches) {
   for (std::size_t s = 0; s < caches.size(); ++s)
@@ -120,7 +119,7 @@ bool needs_pieces(std::span<const Index> row_offsets, std::span<C* const> caches
   return false;
 }
 
-/// The most rows that a cache can hold more, once its pool's owner has given up pages: more are refused before that.
+/// The most rows that a cache could append after eviction of others from its pool: more are refused before that.
 template <class C>
 Index most_rows(const C& cache) {
   if constexpr (SlidingCache<C>)
@@ -152,7 +151,7 @@ void check_growth(const Rule<T, S>& rule, const C& cache, Heads heads, Index n, 
   }
 }
 
-/// Raises unless a cache, the s-th of `count`, takes n more rows, of which it has room for `most`.
+/// Raises unless a cache, the s-th of `count`, can append n more rows, of which it has room for `most`.
 template <class C>
 void require_room(const C& cache, Index n, Index most, std::size_t s = 0, std::size_t count = 1) {
   if (n <= most) return;
@@ -161,7 +160,7 @@ void require_room(const C& cache, Index n, Index most, std::size_t s = 0, std::s
                   " more rows (position ", cache.position(), "); given ", n}));
 }
 
-/// Everything about a batch that can be said before its pool's owner is asked for pages.
+/// All checks of a batch that do not need its pool to evict.
 template <class C>
 void check_batch(std::span<const Index> row_offsets, std::span<C* const> caches, Index rows) {
   require(row_offsets.size() == caches.size() + (caches.empty() ? row_offsets.size() : 1),
@@ -203,15 +202,16 @@ class Busy {
   std::span<C* const> caches_;
 };
 
-/// Raises unless a checked batch fits. Caches that share a pool must find room in it together: counts pages as appending in
-/// order will take them. More pages than the whole pool has are refused without calling the eviction callback.
+/// Raises unless a checked batch fits. Caches that share a pool must find room in it together: pages are counted as
+/// appending in order will use them. More pages than the whole pool has are refused without calling the eviction
+/// callback.
 template <class C>
 void find_room(std::span<const Index> row_offsets, std::span<C* const> caches) {
   if constexpr (PooledCache<C>) {
     const Busy<C> busy(caches);
     const auto rows = [&](std::size_t s) { return row_offsets[s + 1] - row_offsets[s]; };
     const auto needs = [&](std::size_t s) {
-      Index copied = 0;  // sequences before it that have left its last page for a copy of their own
+      Index copied = 0;  // earlier sequences that have copied its last page
       for (std::size_t r = 0; r < s; ++r) copied += rows(r) > 0 && caches[r]->shares_last_page(*caches[s]) ? 1 : 0;
       return caches[s]->pages_to_append(rows(s), copied);
     };
@@ -235,7 +235,7 @@ void find_room(std::span<const Index> row_offsets, std::span<C* const> caches) {
     };
     if constexpr (requires { caches[0]->pages().size(), caches[0]->pool()->pages(); })
       for_each_pool([&](const auto& pool, const auto& sum_over) {
-        Index held = 0;  // by the longest; fresh pages come on top of that, copies only where others still read
+        Index held = 0;  // by the longest; then fresh pages, and copies of shared ones
         const Index fresh = sum_over([&](std::size_t s) {
           held = std::max(held, static_cast<Index>(caches[s]->pages().size()));
           return caches[s]->pages_to_append(rows(s), infinite);
@@ -249,7 +249,7 @@ void find_room(std::span<const Index> row_offsets, std::span<C* const> caches) {
   }
 }
 
-/// Independent of the standard library's distributions, so that a seed gives the same weights everywhere.
+/// Does not use the standard library's distributions: a seed gives the same weights everywhere.
 template <class T>
 class RandomWeights {
  public:

@@ -1,16 +1,16 @@
-// layer/forward.hpp — the calls of a layer, whichever it is: sequences with a cache each; a single one is a batch of one.
+// layer/forward.hpp — the calls of both layers: sequences with a cache each; a single one is a batch of one.
 //
 //     check             operands, options, caches, mask and score: nothing is evicted or written before all of it holds
 //     find room         in all caches together
 //     project           all rows at once                                     Layer::project
-//     norm, rotate      each sequence's rows at its positions                Layer::finish
+//     norm, rotate      the rows of each sequence at its positions           Layer::finish
 //     append            to all caches, or to none                            Layer::append, layer/appended.hpp
-//     attend            each sequence to what its cache holds                Layer::attend
+//     attend            each sequence to the rows in its cache               Layer::attend
 //     output            all rows at once
 //
-// Masks, scores and executors stand behind plain functions, so this is compiled once for a layer and a kind of cache. A
-// window that slides must still see its old rows: where a ring is given more than it can append at once, the sequences
-// follow one another, a piece at a time.
+// Masks, scores and executors are passed as plain functions, so this is compiled once per layer and kind of cache. In a
+// ring, the first of the new rows must still see the old ones of its window: where a ring gets more than it can append
+// at once, the sequences run one after another, a piece at a time.
 //
 // Before: layer/common.hpp   Next: layer/appended.hpp
 #pragma once
@@ -29,7 +29,7 @@ namespace qkv { inline namespace QKV_ABI { namespace detail {
 
 struct LayerExplainer;
 
-/// What a list of addresses points at, and the list as a span.
+/// The type that a list of addresses points to, and the list as a span.
 template <class L>
 using Listed = std::remove_pointer_t<std::remove_cvref_t<decltype(*std::data(std::declval<const L&>()))>>;
 template <class L>
@@ -41,13 +41,13 @@ concept CacheOf = Layer::template serves<C>;
 template <class L, class Layer>
 concept CachesOf = CacheOf<Listed<L>, Layer> && std::convertible_to<const L&, ListView<L>>;
 
-/// What both layers offer. A mask is causal unless it is given, and so it is where `{}` stands for it; a score is plain.
+/// What both layers offer. The mask is causal by default and for `{}`, the score plain.
 template <class Layer, class T>
 class LayerCalls {
  public:
-  /// The next tokens of the cache's sequence: a prompt, a chunk of one, or a single new token. Appends their rows, attends to
-  /// all that the cache holds. Full caches throw std::length_error. Whatever throws, an allocation included, caches stay as
-  /// they were; what a ring will overwrite is kept for that in its workspace, so long as the call lasts.
+  /// The next tokens of the cache's sequence: a prompt, a chunk of one, or a single new token. Appends their rows,
+  /// attends to all that the cache holds. Full caches throw std::length_error. After any exception, of an allocation
+  /// too, caches are as they were; rows that a ring overwrites are saved in its workspace until the call returns.
   template <MatrixLike X, CacheOf<Layer> C, InMaskPlace M = Omitted, class F = Omitted, Executor E = Serial>
   Matrix<T> forward(const X& x, C& cache, const M& mask = {}, const F& score = {}, const LayerOptions& options = {},
                     const E& executor = serial) const {
@@ -75,9 +75,9 @@ class LayerCalls {
     forward_into(out, x, cache, Omitted{}, Omitted{}, options, executor);
   }
 
-  /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to the cache at caches[s].
-  /// One projection for all rows (with a ring: where each sequence goes in one piece); each sequence gives the same bits as
-  /// alone. Either all caches take their rows or none.
+  /// The next tokens of several sequences: rows row_offsets[s] … row_offsets[s+1]-1 of x belong to the cache at
+  /// caches[s]. One projection for all rows (with a ring: where no sequence needs pieces); each sequence gives the same
+  /// bits as alone. Either all caches append their rows or none.
   template <MatrixLike X, CachesOf<Layer> L, InMaskPlace M = Omitted, class F = Omitted, Executor E = Serial>
   Matrix<T> forward(const X& x, std::span<const Index> row_offsets, const L& caches, const M& mask = {},
                     const F& score = {}, const LayerOptions& options = {}, const E& executor = serial) const {
@@ -108,7 +108,7 @@ class LayerCalls {
   const Layer& self() const { return static_cast<const Layer&>(*this); }
   Index model_dim() const { return self().config().model_dim; }
 
-  /// All that is compiled for each mask and score.
+  /// Only this is compiled for each mask and score.
   template <class C, class M, class F>
   void call(View<T> out, const ConstView<T>& x, std::span<const Index> row_offsets, std::span<C* const> caches,
             const M& given_mask, const F& score, const LayerOptions& options, const AnyExecutor& executor) const {

@@ -1,11 +1,12 @@
 // layer/ring_positions.hpp — attention over a ring whose pinned tokens count positions in the cache, not in the text.
 //
-//     in the text     0 1 2 3  … forgotten …  t−w … t          pinned i stands t − i before the query: ever further
-//     in the cache    0 1 2 3  4 ……………………………… p+w             pinned i stands p + w − i before it, however long the text
+//     in the text     0 1 2 3  … evicted …    t−w … t          pinned i is t − i before the query: ever further
+//     in the cache    0 1 2 3  4 ……………………………… p+w             pinned i is p + w − i before it, however long the text
 //
-// RoPE's score depends on distance only, and inside the window distances are the same either way. So the keys stay as they
-// are: for the pinned keys alone the query is rotated back, from position t to p + w. The two sets of keys are disjoint, and
-// their softmax states merge. Every query of a chunk is rotated by itself: a chunk gives what its tokens give one by one.
+// RoPE's score depends on distance only, and inside the window distances are the same either way. So keys are
+// unchanged: for the pinned keys alone the query is rotated back, from position t to p + w. The two sets of keys are
+// disjoint, and their softmax states merge. Every query of a chunk is rotated on its own: a chunk gives what its tokens
+// give one by one.
 //
 // Xiao et al. 2023, arXiv:2309.17453, section 3.2.
 //

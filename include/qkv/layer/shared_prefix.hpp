@@ -1,8 +1,9 @@
-// layer/shared_prefix.hpp — attention over the rows that several sequences of a batch begin with, once for all of them.
+// layer/shared_prefix.hpp — attention over the common prefix of several sequences of a batch, once for all of them.
 //
-// Opt-in: sequences whose page tables begin with the same pages attend to those together. All their queries, and all heads
-// of a group, are the queries of one call, so a prefix row is read once for all of them; each sequence then merges its own
-// rows. The same sums in another bracketing: equal within rounding, not in bits. Juravsky et al. 2024, arXiv:2402.05099.
+// Opt-in: sequences whose page tables begin with the same pages attend to those together. All their queries, and all
+// heads of a group, become the queries of one call, so a prefix row is read once for all of them; each sequence then
+// merges its own rows. The same sums in another order: equal within rounding, not in bits. Juravsky et al. 2024,
+// arXiv:2402.05099.
 //
 // Before: layer/batch.hpp   Next: layer/ring_positions.hpp
 #pragma once
@@ -35,7 +36,7 @@ struct SharedPrefix {
   Index first = 0, last = 0, rows = 0;
 };
 
-/// From sequence `first` on: neighbours join as long as that saves more rows of reading.
+/// From sequence `first` on: the next ones join while that reduces the rows to read.
 template <class T, class C>
 SharedPrefix shared_prefix(const Batch<T, C>& batch, Index first) {
   SharedPrefix group{first, first + 1, 0};
@@ -53,7 +54,7 @@ SharedPrefix shared_prefix(const Batch<T, C>& batch, Index first) {
 /// Query row i of the common call is query row i / group_size of these sequences, head i % group_size of the kv group.
 struct Stacked {
   std::span<const Index> row_offsets;  // of the group's sequences, from the batch's rows
-  const Index* first_position;         // of each
+  const Index* first_position;         // of each of them
   Index group_size;
   Index first, count;  // the first of them in the batch, and how many the batch has
 
@@ -61,7 +62,7 @@ struct Stacked {
     const auto after = std::upper_bound(row_offsets.begin(), row_offsets.end(), row + row_offsets.front());
     return static_cast<std::size_t>(after - row_offsets.begin()) - 1;
   }
-  /// What a mask or score is to sequence s of the group, or to that of a query.
+  /// The mask or score of sequence s of the group; of the sequence of a query.
   template <class M>
   decltype(auto) of(const M& mask, std::size_t s) const {
     return of_sequence(mask, first + static_cast<Index>(s), count);
@@ -145,7 +146,7 @@ class PrefixStates {
     const Stacked stacked{batch.row_offsets.subspan(static_cast<std::size_t>(group.first),
                                                     static_cast<std::size_t>(group.last - group.first) + 1),
                           positions_, group_, group.first, batch.size()};
-    // Positions are the mask's business; 0 keeps the kernel's own away from overflow.
+    // Only the mask uses positions; 0 keeps those of the kernel from overflowing.
     Options<T> options = batch.options;
     options.first_position = 0;
     rules.of_prefix(stacked, [&](const Rule<T, typename C::Storage>& rule) {
@@ -155,7 +156,8 @@ class PrefixStates {
     });
   }
 
-  /// Copies the states of query rows [row, row + to's rows) of the batch and some heads: what their own rows merge into.
+  /// Copies the prefix states of query rows [row, row + n) of the batch, heads first_head …, to `to`: the states into
+  /// which the sequence's own rows merge.
   void copy_to(const kernel::StateView<T>& to, Index row, Index n, Index first_head, Index v_head_dim) const {
     for (Index i = 0; i < n; ++i)
       for (Index h = 0; h < to.heads; ++h) {

@@ -4,8 +4,8 @@
 //                               m, l, Sᵀ ← softmax, lane by lane                    kernel/absorbed/scores.hpp
 //                               O += S C[:, latent]             [lanes, latent]     lanes of registers are features
 //
-// 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is bound
-// by multiply-adds. Lane i is head i mod heads of token i / heads, so several new tokens fill registers too.
+// 2·(2·latent_dim + rope_dim) flops per key and head, on latent_dim + rope_dim numbers per key: with many heads it is
+// bound by multiply-adds. Lane i is head i mod heads of token i / heads, so several new tokens fill registers too.
 //
 // A sum is the same chain in every lane and panel: a prompt in pieces gives the same bits as at once.
 // DeepSeek-V2, arXiv:2405.04434, appendix C; blocks of keys as in Dao et al. 2022, arXiv:2205.14135.
@@ -34,7 +34,7 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// Numbers of an output in whole registers.
+/// Numbers of an output row in whole registers.
 template <class T>
 Index features(const LaneTask<T>& task) {
   return round_up(task.latent_dim, Simd<T>::width);
@@ -154,7 +154,7 @@ class Absorbed final : public LaneGroup<typename A::Scalar> {
     multiply_tiles(tiles_.whole, rows, p, begin, tiles);
     begin += tiles * rows;
     if (begin == end) return;
-    if (tiles > 0) return multiply_tiles(tiles_.whole, rows, p, end - rows, 1);  // rows twice: the same bits
+    if (tiles > 0) return multiply_tiles(tiles_.whole, rows, p, end - rows, 1);  // some rows again: the same bits
     multiply_tiles(tiles_.four, 4, p, begin, (end - begin) / 4);
     begin += (end - begin) / 4 * 4;
     multiply_tiles(tiles_.one, 1, p, begin, end - begin);

@@ -1,4 +1,4 @@
-// kernel/absorbed/blocks.hpp — a block of latent rows as absorbed attention multiplies it: in place where it can be.
+// kernel/absorbed/blocks.hpp — a block of latent rows as absorbed attention multiplies it: in place where possible.
 //
 //     exact    rows   float rows of one run: where they lie in the cache; else a copy, widened and without gaps
 //              values the same rows
@@ -55,10 +55,10 @@ class BlockRows {
   virtual void prepare(const Place& place) = 0;
 
   const Place& place() const { return place_; }
-  /// The row of a column that is held, and the bytes from one to the next.
+  /// The row of a column, and the bytes from one row to the next.
   const Element* row(Index column) const { return first_ + (column - place_.begin) * step_; }
   Index stride() const { return step_ * Index(sizeof(Element)); }
-  /// Values from column c on (narrow: the first of one word), and the numbers from one (one word) to the next.
+  /// Values from column c on (narrow: the first column of a word), and the numbers from one column (word) to the next.
   const Value* values(Index column) const {
     if constexpr (narrow)
       return packed_ + column / A::keys * packed_step();
@@ -73,10 +73,10 @@ class BlockRows {
   /// Integer weights: scales of the values, zero where a row is not finite.
   const float* value_scales() const { return value_scales_; }
 
-  /// False: a value is not finite as it is multiplied, though the scores of its row may be.
+  /// False: a value is not finite when converted for the product, though the scores of its row may be.
   bool values_finite() const { return values_finite_; }
-  /// Columns whose latent is not finite, ascending: a weight of zero must not meet them. Words of them become zeros.
-  /// Looked for where a score is not finite, as every score of such a row is, or a value.
+  /// Columns whose latent is not finite, ascending: their values must not be multiplied, not even by a weight of zero,
+  /// and are zeros in packed words. Searched for only where a score, as all of such a row, or a value is not finite.
   std::pair<const Index*, Index> dropped() {
     if (!inspected_) inspect();
     inspected_ = true;
@@ -166,7 +166,7 @@ class BlockRowsOf final : public BlockRows<A> {
   ColumnRows<Element> columns() const { return {first_, step_, place_.begin, place_.count, rows_.latent_dim}; }
   const S* latent(const LatentRun<S>& run, const Place& place) const { return rows_.latent(run, place.cell.row); }
 
-  /// Rope keys of float are multiplied where they lie, where parts of a lane end with them.
+  /// Float rope keys are multiplied in place where the parts of a lane divide their features evenly.
   static constexpr bool float_rope = A::integer_keys && std::is_same_v<RopeNumber, float>;
   bool rope_in_place() const { return float_rope && place_.whole && rows_.rope_dim % parts_ == 0; }
 
@@ -249,7 +249,7 @@ class BlockRowsOf final : public BlockRows<A> {
       sum_offsets(columns(), offsets_);
     }
   }
-  /// Rope keys as they are multiplied: where they lie, or without gaps in a copy.
+  /// Rope keys for the product: in place, or copied without gaps.
   void gather_rope() {
     if constexpr (float_rope)
       if (rope_in_place()) {

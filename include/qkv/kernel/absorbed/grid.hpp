@@ -18,9 +18,10 @@
 
 namespace qkv { inline namespace QKV_ABI { namespace kernel::absorbed {
 
-/// Positions of a block and of a split. One slice of a block's values and the weights of a panel should fit the first-level
-/// cache (measured: 96 rows of float are 1 to 4 % faster than 192; half as many words are 2 % slower). With 16 registers
-/// (AVX2) this block, the next, queries and accumulators should fit a second-level cache of 512 KB.
+/// Positions of a block and of a split. One slice of a block's values and the weights of a panel should fit the
+/// first-level cache (measured: 96 rows of float are 1 to 4 % faster than 192; half as many narrow rows are 2 %
+/// slower). With 16 registers (AVX2) this block, the next, queries and accumulators should fit a second-level cache of
+/// 512 KB.
 template <bool Words>
 inline constexpr Index block_rows = (Words ? 2 : 1) * (Shape<float>::wide ? 96 : 48);
 inline constexpr Index split_rows = 768;
@@ -55,7 +56,7 @@ struct LaneState {
   Index o_step;
 };
 
-/// Some lanes of a task, as whoever goes through its splits sees them.
+/// Some lanes of a task, whatever the arithmetic.
 template <class T>
 class LaneGroup {
  public:

@@ -36,14 +36,14 @@ void merge_lanes(const LaneTask<T>& task, const LaneState<T>& from, Index first,
   }
 }
 
-/// The kernel in one arithmetic, whatever that is.
+/// Makes the groups of lanes of a task, whatever the arithmetic.
 template <class T>
 class GroupSource {
  public:
   Index block_rows, panel;
   bool prepares;  // rows are packed or widened: preparing a block costs more than where they are multiplied in place
 
-  /// Scratch of a group of n lanes.
+  /// Bytes of scratch of a group of n lanes.
   virtual std::size_t bytes(Index n) const = 0;
   /// Lanes [first, first + n), in such scratch.
   virtual LaneGroup<T>& make(std::byte* scratch, Index first, Index n) const = 0;
@@ -94,9 +94,9 @@ class GroupSourceOf final : public GroupSource<typename A::Scalar> {
 /// Lanes of one work item, which share a prepared block: 128 where preparing packs or widens rows and there are at least four
 /// work items (several threads: splits; one thread: blocks), else 64. (A state has the same bits in any group.)
 constexpr Index group_lanes(bool prepares, Index items) { return prepares && items >= 4 ? 128 : 64; }
-/// One thread goes through the splits with up to so many groups at once.
+/// One thread attends to each split with up to so many groups before the next split.
 inline constexpr Index most_groups_at_once = 4;
-/// The states of all splits are kept side by side, to be computed by different threads, up to this many bytes.
+/// States of all splits are stored, to be computed by different threads, up to this many bytes.
 inline constexpr Index most_partial_bytes = Index(64) << 20;
 
 template <class T>
@@ -107,7 +107,7 @@ void run(const LaneTask<T>& task, const ByteRows& all, const GroupSource<T>& sou
   const Index n_blocks = count_cells(all.runs, rows);
   if (n_blocks == 0) return;
   detail::Carver count(nullptr);
-  const Index room = round_up(n_blocks + 1, 64);  // a growing cache seldom needs more
+  const Index room = round_up(n_blocks + 1, 64);  // rounded up, so that a growing cache seldom reallocates
   count.take<Place>(room), count.take<Index>(room);
   const auto tables = workspace.lease(count.used());
   detail::Carver carver(tables.data());
@@ -141,9 +141,9 @@ void run(const LaneTask<T>& task, const ByteRows& all, const GroupSource<T>& sou
     lanes_at.attend(places + splits[s], splits[s + 1] - splits[s], s + 1 < n_splits ? places + splits[s + 1] : nullptr,
                     to);
   };
-  // However they are ordered, each lane's splits are merged in ascending order: the same bits.
+  // In any order of the groups, the splits of a lane are merged in ascending order: the same bits.
   if (executor.serial() && groups > 1 && groups <= most_groups_at_once && n_splits > 1) {
-    // Split by split: the rows that one group has read are still near for the next.
+    // Split by split: the rows that one group has read are still in the cache for the next.
     const auto scratch = workspace.lease((own + part) * static_cast<std::size_t>(groups));
     std::array<Group*, std::size_t(most_groups_at_once)> all_groups{};
     const auto memory_of = [&](Index g) { return scratch.data() + (own + part) * static_cast<std::size_t>(g); };
@@ -190,7 +190,7 @@ void run(const LaneTask<T>& task, const ByteRows& all, const GroupSource<T>& sou
   });
 }
 
-/// Whether absorbed attention exists for T: numbers that fill registers.
+/// Whether T has an absorbed kernel: float and double, unless a register is a single number.
 template <class T>
 inline constexpr bool serves = (std::is_same_v<T, float> || std::is_same_v<T, double>)&&Simd<T>::width >= 2;
 

@@ -7,14 +7,15 @@
 //     chunks     |-----------|-----------|-- …                   |-----------|-- …
 //     splits     |--------------- one state (m, l, o) -----------|---------- another, merged in ascending order
 //
-// The work is bound by reading memory: 2 · n_keys · kv_heads · head_dim numbers. Queries of a group (and several new
-// tokens) share each row while it is in registers (kernel/decode/scores.hpp); narrow storage is widened there, int8 mostly
-// multiplied as it is. Splits lie on a grid of absolute positions and merge in order, so paged, ring and contiguous
-// caches, any number of threads and a prompt in pieces give the same bits. Dao et al. 2023, "Flash-Decoding for
-// long-context inference".
+// The work is bound by memory bandwidth: 2 · n_keys · kv_heads · head_dim numbers. Queries of a group (and several new
+// tokens) share each row while it is in registers (kernel/decode/scores.hpp); narrow storage is widened there, int8
+// is mostly multiplied as stored. Splits lie on a grid of absolute positions and merge in order, so paged, ring and
+// contiguous caches, any number of threads and a prompt in pieces give the same bits. Dao et al. 2023, "Flash-Decoding
+// for long-context inference".
 //
-// Memory is fast only where it is read in long stretches. A head's rows in a contiguous cache are one; in pages they are
-// many short ones, but those of the next head lie behind them. So heads of short runs alternate in every chunk:
+// Bandwidth is reached only by long contiguous reads. The rows of a head in a contiguous cache are one such read; in
+// pages they are many short ones, each followed by those of the next head. So heads of short runs alternate in every
+// chunk:
 //
 //     long runs     head 0: K V K V K V …   head 1: K V K V …
 //     short runs    K of heads 0 1 2 …   V of heads 0 1 2 …   then the next chunk
@@ -39,15 +40,15 @@ namespace qkv { inline namespace QKV_ABI { namespace kernel {
 
 inline constexpr Index decode_split = 8 * decode_chunk;
 
-/// Whether several threads pay for the rows of one split: from more than 1024 rows of 8 kv heads of 128. Measured, two
-/// threads against one: 1024 such rows in float 1.0 of the time, in int8 0.9 to 1.3; 2048 rows 0.9 and 0.8.
+/// Whether several threads are faster for the rows of one split: above 1024 rows of 8 kv heads of 128. Measured, time
+/// of two threads over one: 1024 such rows in float 1.0, in int8 0.9 to 1.3; 2048 rows 0.9 and 0.8.
 template <class T>
 bool decode_in_parallel(const QueryTask<T>& task, Index rows) {
   return rows * task.heads.kv_heads * (task.head_dim + task.v_head_dim) >= Index{3} << 20;
 }
 
-/// How many kv heads alternate: 1 where a head's rows of one run are a long stretch of memory. `apart`: bytes from the
-/// rows of one head to those of the next; `scratch`: of one head.
+/// How many kv heads alternate: 1 where the rows of a head in a run are long in memory. `apart`: bytes from the rows of
+/// one head to those of the next; `scratch`: of one head.
 constexpr Index decode_heads_at_once(Index apart, Index kv_heads, std::size_t scratch) {
   constexpr Index long_stretch = Index{512} << 10;
   constexpr std::size_t all_scratch = std::size_t{512} << 10;  // half of a second-level cache
@@ -80,7 +81,7 @@ class Decode {
       heads[h] = source.make(source.task, first + h, carver.take<std::byte>(static_cast<Index>(source.head_bytes)));
     heads_ = {heads, static_cast<std::size_t>(count)};
   }
-  /// Of scratch.
+  /// Bytes of scratch.
   static std::size_t bytes(Index count, std::size_t head_bytes) {
     detail::Carver carver(nullptr);
     carver.take<Head*>(count);
@@ -96,7 +97,7 @@ class Decode {
     }
   }
 
-  /// The keys of one split; leaves their states in state_of(kv_head).
+  /// The keys of one split; their states are in state_of(kv_head).
   template <class StateOf>
   void run_split(const GridCell& split, const StateOf& state_of) {
     for (Head* head : heads_) head->begin(state_of(head->kv_head()));
@@ -116,8 +117,8 @@ class Decode {
     }
   }
 
-  /// The rows that are read after a piece of head h: the next head's; after the last head the first one's of the next piece;
-  /// where the chunk ends, its values or the keys of the next chunk.
+  /// The rows read after a piece of head h: those of the next head; after the last head those of the first one's next
+  /// piece; at the end of the chunk its values, or the keys of the next chunk.
   template <bool Values>
   EIGEN_DONT_INLINE RowBytes next_rows(const GridCell& chunk, const GridPiece& piece, std::size_t h) const {
     const auto rows_of = [&](bool values, std::size_t of, std::size_t r, Index row, Index count) {

@@ -28,7 +28,7 @@ template <class T>
 class DecodeHead {
  public:
   Index kv_head() const { return kv_head_; }
-  /// A place for the state of a split.
+  /// Memory for the state of a split.
   const DecodeState<T>& own_state() const { return own_state_; }
 
   /// Starts from the state of no keys, in `state`.
@@ -41,7 +41,7 @@ class DecodeHead {
   virtual void begin_chunk() = 0;
   /// Scores of a piece; -inf where a query does not see a key. Rows `then` will be read next.
   virtual void score(const GridPiece& piece, const RowBytes& then) = 0;
-  /// From the scores of a chunk to weights.
+  /// Scores of a chunk become weights.
   virtual void weigh() = 0;
   /// The values of a piece. Rows `then` will be read next.
   virtual void add_values(const GridPiece& piece, const RowBytes& then) = 0;
@@ -71,8 +71,9 @@ struct DecodeSource {
   DecodeHead<T>* (*make)(const void* task, Index kv_head, std::byte* memory) = nullptr;
 };
 
-/// What is read after the first `done` of these rows: the next block of them, or of `then`. Its lines are prefetched while the
-/// current rows are multiplied; rows with gaps between them, as in plain matrices, at once. `distance`: see FarPrefetch.
+/// The rows read after the first `done` of these: the next block of them, or of `then`. Their lines are prefetched
+/// while the current rows are multiplied; of rows with gaps, as in plain matrices, at once. `distance`: see
+/// FarPrefetch.
 EIGEN_DONT_INLINE inline NextLines next_lines(const RowBytes& all, Index done, const RowBytes& then, Index block_rows,
                                               std::uintptr_t distance) {
   RowBytes rows = done < all.count ? all.from(done, all.count - done) : then;
@@ -92,7 +93,7 @@ EIGEN_DONT_INLINE inline NextLines next_lines(const RowBytes& all, Index done, c
   return next;
 }
 
-/// A head whose keys are multiplied as D says (kernel/decode/dots.hpp).
+/// A head whose keys are multiplied by D (kernel/decode/dots.hpp).
 template <class D>
 class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
   using T = typename D::Scalar;
@@ -180,8 +181,8 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
   Index query(Index i) const { return i / task_.heads.group_size(); }
   Index head(Index i) const { return kv_head_ * task_.heads.group_size() + i % task_.heads.group_size(); }
 
-  /// From q·k to scores: scales of the rows, score function, mask. Plain scores that all see leave the scales to
-  /// ChunkWeights.
+  /// From q·k to scores: scales of the rows, score function, mask. For plain scores without a mask ChunkWeights applies
+  /// the scales.
   void finish_scores(const GridPiece& piece, const PairTile& pairs, Cover cover) {
     const bool apply_key_scales = cover != Cover::all || !task_.rule.plain;
     if constexpr (has_row_scale<S>) {
@@ -219,15 +220,15 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
     }
   }
 
-  /// Rows of a block, which stays in the first-level cache for all queries, together with the next one: 8 KB. With 32 KB
+  /// Rows of a block: 8 KB, so that a block and the next one stay in the first-level cache for all queries. With 32 KB
   /// caches (Zen 3) one query is faster with 4 KB: bf16 .89 instead of .83 of the bandwidth; four queries are slower.
   Index block_rows(Index width) const {
     const Index bytes = few_registers && n_ == 1 ? 4096 : 8192;
     return std::clamp<Index>(bytes / static_cast<Index>(sizeof(S)) / std::max<Index>(width, 1) / 16 * 16, 16, 64);
   }
-  /// Bytes. Zen 3 has too few outstanding first-level misses to reach the bandwidth: wide rows from memory are prefetched
-  /// earlier into the second level (.78 instead of .67 of the bandwidth); rows in a cache are not, that costs 12 %. 12 KB are
-  /// one and a half blocks: 9, 11, 14, 16 and 20 KB reach .70 to .76.
+  /// Bytes. Zen 3 has too few outstanding first-level misses to reach the bandwidth: wide rows from memory are
+  /// prefetched earlier into the second level (.78 instead of .67 of the bandwidth); for rows in a cache that would
+  /// cost 12 %. 12 KB are one and a half blocks: 9, 11, 14, 16 and 20 KB reach .70 to .76.
   std::uintptr_t prefetch_distance() const {
     constexpr Index from_memory = Index{32} << 20;
     const Index numbers = task_.keys.rows * task_.heads.kv_heads * (task_.head_dim + task_.v_head_dim);
@@ -253,7 +254,7 @@ class DecodeHeadOf final : public DecodeHead<typename D::Scalar> {
   std::int32_t* sums_;  // [n, row(v_head_dim)] of the chunk, where values are multiplied in integers (int8_values.hpp)
 };
 
-/// The heads of a task whose keys are multiplied as D says; task and rows outlive it.
+/// The heads of a task whose keys are multiplied by D; task and rows outlive it.
 template <class D>
 DecodeSource<typename D::Scalar> decode_source(const Task<typename D::Scalar, typename D::Key>& task,
                                                const ByteRows& rows) {

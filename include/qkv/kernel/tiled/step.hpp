@@ -4,7 +4,7 @@
 //     m, l, Sᵀ ← e^(s-m)                      lane by lane: kernel/register_softmax.hpp
 //     Oᵀ += Vᵀ Sᵀ          [v_dim, lanes]     kernel/value_tile.hpp
 //
-// Value rows that are not finite are packed as zeros; they reach the lanes that see them one by one, at the end.
+// Value rows that are not finite are packed as zeros, and added at the end, row by row, in the lanes that see them.
 //
 // Before: kernel/tiled/tiled.hpp   Next: kernel/tiled/block_mask.hpp
 #pragma once
@@ -42,9 +42,9 @@ template <class T>
 class BlockStep {
  public:
   virtual void pack(Index b) const = 0;
-  /// `from` of a panel's queries, from its `lane`-th on.
+  /// `from` for a panel of queries, from its lane `lane` on.
   virtual void load(const QueryRows<T>& from, const QueryPanel<T>& panel, Index lane) const = 0;
-  /// Merges block b into the state of the panel; `fetch` is prefetched meanwhile.
+  /// Merges block b into the state of the panel; the lines of `fetch` are prefetched meanwhile.
   virtual void run(Index b, const QueryPanel<T>& panel, FetchList& fetch) = 0;
 
  protected:

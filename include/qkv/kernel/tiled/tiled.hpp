@@ -9,10 +9,11 @@
 //     Q is packed [panel][head_dim][lanes] with its scale's sign; K and V as in kernel/tiled/packed_kv.hpp, once per kv head for all
 //     query blocks and the whole group. Oᵀ is transposed when a section ends. Nothing of size n_queries·n_keys exists.
 //
-// Pairs that a mask hides in whole are never computed: kernel/tiled/block_mask.hpp. Every element of S is one multiply-add chain in
-// ascending order of features, every element of O one in ascending order of keys for each section of the positions, merged
-// section by section, whatever panel its query sits in: a prompt fed in pieces gives the same bits as at once, and errors
-// do not grow with the number of keys. Dao et al. 2022, arXiv:2205.14135; lanes as queries is our own choice.
+// Blocks and columns that a mask hides in whole are never computed: kernel/tiled/block_mask.hpp. Every element of S is
+// one multiply-add chain in ascending order of features, every element of O one in ascending order of keys for each
+// section of the positions, merged section by section, in whatever panel its query is: a prompt in pieces gives the
+// same bits as at once, and errors do not grow with the number of keys. Dao et al. 2022, arXiv:2205.14135; lanes as
+// queries is our own choice.
 //
 // Before: kernel/decode/int8_row_pairs.hpp   Next: kernel/tiled/step.hpp
 #pragma once
@@ -89,7 +90,7 @@ class Tiled {
   /// Merges all keys of the task into the state of these queries; done(query, n_queries, head, 1) for some at a time.
   void run(detail::FunctionRef<void(Index, Index, Index, Index)> done) {
     const Index n_panels = (n_queries_ + lanes - 1) / lanes;
-    // The blocks that these queries see anything of lie in [first, last].
+    // The blocks in which these queries see any key are in [first, last].
     Index first = 0, last = n_blocks_ - 1;
     while (first <= last && !seen(first)) ++first;
     while (first < last && !seen(last)) --last;
@@ -108,7 +109,7 @@ class Tiled {
         if (b == last || section_of(b + 1) != section)
           fetch_.add(FetchRows::of(state_.o(query_ + p * lanes, head_, task_.v_head_dim), state_.weighted.outerStride(),
                                    task_.v_head_dim, panel_queries(p), true));
-        if (b == last && p + 1 == n_panels)  // of the item that is likely to come next
+        if (b == last && p + 1 == n_panels)  // of the item that likely runs next
           fetch_queries(query_ + n_queries_);
         fetch_block(b + 1, p, n_panels);
         if (b == first && p + 1 < n_panels) fetch_queries(query_ + (p + 1) * lanes);
