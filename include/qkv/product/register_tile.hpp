@@ -92,7 +92,7 @@ struct FetchList {
   void add(const FetchRows& rows) {
     if (rows.rows > 0 && count < 4) list[count++] = rows;
   }
-  EIGEN_DONT_INLINE void next() {
+  EIGEN_ALWAYS_INLINE void next() {
     for (Index n = per_tile; count > 0 && (n = list[count - 1].lines(n)) > 0;) --count;
   }
 };
