@@ -11,9 +11,10 @@
 
 #include <algorithm>
 
-#include "kernel/arithmetic.hpp"
 #include "model_config.hpp"
 #include "options.hpp"
+
+#include "kernel/arithmetic.hpp"  // last: in C++17 the shortest chain of includes is to stop
 
 namespace qkv { inline namespace QKV_ABI {
 
